@@ -1,0 +1,199 @@
+"""Attention rows: the plain form that capture emits and the cached form that the KV rewrite emits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..dims import Dim, divide, numel, same
+from ..errors import ModelError
+from ..types import TensorType
+from .base import Tie, llmc_op
+
+_SCHEMA_TAIL = "float scale, bool causal=True, int? window=None, float? softcap=None"
+
+
+def _infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any, **attrs: Any) -> TensorType:
+    """q [B, H, S, D], k [B, KV, T, D], v [B, KV, T, E] -> [B, S, H, E]; KV divides H."""
+    if not (q.rank == k.rank == v.rank == 4):
+        raise ModelError(f"expected q, k, v of rank 4, found {q}, {k}, {v}")
+    if not same(q.shape[3], k.shape[3]):
+        raise ModelError(f"expected q and k of one head size, found {q} and {k}")
+    if not (same(k.shape[1], v.shape[1]) and same(k.shape[2], v.shape[2])):
+        raise ModelError(f"expected k and v of one length and head count, found {k} and {v}")
+    if divide(q.shape[1], k.shape[1]) is None:
+        raise ModelError(f"expected query heads divisible by key heads, found {q} and {k}")
+    return q.with_shape(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def allowed(
+    q_pos: torch.Tensor,
+    k_pos: torch.Tensor,
+    k_valid: torch.Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """bool [B, 1, S, T]: which keys each query may read.
+
+    A window of w lets a query at p read keys at p-w+1 … p (p+w-1 too when not causal).
+    """
+    q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
+    ok = torch.ones_like(q >= k) if not causal else q >= k
+    if window is not None:
+        ok = ok & (q - k < window)
+        if not causal:
+            ok = ok & (k - q < window)
+    if k_valid is not None:
+        ok = ok & k_valid[:, None, None, :].bool()
+    return ok
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_pos: torch.Tensor | None = None,
+    k_pos: torch.Tensor | None = None,
+    k_valid: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """softmax(cap(q·kᵀ·scale) + bias, over allowed keys) · v, KV heads shared by groups of query heads.
+
+    Args:
+        q: [B, H, S, D]; k: [B, KV, T, D]; v: [B, KV, T, E], KV divides H.
+        q_pos: int [B, S]; k_pos: int [B, T]; default: 0 … length-1.
+        k_valid: bool [B, T], False for padding.
+        bias: added to the scaled scores, broadcast to [B, H, S, T].
+        sinks: [H], one extra logit per head that takes weight and gives nothing.
+    Returns:
+        [B, S, H, E]; a query that may read no key gets zeros.
+    """
+    batch, heads, length, _ = q.shape
+    groups = heads // k.shape[1]
+    if q_pos is None:
+        q_pos = torch.arange(length, device=q.device).expand(batch, length)
+    if k_pos is None:
+        k_pos = torch.arange(k.shape[2], device=q.device).expand(batch, k.shape[2])
+    ok = allowed(q_pos, k_pos, k_valid, causal, window)
+    if softcap is None and sinks is None:
+        mask = ok if bias is None else torch.where(ok, bias.to(q.dtype), float("-inf"))
+        dead = ~ok.any(-1, keepdim=True)
+        mask = mask | dead if mask.dtype == torch.bool else mask.masked_fill(dead, 0.0)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1
+        )
+        return out.masked_fill(dead, 0.0).transpose(1, 2)
+    keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    scores = scores.to(wide).masked_fill(~ok, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(wide).view(1, -1, 1, 1).expand(batch, heads, length, 1)
+        scores = torch.cat([scores, sink], -1)
+    dead = torch.isneginf(scores).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return (weights.to(q.dtype) @ values).transpose(1, 2)
+
+
+def _ties(
+    out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any, **attrs: Any
+) -> list[Tie]:
+    repeat = divide(q.shape[1], k.shape[1]) or 1
+    return [
+        Tie("same", ((0, 0), (1, 0), (2, 0)), (0,)),
+        Tie("same", ((0, 1),), (2,)),
+        Tie("repeat", ((1, 1),), (2,), factor=repeat),
+        Tie("repeat", ((2, 1),), (2,), factor=repeat),
+        Tie("same", ((0, 2),), (1,)),
+        Tie("mix", ((1, 2), (2, 2))),
+        Tie("contract", ((0, 3), (1, 3))),
+        Tie("same", ((2, 3),), (3,)),
+    ]
+
+
+def _flops(
+    out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any, **attrs: Any
+) -> Dim:
+    return 2 * numel(q.shape) * k.shape[2] + 2 * numel(q.shape[:3]) * k.shape[2] * v.shape[3]
+
+
+def _samples() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    g = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    q, k, v = make(2, 4, 3, 4), make(2, 2, 3, 4), make(2, 2, 3, 4)
+    pos = torch.tensor([[0, 1, 2], [0, 0, 1]])
+    valid = torch.tensor([[True, True, True], [False, True, True]])
+    return [
+        ((q, k, v), {"scale": 0.5}),
+        ((q, k, v, pos, pos, valid), {"scale": 0.5, "window": 2}),
+        ((q, k, v, pos, pos, valid), {"scale": 0.5, "softcap": 2.0}),
+        ((q, k, v, pos, pos, None, make(1, 4, 3, 3), make(4)), {"scale": 0.5, "causal": False}),
+    ]
+
+
+llmc_op(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? q_pos=None, Tensor? k_pos=None, Tensor? k_valid=None, "
+    f"Tensor? bias=None, Tensor? sinks=None, *, {_SCHEMA_TAIL}) -> Tensor",
+    _infer,
+    attention,
+    ties=_ties,
+    flops=_flops,
+    samples=_samples,
+)
+
+
+def cached_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_pos: torch.Tensor,
+    k_valid: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    state: Any,
+) -> torch.Tensor:
+    """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
+
+    ``state`` has ``append(k, v, pos, valid) -> (keys, values, positions, valid)``, all tokens so far.
+    """
+    if isinstance(state, str):
+        raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
+    keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid)
+    return attention(
+        q, keys, values, q_pos, k_pos, valid, bias, sinks,
+        scale=scale, causal=causal, window=window, softcap=softcap,
+    )  # fmt: skip
+
+
+llmc_op(
+    "cached_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
+    f"Tensor? sinks=None, *, {_SCHEMA_TAIL}, str state) -> Tensor",
+    _infer,
+    cached_attention,
+    ties=_ties,
+    flops=_flops,
+    stateful=True,
+)
