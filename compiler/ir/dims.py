@@ -1,4 +1,4 @@
-"""Symbolic dimensions: an int, or a sympy expression over positive integer symbols such as B and S."""
+"""Symbolic dimensions: an int, or a sympy expression over positive integer symbols (B, S)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH, SEQ = symbol("B"), symbol("S")
 
 
 def dim(value: object) -> Dim:
-    """Normalise a number or expression to an int where it is one, else to an expanded expression."""
+    """Normalise a number or expression: an int where it is one, else an expanded expression."""
     if isinstance(value, int):
         return int(value)
     expr = sympy.expand(sympy.sympify(value))
@@ -73,7 +73,7 @@ def evaluate(d: Dim, values: Mapping[str, int]) -> int:
 
 
 def parse(text: str) -> Dim:
-    """Inverse of :func:`show` for sums and products of symbols and integers; never evaluates code."""
+    """Inverse of :func:`show` for arithmetic of symbols and integers; never evaluates code."""
     import ast
 
     def walk(node: ast.expr) -> Dim:

@@ -1,4 +1,4 @@
-"""The program: a torch.fx graph of aten and llmc ops, its parameters, segments and declared state."""
+"""The program: an fx graph of aten and llmc ops, its parameters, segments and declared state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Canonical bit packing of integer codes: one dense little-endian bit stream per row, in int32 words.
+"""Canonical bit packing of codes: one dense little-endian bit stream per row, in int32 words.
 
-Element ``i`` of a row occupies bits ``i*bits … i*bits+bits-1`` of that row's stream; bit ``k`` of the
-stream is bit ``k % 32`` of word ``k // 32``. For 2, 4 and 8 bits this is the layout of the
+Element ``i`` of a row occupies bits ``i*bits … i*bits+bits-1`` of that row's stream; bit ``k`` of
+the stream is bit ``k % 32`` of word ``k // 32``. For 2, 4 and 8 bits this is the layout of the
 compressed-tensors ``pack-quantized`` format, and for 3 bits its dense form of 2026-05.
 """
 
@@ -18,7 +18,7 @@ def packed_words(columns: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes [..., K] (any integer dtype, values in [0, 2**bits)) into int32 [..., ceil(K*bits/32)].
+    """Pack integer codes [..., K], values in [0, 2**bits), into int32 [..., ceil(K*bits/32)].
 
     Raises:
         ModelError: a code is out of range.
@@ -93,7 +93,7 @@ def compress_nm(
 def expand_nm(
     values: torch.Tensor, meta: torch.Tensor, n: int, m: int, columns: int
 ) -> torch.Tensor:
-    """Scatter kept values [..., K*n/m] back to [..., K=columns]; everything else is exactly zero."""
+    """Scatter kept values [..., K*n/m] back to [..., K=columns]; the rest is exactly zero."""
     where = unpack(meta, nm_bits(m), columns // m * n).to(torch.int64).unflatten(-1, (-1, n))
     out = values.new_zeros(*values.shape[:-1], columns // m, m)
     return out.scatter(-1, where, values.unflatten(-1, (-1, n))).flatten(-2)

@@ -1,4 +1,4 @@
-"""What a value of a graph is: a tensor with symbolic shape, a symbolic integer, or a tuple of values."""
+"""What a value of a graph is: a tensor of symbolic shape, a symbolic integer, or a tuple."""
 
 from __future__ import annotations
 

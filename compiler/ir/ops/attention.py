@@ -1,4 +1,4 @@
-"""Attention rows: the plain form that capture emits and the cached form that the KV rewrite emits."""
+"""Attention rows: the plain form that capture emits and the cached form of the KV rewrite."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(cap(q·kᵀ·scale) + bias, over allowed keys) · v, KV heads shared by groups of query heads.
+    """softmax(cap(q·kᵀ·scale) + bias, over allowed keys) · v; query heads share KV heads in groups.
 
     Args:
         q: [B, H, S, D]; k: [B, KV, T, D]; v: [B, KV, T, E], KV divides H.
@@ -176,7 +176,7 @@ def cached_attention(
 ) -> torch.Tensor:
     """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
 
-    ``state`` has ``append(k, v, pos, valid) -> (keys, values, positions, valid)``, all tokens so far.
+    ``state.append(k, v, pos, valid)`` returns (keys, values, positions, valid) of all tokens so far.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")

@@ -95,7 +95,7 @@ def llmc_op(
     reference: Callable[..., Any],
     **fields: Any,
 ) -> OpRow:
-    """A row for an op of ours; it becomes ``torch.ops.llmc.<name>`` so that graphs print and export."""
+    """A row for an op of ours; it becomes ``torch.ops.llmc.<name>``, so graphs print and export."""
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
 

@@ -46,7 +46,7 @@ def dequantize(
         codes: int32 [..., N, words], packed rows.
         scale: [..., N, G]; zero: uint8 [..., N, G], None means 2**(bits-1).
     Returns:
-        [..., N, columns] in ``dtype``; computed in fp32, so that code and scale give one weight exactly.
+        [..., N, columns] in ``dtype``; computed in fp32, so code and scale give one weight exactly.
     """
     q = packing.unpack(codes, bits, columns).to(torch.float32)
     which = torch.arange(columns, device=codes.device) // group

@@ -64,7 +64,7 @@ def layer_norm(
     x: torch.Tensor, gain: torch.Tensor | None = None, bias: torch.Tensor | None = None, *,
     eps: float, count: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(x - mean) / sqrt(var + eps) · gain + bias over the last axis, divisors ``count`` (default H).
+    """(x - mean) / sqrt(var + eps) · gain + bias over the last axis; divisor ``count``, default H.
 
     With ``count`` above H the missing entries are zeros, so a sliced norm equals a masked one.
     """
@@ -167,7 +167,8 @@ def experts(
 
 
 def _experts_type(
-    x: TensorType, index: TensorType, weight: TensorType, gate_up: TensorType, down: TensorType, *, act: str
+    x: TensorType, index: TensorType, weight: TensorType, gate_up: TensorType, down: TensorType,
+    *, act: str,
 ) -> TensorType:  # fmt: skip
     if x.rank != 2 or gate_up.rank != 3 or down.rank != 3:
         raise ModelError(
