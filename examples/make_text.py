@@ -2,9 +2,10 @@
 
     python examples/make_text.py --out examples/pylm/text
 
-Writes ``calibration.txt``, ``heldout.txt`` and ``manifest.json`` (the Python version, the modules and the
-SHA-256 of each text). The two sets share no module: a top-level module or package goes to one of them by the
-hash of its name, so a package is never split. The same Python version gives the same bytes.
+Writes ``calibration.txt``, ``heldout.txt`` and ``manifest.json`` (the Python version, the modules
+and the SHA-256 of each text). The two sets share no module: a top-level module or package goes to
+one of them by the hash of its name, so a package is never split. The same Python version gives the
+same bytes.
 """
 
 from __future__ import annotations
