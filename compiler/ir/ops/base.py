@@ -31,7 +31,9 @@ class Tie:
         contract the ``ins`` axes are summed over together (matrix product)
         norm     the axis is normalised over; it can be cut when the divisor (count) is kept
         mix      the axis is mixed in a way that forbids cutting (softmax, sort, cumsum)
-    ``ins`` holds (argument index, axis); list arguments count on: cat([a, b]) has 0 and 1.
+    ``ins`` holds (argument index, axis); list arguments count on: cat([a, b]) has 0 and 1, and
+    so do the elements of a tuple value: getitem((a, b), 1) reads argument 1. None counts too.
+    ``outs`` holds axes of the result, of its element ``result`` where the result is a tuple.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Tie:
     outs: tuple[int, ...] = ()
     factor: Dim = 1
     offset: int = 0
+    result: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,27 +103,37 @@ def llmc_op(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
 
     def fake(*args: Any, **kwargs: Any) -> Any:
-        out = infer(*_map(args, _fake_type), **_map(kwargs, _fake_type))
-        return _materialise(out, args)
+        known: dict[Dim, Any] = {}
+        out = infer(*_map(args, _fake_type(known)), **_map(kwargs, _fake_type(known)))
+        return _materialise(out, args, known)
 
     torch.library.register_fake(f"llmc::{name}", fake, lib=_LIBRARY)
     target = getattr(torch.ops.llmc, name).default
     return register(OpRow(f"llmc.{name}", target, infer, reference, **fields))
 
 
-def _fake_type(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return TensorType(tuple(value.shape), value.dtype)
-    return value
+def _fake_type(known: dict[Dim, Any]) -> Callable[[Any], Any]:
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            known[dim(value)] = value
+            return SymType(dim(value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = tuple(dim(d) for d in value.shape)
+        known.update(zip(shape, value.shape, strict=True))
+        return TensorType(shape, value.dtype)
+
+    return one
 
 
-def _materialise(out: ValueType, args: Any) -> Any:
+def _materialise(out: ValueType, args: Any, known: dict[Dim, Any]) -> Any:
     if isinstance(out, tuple):
-        return tuple(_materialise(o, args) for o in out)
+        return tuple(_materialise(o, args, known) for o in out)
     if not isinstance(out, TensorType):
         return out
     like = next(a for a in args if isinstance(a, torch.Tensor))
-    return like.new_empty(out.shape, dtype=out.dtype)
+    # Under export a dim is torch's own symbol; ours must go back as the very SymInt it came from.
+    return like.new_empty([d if isinstance(d, int) else known[d] for d in out.shape], dtype=out.dtype)
 
 
 def row(name: str) -> OpRow:
