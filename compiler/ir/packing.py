@@ -85,7 +85,7 @@ def compress_nm(
         raise ModelError(
             f"expected exactly {n} kept values in each block of {m}, found another count"
         )
-    where = blocks.to(torch.int8).argsort(-1, descending=True, stable=True)[..., :n]
+    where = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n]
     kept = values.unflatten(-1, (-1, m)).gather(-1, where)
     return kept.flatten(-2), pack(where.flatten(-2), nm_bits(m))
 
