@@ -1,0 +1,193 @@
+"""Uniform integer grids: how a group of weights becomes unsigned codes, a scale and a zero point.
+
+``w = (q - zero) * scale`` with ``q`` in ``[0, 2**bits)``. A symmetric grid implies ``zero =
+2**(bits-1)`` and stores none;
+an asymmetric one stores an integer zero per group, and its range always contains 0, so that a
+masked weight is exact.
+Inside this module codes are *centred*: ``c = q - zero``. Arrays are transposed, ``[..., g, m]``:
+``g`` inputs of one group
+by ``m`` output rows, because the solvers walk over inputs and want each of them contiguous.
+
+Sources: GPTQ (arXiv 2210.17323) for the grid and the searched shrink; the symmetric absmax scale
+here is
+``absmax / (2**(bits-1) - 1/2)``, the smallest one whose error stays within half a step at both
+ends of ``[-2**(b-1), 2**(b-1)-1]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import UsageError
+
+SHRINKS = tuple(1.0 - 0.04 * i for i in range(13))  # candidates of the searched clip, 1.00 ... 0.52
+_FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
+
+
+class Fit(NamedTuple):
+    """Scale ``[..., m]`` (already rounded to the stored dtype) and zero ``[..., m]`` as floats, None when symmetric."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+class Rounded(NamedTuple):
+    """A whole matrix on its grid: weight fp [m, n], codes uint8 [m, n], scale [m, G], zero uint8 [m, G] or None."""
+
+    weight: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid.
+
+    bits: 2 to 8. group: inputs that share one scale, None = the whole row; the last group may
+    be shorter.
+    symmetric: no stored zero point. clip: ``"absmax"``, or ``"mse"`` to search the shrink of
+    the range that costs least
+    (13 candidates, weighted by the solver's column importance). scale_dtype: the dtype that
+    scales are stored in; codes
+    are always rounded with the stored scale. Raises UsageError for anything else.
+    """
+
+    bits: int
+    group: int | None = 128
+    symmetric: bool = True
+    clip: str = "absmax"
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"grid bits: expected 2 to 8, found {self.bits}")
+        if self.group is not None and self.group < 1:
+            raise UsageError(f"grid group: expected None or at least 1, found {self.group}")
+        if self.clip not in ("absmax", "mse"):
+            raise UsageError(f"grid clip: expected 'absmax' or 'mse', found {self.clip!r}")
+        if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise UsageError(
+                f"grid scale_dtype: expected a 16- or 32-bit float, found {self.scale_dtype}"
+            )
+
+    @property
+    def implied_zero(self) -> int:
+        """The zero point of a symmetric grid."""
+        return int(2 ** (self.bits - 1))
+
+    def spans(self, n: int) -> list[tuple[int, int]]:
+        """The groups of a row of n inputs, as half-open ranges."""
+        g = n if self.group is None else self.group
+        return [(a, min(a + g, n)) for a in range(0, n, g)]
+
+    def store(self, scale: Tensor, unit: float = 1.0) -> Tensor:
+        """Round ``scale * unit`` as it will be stored (finite and positive), then return
+        it divided by unit again.
+
+        unit is a power of two that the solver took out of extreme weights; scales of
+        all-zero groups become 1.
+        """
+        info = torch.finfo(self.scale_dtype)
+        floor = max(info.tiny * info.eps, _FLOOR)
+        real = (scale.double() * unit).clamp(floor, float(info.max)).to(self.scale_dtype)
+        real = torch.where(scale > 0, real, torch.ones_like(real))
+        return (real.double() / unit).to(scale.dtype)
+
+    def bounds(self, zero: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
+        """Smallest and largest centred code."""
+        if zero is None:
+            return float(-self.implied_zero), float(self.implied_zero - 1)
+        return -zero, (2**self.bits - 1) - zero
+
+    def fit(
+        self,
+        w: Tensor,
+        *,
+        keep: Tensor | None = None,
+        importance: Tensor | None = None,
+        unit: float = 1.0,
+    ) -> Fit:
+        """Fit scale and zero to w ``[..., g, m]`` over its group axis.
+
+        keep: same shape, False for weights that a mask is expected to drop. importance:
+        ``[..., g, 1]``, the weight of each input's squared error.
+        """
+        if keep is not None:
+            w = w * keep
+        low, high = torch.aminmax(w, dim=-2)
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        full = self._from_range(low, high, unit)
+        if self.clip == "absmax":
+            return full
+        best, best_cost = full, self._cost(w, full, importance)
+        for shrink in SHRINKS[1:]:
+            trial = self._from_range(low * shrink, high * shrink, unit)
+            cost = self._cost(w, trial, importance)
+            better = cost < best_cost
+            best_cost = torch.where(better, cost, best_cost)
+            zero = None
+            if trial.zero is not None and best.zero is not None:
+                zero = torch.where(better, trial.zero, best.zero)
+            best = Fit(torch.where(better, trial.scale, best.scale), zero)
+        return best
+
+    def _from_range(self, low: Tensor, high: Tensor, unit: float) -> Fit:
+        if self.symmetric:
+            top = torch.maximum(-low, high)
+            return Fit(self.store(top / (self.implied_zero - 0.5), unit), None)
+        scale = self.store((high - low) / (2**self.bits - 1), unit)
+        return Fit(scale, torch.round(-low / scale).clamp_(0, 2**self.bits - 1))
+
+    def _cost(self, w: Tensor, fit: Fit, importance: Tensor | None) -> Tensor:
+        e = self.centred(w, fit).mul_(fit.scale.unsqueeze(-2)).sub_(w).square_()
+        if importance is not None:
+            e = e.mul_(importance)
+        return e.sum(-2)
+
+    def centred(self, w: Tensor, fit: Fit) -> Tensor:
+        """Centred codes (as floats) of w ``[..., g, m]``, rounded half to even."""
+        zero = None if fit.zero is None else fit.zero.unsqueeze(-2)
+        lo, hi = self.bounds(zero)
+        c = (w / fit.scale.unsqueeze(-2)).round_()
+        return torch.clamp(c, lo, hi, out=c)
+
+
+def rtn(
+    weight: Tensor,
+    grid: Grid,
+    *,
+    keep: Tensor | None = None,
+    importance: Tensor | None = None,
+    unit: float = 1.0,
+) -> Rounded:
+    """Round weight ``[m, n]`` to its nearest codes, all groups at once; masked entries (keep
+    False) sit at the zero point.
+
+    importance: ``[n]`` weights of the searched clip. unit: see `Grid.store`. The returned
+    scale is in weight's units.
+    """
+    m, n = weight.shape
+    g = n if grid.group is None else min(grid.group, n)
+    count = -(-n // g)
+    pad = count * g - n
+
+    def folded(x: Tensor) -> Tensor:  # zeros never widen a range that includes 0
+        return torch.nn.functional.pad(x, (0, 0, 0, pad)).view(count, g, -1)
+
+    wt = folded(weight.t())
+    if keep is not None:
+        wt = wt * folded(keep.t())
+    fit = grid.fit(
+        wt, importance=None if importance is None else folded(importance[:, None]), unit=unit
+    )
+    c = grid.centred(wt, fit)
+    value = (c * fit.scale.unsqueeze(1)).view(-1, m)[:n].t()
+    zero = None if fit.zero is None else fit.zero.t().to(torch.uint8).contiguous()
+    shift = grid.implied_zero if fit.zero is None else fit.zero.unsqueeze(1)
+    codes = (c + shift).view(-1, m)[:n].t().to(torch.uint8)
+    return Rounded(value.contiguous(), codes.contiguous(), fit.scale.t().contiguous(), zero)

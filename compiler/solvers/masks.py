@@ -1,0 +1,137 @@
+"""Which weights are dropped: N:M and unstructured rules, scores, and exact picks.
+
+N:M always means *n kept of m* consecutive inputs. A score is "how bad it is to drop this weight";
+ties keep the earlier input.
+Sources: Wanda (arXiv 2306.11695), SparseGPT (arXiv 2301.00774). The pick of a whole N:M block by
+its exact
+second-order cost (`BlockPick`) follows from OBS for a set of weights: dropping the set P costs
+``w_P (C_PP)^-1 w_P``, with C
+the inverse Hessian of everything that is still free.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import UsageError
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """``kind="nm"``: n kept of m consecutive inputs. ``kind="unstructured"``: the share
+    ``sparsity`` of weights is dropped.
+
+    Raises UsageError for an impossible rule.
+    """
+
+    kind: str
+    n: int = 2
+    m: int = 4
+    sparsity: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("nm", "unstructured"):
+            raise UsageError(f"mask kind: expected 'nm' or 'unstructured', found {self.kind!r}")
+        if self.kind == "nm" and not 1 <= self.n <= self.m <= 32:
+            raise UsageError(f"N:M mask: expected 1 <= n <= m <= 32, found {self.n}:{self.m}")
+        if self.kind == "unstructured" and not 0.0 <= self.sparsity <= 1.0:
+            raise UsageError(f"mask sparsity: expected 0 to 1, found {self.sparsity}")
+
+    @property
+    def unit(self) -> int:
+        """Inputs that must stay together when columns are permuted or cut into groups."""
+        return self.m if self.kind == "nm" else 1
+
+
+def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
+    """Keep the n best of each m consecutive rows of score ``[k, rows]`` (transposed layout); bool, same shape."""
+    s = score.view(-1, m, score.shape[-1])
+    beats = torch.zeros(
+        s.shape, dtype=torch.int8, device=s.device
+    )  # how many rivals beat each entry
+    for i in range(m):
+        for j in range(i + 1, m):
+            later_wins = s[:, j] > s[:, i]
+            beats[:, i] += later_wins
+            beats[:, j] += ~later_wins
+    return (beats < n).view_as(score)
+
+
+def drop_smallest(score: Tensor, count: int) -> Tensor:
+    """Keep mask that drops exactly ``count`` entries of the flattened score (ties: the later entry goes first)."""
+    keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
+    if count <= 0:
+        return keep.view_as(score)
+    if count >= score.numel():
+        return torch.zeros_like(keep).view_as(score)
+    flat = score.reshape(-1)
+    edge = flat.kthvalue(count).values
+    keep = flat > edge
+    spare = score.numel() - count - int(keep.sum())  # entries equal to the edge that stay
+    if spare:
+        keep[(flat == edge).nonzero().view(-1)[:spare]] = True
+    return keep.view_as(score)
+
+
+def drop_smallest_per_row(score: Tensor, count: int) -> Tensor:
+    """As `drop_smallest` for each column of score ``[k, rows]`` by itself."""
+    order = score.sort(dim=0, descending=False, stable=True).indices
+    keep = torch.ones_like(score, dtype=torch.bool)
+    return keep.scatter_(0, order[:count], False)
+
+
+def static_mask(rule: MaskRule, solver: str, weight_t: Tensor, diagonal: Tensor) -> Tensor:
+    """Keep mask ``[n, m]`` by ``solver`` ("magnitude" or "wanda") from the dense weights
+    ``weight_t`` [n, m].
+
+    diagonal: diag(H) ``[n]``. Unstructured: Wanda compares inside each output row, magnitude
+    inside the whole matrix.
+    """
+    score = weight_t.abs()
+    if solver == "wanda":
+        score = score * diagonal.clamp(min=0).sqrt()[:, None]
+    if rule.kind == "nm":
+        return pick_nm(score, rule.n, rule.m)
+    if solver == "wanda":
+        return drop_smallest_per_row(score, math.floor(rule.sparsity * score.shape[0]))
+    return drop_smallest(score, math.floor(rule.sparsity * score.numel()))
+
+
+class BlockPick:
+    """Exact choice of the kept n of m inputs, for every M-block of a sweep.
+
+    corner: ``[blocks, m, m]``, the inverse Hessian of each block's inputs given that all
+    earlier inputs are settled.
+    `keep(b, w)` returns bool ``[m, rows]`` for the updated weights w of block b.
+    """
+
+    MAX_CHOICES = 256  # 6 for 2:4, 70 for 4:8
+
+    def __init__(self, corner: Tensor, n: int, m: int) -> None:
+        drops = list(combinations(range(m), m - n))
+        self.n, self.m = n, m
+        coefficients = corner.new_zeros(corner.shape[0], len(drops), m, m)
+        kept = torch.ones(len(drops), m, dtype=torch.bool, device=corner.device)
+        for i, drop in enumerate(drops):
+            at = torch.tensor(drop, device=corner.device)
+            inverse = torch.linalg.inv(corner[:, at[:, None], at[None, :]])
+            coefficients[:, i, at[:, None], at[None, :]] = inverse
+            kept[i, at] = False
+        self._coefficients = coefficients.view(corner.shape[0], len(drops), m * m)
+        self._kept = kept.t().contiguous()
+
+    @classmethod
+    def affordable(cls, n: int, m: int) -> bool:
+        """Whether the number of choices is small enough to list."""
+        return n < m and math.comb(m, n) <= cls.MAX_CHOICES
+
+    def keep(self, block: int, w: Tensor) -> Tensor:
+        """The cheapest choice for each row; w ``[m, rows]``."""
+        products = (w[:, None] * w[None]).view(self.m * self.m, -1)
+        cost = self._coefficients[block] @ products
+        return self._kept[:, cost.argmin(0)]

@@ -1,0 +1,265 @@
+"""One sweep over the inputs that rounds, prunes, or does both at once, each error pushed onto the
+inputs still free.
+
+Names: W ``[m, n]``, held transposed ``[n, m]``; D = W - W_hat; ``H + ridge*I = R R^T``; U = R^-1.
+Settling input j (``q_j`` = its final value) with the updated weight w_j leaves the error ``err_j =
+w_j - q_j`` and moves the rest by
+``w_k -= err_j U_jk / U_jj``; the damped loss is the sum of ``(err_j R_jj)^2``.
+
+*Left-looking*: because D = E U, the updated weights of block b, given only the inputs before it,
+are ``W_b + (D_<b R_<b,b) U_bb``. So a block is brought up to
+date by one GEMM against R just before it is settled, nothing behind it is touched, and the inverse
+Hessian is never formed.
+
+The walk inside a block is done in units of the group's scale, where rounding is ``round`` and
+``clamp`` alone.
+
+Sources: GPTQ (arXiv 2210.17323), SparseGPT (arXiv 2301.00774), QuIP's LDLQ (arXiv 2307.13304; the
+form with R is LDLQ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .grid import Fit, Grid
+from .masks import BlockPick, MaskRule, drop_smallest, pick_nm
+from .schedule import Block, Schedule, Step
+
+
+@dataclass
+class Swept:
+    """What a sweep settled; everything in processing order and transposed.
+
+    value: ``[n, m]`` final weights. centred: ``[n, m]`` centred codes as floats, None without
+    a grid. scale, zero: ``[G, m]`` in *storage* order of groups.
+    keep: bool ``[n, m]`` or None. row_loss: ``[m]`` fp64, the damped loss of each output row.
+    """
+
+    value: Tensor
+    centred: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+    keep: Tensor | None
+    row_loss: Tensor
+
+
+class Sweep:
+    """State of one sweep: preallocated buffers, and the row views that the inner loop uses
+    again in every block.
+
+    weight_t: ``[n, m]`` in processing order. root: R ``[n, n]`` in the same order. grid, rule:
+    None to leave out. keep: a frozen mask ``[n, m]`` (then rule is not consulted). scales:
+    with a grid of one group per row or precomputed groups, the
+    fits ``[G, m]``; None fits each group when it is reached. exact_pick: choose whole N:M
+    blocks by their joint cost instead of one score per weight. unit: see `Grid.store`.
+    """
+
+    def __init__(
+        self,
+        weight_t: Tensor,
+        root: Tensor,
+        schedule: Schedule,
+        *,
+        grid: Grid | None = None,
+        rule: MaskRule | None = None,
+        keep: Tensor | None = None,
+        scales: Fit | None = None,
+        exact_pick: bool = True,
+        unit: float = 1.0,
+    ) -> None:
+        self.w, self.root, self.schedule = weight_t, root, schedule
+        self.grid, self.unit = grid, unit
+        self.rule = rule if keep is None else None
+        n, m = weight_t.shape
+        width = max(b.end - b.start for b in schedule.blocks)
+        new = weight_t.new_empty
+        self.cur, self.err, self.q = new(width, m), new(width, m), new(width, m)
+        self.v = root.new_zeros(width, width)
+        self.masked = rule is not None or keep is not None
+        self.keep_f = new(width, m) if self.masked else None
+        self.keep = keep
+        if self.masked and keep is None:
+            self.keep = torch.ones(n, m, dtype=torch.bool, device=weight_t.device)
+        self.delta = new(n, m)
+        self.value = new(n, m)
+        self.centred = new(n, m) if grid is not None else None
+        self.scale = self.zero = None
+        self.whole_row = grid is not None and len(schedule.groups) == 1
+        if grid is not None:
+            groups = len(schedule.groups)
+            self.scale = new(groups, m)
+            self.zero = None if grid.symmetric else new(groups, m)
+            if scales is not None:
+                self.scale.copy_(scales.scale)
+                if self.zero is not None and scales.zero is not None:
+                    self.zero.copy_(scales.zero)
+        self.fitted = scales is not None
+        self.exact = (
+            exact_pick
+            and self.rule is not None
+            and self.rule.kind == "nm"
+            and BlockPick.affordable(self.rule.n, self.rule.m)
+        )
+        self.group = 0
+        self.leaf_views: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
+
+    def run(self) -> Swept:
+        """Settle every input."""
+        m = self.w.shape[1]
+        losses = torch.zeros(m, dtype=torch.float64, device=self.w.device)
+        d2 = self.root.diagonal().square()
+        if self.whole_row and not self.fitted:
+            self._fit_whole_row(d2)
+        for block in self.schedule.blocks:
+            a, b = block.start, block.end
+            self._load(block)
+            if self.rule is not None and self.rule.kind == "unstructured":
+                self._choose_unstructured(block, d2)
+            elif self.keep is not None and self.rule is None:
+                self._frozen(block)
+            for step in block.steps:
+                if step.kind == "leaf":
+                    self._leaf(block, step)
+                elif step.kind == "update":
+                    self.cur[step.b : step.c].addmm_(
+                        self.v[step.a : step.b, step.b : step.c].t(),
+                        self.err[step.a : step.b],
+                        alpha=-1,
+                    )
+                else:
+                    self.group = step.index
+                    if not self.fitted:
+                        self._fit_group(step, d2[a + step.a : a + step.b])
+            losses += (self.err[: b - a].square() * d2[a:b, None]).sum(0).double()
+            torch.sub(self.w[a:b], self.value[a:b], out=self.delta[a:b])
+        return Swept(self.value, self.centred, self.scale, self.zero, self.keep, losses)
+
+    def _load(self, block: Block) -> None:
+        """Bring the block up to date with every error made before it."""
+        a, b = block.start, block.end
+        size = b - a
+        corner = self.root[a:b, a:b]
+        eye = torch.eye(size, dtype=corner.dtype, device=corner.device)
+        inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
+        torch.mul(inverse, corner.diagonal()[:, None], out=self.v[:size, :size])
+        if a:
+            seen = self.root[:a, a:b].t() @ self.delta[:a]
+            torch.addmm(self.w[a:b], inverse.t(), seen, out=self.cur[:size])
+        else:
+            self.cur[:size].copy_(self.w[:b])
+        if self.exact and self.rule is not None:
+            m = self.rule.m
+            u = torch.stack([inverse[i : i + m, i : i + m] for i in range(0, size, m)])
+            self.pick = BlockPick(u.mT @ u, self.rule.n, m)
+
+    def _fit_whole_row(self, d2: Tensor) -> None:
+        grid = self.grid
+        assert grid is not None and self.scale is not None
+        keep = self.keep
+        if self.rule is not None:
+            keep = self._predict(self.w, d2)
+        fit = grid.fit(self.w, keep=keep, importance=d2[:, None], unit=self.unit)
+        self._set(fit)
+
+    def _predict(self, w: Tensor, d2: Tensor) -> Tensor:
+        """The mask that the rule would choose on w if nothing were updated any more."""
+        score = w.square() * d2[:, None]
+        assert self.rule is not None
+        if self.rule.kind == "nm":
+            return pick_nm(score, self.rule.n, self.rule.m)
+        return drop_smallest(score, round(self.rule.sparsity * score.numel()))
+
+    def _fit_group(self, step: Step, d2: Tensor) -> None:
+        assert self.grid is not None
+        w = self.cur[step.a : step.b]
+        keep = None
+        if self.keep_f is not None:
+            if self.rule is not None and self.rule.kind == "nm":
+                keep = self._predict(w, d2)
+            else:
+                keep = self.keep_f[step.a : step.b] > 0
+        self._set(self.grid.fit(w, keep=keep, importance=d2[:, None], unit=self.unit))
+
+    def _set(self, fit: Fit) -> None:
+        assert self.scale is not None
+        self.scale[self.group] = fit.scale
+        if self.zero is not None and fit.zero is not None:
+            self.zero[self.group] = fit.zero
+
+    def _frozen(self, block: Block) -> None:
+        assert self.keep is not None and self.keep_f is not None
+        self.keep_f[: block.end - block.start].copy_(self.keep[block.start : block.end])
+
+    def _choose_unstructured(self, block: Block, d2: Tensor) -> None:
+        """SparseGPT's choice: the block's smallest scores over all rows, exact in count over the whole matrix."""
+        assert self.rule is not None and self.keep is not None
+        a, b = block.start, block.end
+        m = self.w.shape[1]
+        count = round(self.rule.sparsity * b * m) - round(self.rule.sparsity * a * m)
+        score = self.cur[: b - a].square() * d2[a:b, None]
+        self.keep[a:b] = drop_smallest(score, count)
+        self._frozen(block)
+
+    def _views(self, a: int, b: int) -> list[tuple[Tensor, ...]]:
+        if (a, b) not in self.leaf_views:
+            rows = []
+            for j in range(a, b):
+                row = [self.cur[j], self.q[j], self.err[j]]
+                if self.keep_f is not None:
+                    row.append(self.keep_f[j])
+                row += [self.cur[j + 1 : b], self.v[j, j + 1 : b]]
+                rows.append(tuple(row))
+            self.leaf_views[a, b] = rows
+        return self.leaf_views[a, b]
+
+    def _leaf(self, block: Block, step: Step) -> None:
+        """Settle the inputs of one leaf, one by one."""
+        a, b = step.a, step.b
+        at, to = block.start + a, block.start + b
+        cur, q, err = self.cur[a:b], self.q[a:b], self.err[a:b]
+        scale = None
+        lo: float | Tensor = 0.0
+        hi: float | Tensor = 0.0
+        if self.grid is not None and self.scale is not None:
+            scale = self.scale[self.group]
+            lo, hi = self.grid.bounds(None if self.zero is None else self.zero[self.group])
+            cur.div_(scale)
+        picks = self.rule is not None and self.rule.kind == "nm"
+        unit = self.rule.m if picks and self.rule is not None else 1
+        for i, view in enumerate(self._views(a, b)):
+            if picks and i % unit == 0:
+                self._choose_block(block, a + i, unit)
+            w_j, q_j, err_j = view[:3]
+            if scale is not None:
+                torch.round(w_j, out=q_j)
+                torch.clamp(q_j, lo, hi, out=q_j)
+                if self.keep_f is not None:
+                    q_j.mul_(view[3])
+            else:
+                torch.mul(w_j, view[3], out=q_j)
+            torch.sub(w_j, q_j, out=err_j)
+            if i + 1 < b - a:
+                view[-2].addr_(view[-1], err_j, alpha=-1)
+        if scale is not None and self.centred is not None:
+            self.centred[at:to] = q
+            err.mul_(scale)
+            torch.mul(q, scale, out=self.value[at:to])
+        else:
+            self.value[at:to] = q
+
+    def _choose_block(self, block: Block, a: int, unit: int) -> None:
+        """Pick the kept weights of the M-block that starts at a, on fully updated weights."""
+        assert self.rule is not None and self.keep is not None and self.keep_f is not None
+        w = self.cur[a : a + unit]
+        at = block.start + a
+        if self.exact:
+            keep = self.pick.keep(a // unit, w)
+        else:
+            d = self.root.diagonal()[at : at + unit, None]
+            keep = pick_nm((w * d).abs(), self.rule.n, unit)
+        self.keep[at : at + unit] = keep
+        self.keep_f[a : a + unit] = keep
