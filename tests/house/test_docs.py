@@ -1,0 +1,62 @@
+"""Pages that are made from the code match the code; `make golden` rewrites them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def between(text: str, name: str, body: str | None = None) -> str:
+    """The part between the markers of ``name``, or the text with ``body`` put in its place."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    assert text.count(begin) == text.count(end) == 1, f"expected one pair of {name} markers"
+    head, rest = text.split(begin)
+    old, tail = rest.split(end)
+    return old if body is None else head + begin + body + end + tail
+
+
+def test_markers_replace_only_their_part() -> None:
+    """The part between markers is read and replaced; the rest stays."""
+    page = "a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n"
+    assert between(page, "x") == "old\n"
+    assert between(page, "x", "new\n") == page.replace("old", "new")
+    with pytest.raises(AssertionError, match="one pair of y markers"):
+        between(page, "y")
+
+
+def test_readme_has_its_markers(repo: Path) -> None:
+    """The two generated parts of the README are there to be filled."""
+    page = (repo / "README.md").read_text(encoding="utf-8")
+    assert between(page, "passes").strip()
+    assert between(page, "figures").strip()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/pylm/README.md"])
+def test_links_between_files_lead_somewhere(repo: Path, page: str) -> None:
+    """Every relative link of a page names a file that exists."""
+    path = repo / page
+    targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    dead = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
+    assert not dead, dead
+
+
+def test_make_help_lists_every_target(repo: Path) -> None:
+    """Each public target of the Makefile carries the sentence that `make help` prints."""
+    makefile = (repo / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    for target in phony.group(1).split():
+        assert re.search(rf"^{target}:.*## \w", makefile, re.MULTILINE), target
+
+
+def test_same_as_file_catches_a_stale_page(
+    repo: Path, same_as_file: Callable[[str, Path], None], update_golden: bool
+) -> None:
+    """The harness of generated pages fails on a page that differs, naming the page."""
+    if update_golden:
+        pytest.skip("rewriting, not comparing")
+    with pytest.raises(AssertionError, match=r"LICENSE is stale"):
+        same_as_file("not the license\n", repo / "LICENSE")
