@@ -176,7 +176,7 @@ def cached_attention(
 ) -> torch.Tensor:
     """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
 
-    ``state.append(k, v, pos, valid)`` returns (keys, values, positions, valid) of all tokens so far.
+    ``state.append(k, v, pos, valid)`` gives (keys, values, positions, valid) of all tokens so far.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")

@@ -1,0 +1,57 @@
+"""One program's analyses, computed once, and the patterns by which passes find their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from ..analysis.blocks import apply_segments
+from ..analysis.linears import LinearSite, linear_sites
+from ..analysis.migrate import MigrationSite, migration_sites
+from ..ir.graph import Program, info
+from ..ir.refusal import Refusal
+
+
+class Analysis:
+    """Analyses of a segmented program; every result is derived from the graph alone."""
+
+    def __init__(self, program: Program) -> None:
+        if not program.segments:
+            apply_segments(program)
+        self.program = program
+
+    @cached_property
+    def linears(self) -> list[LinearSite | Refusal]:
+        return linear_sites(self.program)
+
+    @cached_property
+    def migrations(self) -> list[MigrationSite | Refusal]:
+        return migration_sites(self.program)
+
+    @cached_property
+    def segment_index(self) -> dict[str, int]:
+        """Index of each segment by name."""
+        return {s.name: i for i, s in enumerate(self.program.segments)}
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Names of the repeated blocks in order."""
+        return [s.name for s in self.program.segments if s.name.startswith("block")]
+
+    def block_of(self, segment: str) -> int:
+        """Index of the block, -1 outside of blocks."""
+        return self.blocks.index(segment) if segment in self.blocks else -1
+
+    def path(self, node: str) -> str:
+        """Module path of a node, for people."""
+        return info(self.program.node(node)).path
+
+
+def linear_weights(analysis: Analysis) -> Iterator[LinearSite | Refusal]:
+    """Pattern: every matrix that multiplies a value, x @ Wᵀ."""
+    yield from analysis.linears
+
+
+def scale_migrations(analysis: Analysis) -> Iterator[MigrationSite | Refusal]:
+    """Pattern: every value whose channels can be rescaled upstream and in all its readers."""
+    yield from analysis.migrations

@@ -1,0 +1,180 @@
+"""How a weight's scheme becomes graph and tensors: the decode steps and their packed parameters.
+
+The graph half runs while planning, with shapes alone; the tensor half runs after the solve. The two
+must agree byte for byte, and :func:`tensors` checks that decoding gives the solved weight exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir import packing
+from ..ir.errors import LlmcError, ModelError
+from ..ir.graph import Param, Program, info
+from ..ir.ops.base import infer
+from ..ir.ops.compressed import dequantize, groups_of
+from ..ir.scheme import Codes, Mask, Scheme
+from ..ir.types import DTYPES
+from ..solvers import Solution
+
+_SUFFIXES = ("values", "meta", "bitmap", "codes", "scale", "zero")
+
+
+def _weight_of(program: Program, linear: fx.Node) -> tuple[fx.Node, Param, str]:
+    """The linear's weight argument, the parameter that it decodes from, and its base name."""
+    weight = linear.args[1]
+    if not isinstance(weight, fx.Node):
+        raise ModelError("expected a weight value", where=f"node {linear.name}")
+    source = weight
+    while source.op == "call_function":
+        source = source.all_input_nodes[0]
+    param = program.params[str(source.target)]
+    base = param.name
+    for suffix in _SUFFIXES:
+        base = base.removesuffix(f".{suffix}")
+    return weight, param, base
+
+
+def _columns(node: fx.Node) -> int:
+    return int(info(node).type.shape[-1])  # type: ignore[union-attr]
+
+
+def _new(
+    program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Param,
+    before: fx.Node, keep: bool = True,
+) -> fx.Node:  # fmt: skip
+    param = Param(name, shape, dtype, like.names, trained=True, keep=keep)
+    return program.add_param(param, None, before=before)
+
+
+def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> list[str]:
+    """Rewrite linear(x, W) to read kept values and their places; return the new parameters."""
+    linear = program.node(node)
+    weight, param, base = _weight_of(program, linear)
+    rows, columns = param.shape
+    if mask.structured:
+        kept = columns // mask.m * mask.n
+        words = packing.packed_words(kept, packing.nm_bits(mask.m))
+        values = _new(program, f"{base}.values", (rows, kept), param.dtype, param, linear, False)
+        meta = _new(program, f"{base}.meta", (rows, words), torch.int32, param, linear)
+        new = program.emit(
+            "llmc.expand_nm", values, meta, n=mask.n, m=mask.m, columns=columns,
+            before=linear, made_by=made_by, like=linear,
+        )  # fmt: skip
+        made = [f"{base}.values", f"{base}.meta"]
+    else:
+        kept = kept_count(rows * columns, mask.sparsity)
+        words = packing.packed_words(columns, 1)
+        values = _new(program, f"{base}.values", (kept,), param.dtype, param, linear, False)
+        bitmap = _new(program, f"{base}.bitmap", (rows, words), torch.int32, param, linear)
+        new = program.emit(
+            "llmc.expand_bitmap", values, bitmap, columns=columns,
+            before=linear, made_by=made_by, like=linear,
+        )  # fmt: skip
+        made = [f"{base}.values", f"{base}.bitmap"]
+    linear.replace_input_with(weight, new)
+    program.prune()
+    return made
+
+
+def kept_count(total: int, sparsity: float) -> int:
+    """Weights that stay of ``total``; what a solver rounds per block may differ by a few."""
+    return total - round(total * sparsity)
+
+
+def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> list[str]:
+    """Rewrite linear(x, W) or linear(x, expand_nm(values, meta)) to read packed codes."""
+    linear = program.node(node)
+    weight, param, base = _weight_of(program, linear)
+    expand = weight if weight.op == "call_function" else None
+    columns, group = _columns(weight), codes.group
+    if expand is not None and "m" in expand.kwargs:
+        n, m = int(expand.kwargs["n"]), int(expand.kwargs["m"])  # type: ignore[arg-type]
+        columns = columns // m * n
+        group = None if group is None else group // m * n
+        old = expand.args[0]
+        before = expand
+    else:
+        # Without blocks of fixed count, codes stay dense and a masked one sits at the zero point.
+        old, before = weight, linear
+    assert isinstance(old, fx.Node)
+    rows = int(info(linear).type.shape[-1])  # type: ignore[union-attr]
+    step = group or columns
+    groups = groups_of(columns, step)
+    scale_dtype = DTYPES[codes.scale_dtype]
+    words = (rows, packing.packed_words(columns, codes.bits))
+    packed = _new(program, f"{base}.codes", words, torch.int32, param, before)
+    scale = _new(program, f"{base}.scale", (rows, groups), scale_dtype, param, before)
+    parts: list[Any] = [packed, scale]
+    made = [f"{base}.codes", f"{base}.scale"]
+    if not codes.symmetric:
+        parts.append(_new(program, f"{base}.zero", (rows, groups), torch.uint8, param, before))
+        made.append(f"{base}.zero")
+    new = program.emit(
+        "llmc.dequantize", *parts, bits=codes.bits, group=step, columns=columns,
+        dtype=program.dtype, before=before, made_by=made_by, like=linear,
+    )  # fmt: skip
+    user = before
+    user.replace_input_with(old, new)
+    program.prune()
+    return made
+
+
+def tensors(
+    base: str, scheme: Scheme, solution: Solution, stored: torch.dtype
+) -> dict[str, Tensor]:
+    """The packed parameters of one solved weight, by parameter name.
+
+    Raises:
+        LlmcError: decoding them does not give the solved weight bit for bit.
+    """
+    codes, mask = scheme.codes, scheme.mask
+    out: dict[str, Tensor] = {}
+    if codes is None:
+        if mask is None or solution.mask is None:
+            return {base: solution.weight.to(stored)}
+        weight = solution.weight.to(stored)
+        if mask.structured:
+            values, meta = packing.compress_nm(weight, solution.mask, mask.n, mask.m)
+            return {f"{base}.values": values, f"{base}.meta": meta}
+        bitmap = packing.pack(solution.mask.to(torch.uint8), 1)
+        return {f"{base}.values": weight[solution.mask], f"{base}.bitmap": bitmap}
+    if solution.codes is None or solution.scale is None:
+        raise LlmcError(f"expected codes from the solver, found none for {base}")
+    q, columns, group = solution.codes, solution.codes.shape[1], codes.group
+    meta = None
+    if mask is not None and mask.structured:
+        if solution.mask is None:
+            raise LlmcError(f"expected a mask from the solver, found none for {base}")
+        q, meta = packing.compress_nm(q, solution.mask, mask.n, mask.m)
+        out[f"{base}.meta"] = meta
+        columns, group = q.shape[1], None if group is None else group // mask.m * mask.n
+    out[f"{base}.codes"] = packing.pack(q, codes.bits)
+    out[f"{base}.scale"] = solution.scale
+    if solution.zero is not None:
+        out[f"{base}.zero"] = solution.zero
+    back = dequantize(
+        out[f"{base}.codes"], solution.scale, solution.zero, bits=codes.bits,
+        group=group or columns, columns=columns,
+    )  # fmt: skip
+    if meta is not None and mask is not None:
+        back = packing.expand_nm(back, meta, mask.n, mask.m, solution.weight.shape[1])
+    if not torch.equal(back, solution.weight):
+        raise LlmcError(f"expected codes of {base} to give the solved weight exactly, they do not")
+    return out
+
+
+def refresh_types(program: Program) -> None:
+    """Re-derive parameter types after tensors were set (an unstructured mask may round its count)."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            old = info(node)
+            kind = program.param_type(program.params[str(node.target)])
+            if old.type != kind:
+                node.meta["llmc"] = type(old)(kind, old.path, old.made_by, old.source)
+                for user in node.users:
+                    was = info(user)
+                    user.meta["llmc"] = type(was)(infer(user), was.path, was.made_by, was.source)

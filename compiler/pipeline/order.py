@@ -1,0 +1,87 @@
+"""The pass algebra: one visible list of stages with a reason on each line, and what it forbids.
+
+Inside one ``--passes`` string the planner sorts by this list; across barriers the typed order is
+kept, and refused where it has no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..ir.errors import UsageError
+
+# (stage, what it writes, why it stands here)
+STAGES: tuple[tuple[str, str, str], ...] = (
+    (
+        "equivalence",
+        "scales",
+        "scales must be folded before anything is measured on a grid or mask",
+    ),
+    ("mask", "zeros", "OBS updates leave the grid, so zeros are chosen before or with codes"),
+    ("grid", "codes", "codes are last: nothing may move a weight that is on its grid"),
+)
+RANK = {stage: i for i, (stage, _, _) in enumerate(STAGES)}
+# Stages whose facts are solved together when they stand in one string.
+JOINT = ("mask", "grid")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A pass as typed: its name and its stage."""
+
+    name: str
+    stage: str
+
+
+def resolve(passes: Sequence[Named]) -> list[int]:
+    """Indices of one string's passes in the order in which they are applied.
+
+    Raises:
+        UsageError: two passes state the same fact about the same weights.
+    """
+    seen: dict[str, str] = {}
+    for p in passes:
+        if p.stage in seen:
+            what = next(w for s, w, _ in STAGES if s == p.stage)
+            raise UsageError(
+                f"expected one pass that writes {what} in --passes, "
+                f"found {seen[p.stage]!r} and {p.name!r}",
+                hint="give one of them, or use per-site overrides in a recipe",
+            )
+        seen[p.stage] = p.name
+    return sorted(range(len(passes)), key=lambda i: RANK[passes[i].stage])
+
+
+def check_barriers(strings: Sequence[Sequence[Named]]) -> None:
+    """Refuse an order of barriers that has no meaning.
+
+    Raises:
+        UsageError: with the reason and the nearest legal order.
+    """
+    done: list[Named] = []
+    for string in strings:
+        for p in string:
+            for earlier in done:
+                if RANK[earlier.stage] > RANK[p.stage] or earlier.stage == p.stage:
+                    why = next(r for s, _, r in STAGES if s == earlier.stage)
+                    legal = _legal([n for s in strings for n in s])
+                    raise UsageError(
+                        f"expected {p.name!r} before {earlier.name!r}, found it behind a barrier "
+                        f"after it: {why}",
+                        hint=f"nearest legal order: {legal}",
+                    )
+        done.extend(string)
+
+
+def _legal(names: Sequence[Named]) -> str:
+    kept: dict[str, Named] = {}
+    for n in names:
+        kept.setdefault(n.stage, n)
+    ordered = sorted(kept.values(), key=lambda n: RANK[n.stage])
+    return "--passes " + ",".join(n.name for n in ordered)
+
+
+def reason(stage: str) -> str:
+    """Why the stage stands where it does."""
+    return next(r for s, _, r in STAGES if s == stage)

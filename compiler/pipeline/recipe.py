@@ -1,0 +1,259 @@
+"""What the user asked for: ``--passes`` strings and YAML recipes, validated with the field named.
+
+    smooth:alpha=0.6,w4:group=64,solver=rtn,prune24
+
+An item with ``=`` and no ``:`` continues the pass before it. Order inside one string is free;
+several strings (stages of a recipe) are barriers whose order is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..ir.errors import UsageError, nearest
+from . import order
+from .base import Pass
+from .registry import all_passes, find
+
+
+@dataclass(frozen=True)
+class Override:
+    """Per-site changes: which sites, which passes are skipped, which knobs differ.
+
+    Sites are chosen by what the graph proves about them, never by module names: their role in the
+    data flow, their block's index (negative counts from the end), or their canonical id.
+    """
+
+    roles: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+    sites: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    knobs: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+
+    def covers(self, site: str, role: str, block: int, blocks: int) -> bool:
+        """Whether the override speaks about that site."""
+        wanted = {b % blocks if blocks else b for b in self.blocks}
+        return (
+            (not self.roles or role in self.roles)
+            and (not self.blocks or block in wanted)
+            and (not self.sites or site in self.sites)
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One pass as asked for: its name and the built pass."""
+
+    name: str
+    made: Pass
+
+    @property
+    def named(self) -> order.Named:
+        return order.Named(self.name, self.made.stage)
+
+    def adjusted(self, given: Mapping[str, Any]) -> Call:
+        """The same pass with other knobs."""
+        known = {k: v for k, v in self.made.values().items() if self.made.explicit(k)}
+        return Call(self.name, type(self.made).build(self.name, {**known, **given}))
+
+    @property
+    def preset(self) -> dict[str, Any]:
+        return type(self.made).variants[self.name]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages of passes in applied order, and overrides."""
+
+    stages: tuple[tuple[Call, ...], ...]
+    overrides: tuple[Override, ...] = ()
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        return [c for stage in self.stages for c in stage]
+
+    def text(self) -> str:
+        """The canonical text: passes in applied order with every knob that is not its default."""
+        return " | ".join(",".join(_call_text(c) for c in stage) for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Stages with every knob's value, and the overrides."""
+        stages = [{c.name: c.made.values() for c in stage} for stage in self.stages]
+        rows = [
+            {k: v for k, v in vars(o).items() if v not in ((), None)} | {"knobs": dict(o.knobs)}
+            for o in self.overrides
+        ]
+        return {"stages": stages, "overrides": rows}
+
+
+def _call_text(call: Call) -> str:
+    knobs, preset = type(call.made).knobs(), call.preset
+    shown = [
+        f"{k}={v}"
+        for k, v in call.made.values().items()
+        if k not in preset and v != knobs[k].default
+    ]
+    return call.name + (":" + ",".join(shown) if shown else "")
+
+
+def parse_passes(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Split one ``--passes`` string into (pass name, raw knobs).
+
+    Raises:
+        UsageError: an empty item, a knob before any pass, or a repeated knob.
+    """
+    out: list[tuple[str, dict[str, str]]] = []
+    for item in text.split(","):
+        item = item.strip()
+        if not item:
+            raise UsageError(f"--passes: expected pass names separated by commas, found {text!r}")
+        name, colon, rest = item.partition(":")
+        if colon:
+            out.append((name.strip(), {}))
+            item = rest.strip()
+        elif "=" not in item:
+            out.append((item, {}))
+            continue
+        if not out:
+            raise UsageError(f"--passes: expected a pass before the knob {item!r}, found none")
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise UsageError(f"--passes: expected {out[-1][0]}:knob=value, found {item!r}")
+        if key.strip() in out[-1][1]:
+            raise UsageError(f"--passes: expected knob {key.strip()!r} of {out[-1][0]} once")
+        out[-1][1][key.strip()] = value.strip()
+    return out
+
+
+def from_strings(strings: Sequence[str]) -> Recipe:
+    """A recipe from ``--passes`` strings; each string is one stage.
+
+    Raises:
+        UsageError: unknown pass or knob, bad value, or an order without meaning.
+    """
+    stages = [
+        [Call(name, find(name).build(name, dict(raw))) for name, raw in parse_passes(text)]
+        for text in strings
+    ]
+    return _ordered(stages)
+
+
+def _ordered(stages: Sequence[Sequence[Call]], overrides: tuple[Override, ...] = ()) -> Recipe:
+    if not stages or not any(stages):
+        raise UsageError("expected at least one pass, found none", hint="see: llmc passes")
+    sorted_stages = []
+    for calls in stages:
+        names = [c.named for c in calls]
+        sorted_stages.append(tuple(calls[i] for i in order.resolve(names)))
+    order.check_barriers([[c.named for c in s] for s in sorted_stages])
+    return Recipe(tuple(sorted_stages), overrides)
+
+
+class _Where(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: list[str] = Field(default_factory=list)
+    block: list[int] = Field(default_factory=list)
+    site: list[str] = Field(default_factory=list)
+
+
+class _OverrideModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    where: _Where
+    skip: list[str] = Field(default_factory=list)
+    set: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class RecipeModel(BaseModel):
+    """The schema of a recipe file; ``spec/recipes/schema.json`` is generated from it."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: int = Field(ge=1, le=1)
+    stages: list[dict[str, dict[str, Any] | None]] = Field(min_length=1)
+    overrides: list[_OverrideModel] = Field(default_factory=list)
+
+
+def from_file(path: str | Path) -> Recipe:
+    """A recipe from a YAML file (see ``spec/recipes``).
+
+    Raises:
+        UsageError: unreadable file, or a wrong field, named by its path.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UsageError(
+            f"expected a recipe file, found {e.strerror or e}", where=str(path)
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        first = str(e).splitlines()[0]
+        raise UsageError(f"expected YAML, found {first}", where=str(path)) from None
+    if not isinstance(data, dict):
+        raise UsageError("expected a mapping with 'version' and 'stages'", where=str(path))
+    return from_mapping(data, where=str(path))
+
+
+def from_mapping(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from a mapping of the file's shape."""
+    try:
+        model = RecipeModel.model_validate(dict(data))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        hint = nearest(str(first["loc"][-1]), RecipeModel.model_fields)
+        raise UsageError(f"{place}: {first['msg']}", where=where, hint=hint) from None
+    stages = [
+        [Call(name, find(name).build(name, dict(raw or {}))) for name, raw in stage.items()]
+        for stage in model.stages
+    ]
+    used = {c.name for s in stages for c in s}
+    overrides = []
+    for i, o in enumerate(model.overrides):
+        for name in [*o.skip, *o.set]:
+            if name not in used:
+                raise UsageError(
+                    f"overrides.{i}: expected a pass of this recipe, found {name!r}",
+                    where=where, hint=nearest(name, used),
+                )  # fmt: skip
+        recipe = _ordered(stages)
+        for name, given in o.set.items():
+            next(c for c in recipe.calls if c.name == name).adjusted(given)
+        overrides.append(
+            Override(
+                tuple(o.where.role),
+                tuple(o.where.block),
+                tuple(o.where.site),
+                tuple(o.skip),
+                tuple((n, tuple(sorted(g.items()))) for n, g in o.set.items()),
+            )
+        )
+    return _ordered(stages, tuple(overrides))
+
+
+def at_site(
+    call: Call, overrides: Sequence[Override], site: str, role: str, block: int, blocks: int
+) -> Call | None:
+    """The call as it stands at one site after overrides, None when it is skipped there."""
+    for o in overrides:
+        if not o.covers(site, role, block, blocks):
+            continue
+        if call.name in o.skip:
+            return None
+        given = dict(dict(o.knobs).get(call.name, ()))
+        if given:
+            call = call.adjusted(given)
+    return call
+
+
+__all__ = [
+    "Call", "Override", "Recipe", "RecipeModel", "all_passes", "at_site", "from_file",
+    "from_mapping", "from_strings", "parse_passes",
+]  # fmt: skip
