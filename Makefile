@@ -73,7 +73,7 @@ test-all: $(SETUP) $(TEXT) check  ## every test that this machine can run
 check: $(SETUP) .cache/types/llmc  ## lint, format, types, layers and file sizes
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
-	MYPYPATH=.cache/types $(PY) -m mypy -p llmc.compiler -p llmc.codegen -p llmc.passes
+	MYPYPATH=.cache/types $(PY) -m mypy -p llmc.compiler -p llmc.codegen -p llmc.passes -p llmc.spec
 	$(BIN)lint-imports --no-cache
 	$(PY) -m pytest -q tests/house/test_size.py
 

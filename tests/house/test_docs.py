@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llmc.spec.pages import PAGES, passes_table, table
+
 
 def between(text: str, name: str, body: str | None = None) -> str:
     """The part between the markers of ``name``, or the text with ``body`` put in its place."""
@@ -28,10 +30,28 @@ def test_markers_replace_only_their_part() -> None:
 
 
 def test_readme_has_its_markers(repo: Path) -> None:
-    """The two generated parts of the README are there to be filled."""
+    """The part of the README that is filled from measurements is there."""
     page = (repo / "README.md").read_text(encoding="utf-8")
-    assert between(page, "passes").strip()
     assert between(page, "figures").strip()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_generated_page_is_fresh(
+    repo: Path, same_as_file: Callable[[str, Path], None], page: str
+) -> None:
+    """Each generated page is what the code makes now."""
+    same_as_file(PAGES[page](), repo / page)
+
+
+def test_table_of_passes_is_fresh(repo: Path, same_as_file: Callable[[str, Path], None]) -> None:
+    """The README's table of passes is what the passes say of themselves."""
+    path = repo / "README.md"
+    same_as_file(between(path.read_text(encoding="utf-8"), "passes", passes_table()), path)
+
+
+def test_table_escapes_bars() -> None:
+    """A bar inside a cell does not make a column."""
+    assert table(("a",), [("x|y\nz",)]).splitlines()[2] == "| x\\|y z |"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/pylm/README.md"])

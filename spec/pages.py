@@ -1,0 +1,140 @@
+"""The pages that are made from the code: ops, passes and kernels, each as Markdown.
+
+``make golden`` writes them; a test fails when one is stale.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..codegen.kernels import ROWS as KERNELS
+from ..codegen.kernels import KernelRow
+from ..compiler.ir.ops import ROWS as OPS
+from ..compiler.ir.ops import OpRow
+from ..compiler.pipeline.base import Knob, Pass
+from ..compiler.pipeline.registry import all_passes
+
+MADE = "<!-- Made from the code by `make golden`; edits here are lost. -->\n\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells are put on one line and their bars escaped."""
+    lines = [_line(head), "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(_line(row) for row in rows)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(c.split()).replace("|", "\\|") for c in cells) + " |"
+
+
+def _summary(thing: Any) -> str:
+    """First paragraph of a docstring, on one line."""
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+
+
+def pass_classes() -> list[type[Pass]]:
+    """Every pass once, in the order of its first name."""
+    return list(dict.fromkeys(made for _, made in sorted(all_passes().items())))
+
+
+def passes_table() -> str:
+    """The README's table: the names of each pass, its law, its effect and its source."""
+    rows = []
+    for made in pass_classes():
+        names = " ".join(f"`{name}`" for name in made.variants)
+        rows.append((names, made.law(), str(made.effect), made.source))
+    return table(("pass", "what it does", "effect", "source"), rows)
+
+
+def passes_page() -> str:
+    """``spec/passes.md``: each pass with its knobs, preconditions and statistics."""
+    parts = ["# Passes\n\n", MADE]
+    for made in pass_classes():
+        parts.append(f"## {', '.join(made.variants)}\n\n{made.law()}\n\n")
+        facts = [
+            ("effect", str(made.effect)),
+            ("stage", made.stage),
+            ("statistics", ", ".join(made.needs) or "none"),
+            ("applies where", "; ".join(p.name for p in made.preconditions) or "the pattern holds"),
+            ("source", made.source),
+        ]
+        for name, preset in made.variants.items():
+            if preset:
+                facts.append((f"`{name}`", ", ".join(f"{k}={v}" for k, v in preset.items())))
+        parts.append(table(("", ""), facts) + "\n")
+        knobs = made.knobs().values()
+        if knobs:
+            parts.append(table(("knob", "value", "default", "meaning"), map(_knob, knobs)) + "\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def _knob(knob: Knob) -> tuple[str, str, str, str]:
+    value = knob.range_text() + (" or none" if knob.optional else "")
+    return (f"`{knob.name}`", value, str(knob.default).lower(), knob.help)
+
+
+def ir_page() -> str:
+    """``spec/ir.md``: each op row with its signature and what is known about it."""
+    ours = [row for name, row in sorted(OPS.items()) if name.startswith("llmc.")]
+    others = [row for name, row in sorted(OPS.items()) if not name.startswith("llmc.")]
+    parts = [
+        "# Ops\n\n",
+        MADE,
+        "An op whose dims are not tied blocks them: passes that cut, scale or permute are refused "
+        "there. A graph that holds an op of neither table is refused at capture.\n\n",
+        "## Ops of llmc\n\n",
+    ]
+    for row in ours:
+        parts.append(f"### {row.name}\n\n`{_signature(row)}`\n\n")
+        about = [_summary(row.reference), _known(row)]
+        parts.append("\n\n".join(filter(None, about)) + "\n\n")
+    parts.append("## Ops of torch\n\n")
+    body = [(f"`{row.name}`", f"`{_signature(row)}`", _known(row)) for row in others]
+    parts.append(table(("op", "signature", "known"), body))
+    return "".join(parts)
+
+
+def _signature(row: OpRow) -> str:
+    schema = getattr(row.target, "_schema", None)
+    text = str(schema).split("(", 1)[1] if schema is not None else ""
+    return f"({text}" if text else getattr(row.target, "__name__", row.name)
+
+
+def _known(row: OpRow) -> str:
+    known = ["dims tied" if row.ties else "dims blocked"]
+    if row.flops:
+        known.append("flops counted")
+    if row.stateful:
+        known.append("reads and writes state")
+    return ", ".join(known)
+
+
+def kernels_page() -> str:
+    """``spec/kernels.md``: each kernel row with its requirements, arguments and bytes."""
+    parts = ["# Kernels\n\n", MADE]
+    for row in KERNELS:
+        parts.append(f"## {row.name}\n\n{row.summary[:1].upper()}{row.summary[1:]}.\n\n")
+        parts.append(table(("", ""), _kernel_facts(row)) + "\n")
+        args = [
+            (f"`{a.name}`", a.shape, ", ".join(a.dtypes), f"if {a.flag}" if a.flag else "always")
+            for a in row.args
+        ]
+        parts.append(table(("argument", "shape", "dtypes", "present"), args) + "\n")
+    return "".join(parts).rstrip() + "\n"
+
+
+def _kernel_facts(row: KernelRow) -> list[tuple[str, str]]:
+    facts = [("implements", f"`{row.op}`"), ("template", f"`codegen/templates/{row.template}`")]
+    facts += [(need.field, need.expected) for need in row.requires]
+    facts += [(f, " or ".join(str(v) for v in allowed)) for f, allowed in row.choices.items()]
+    grid = "; ".join(f"{k} {', '.join(map(str, v))}" for k, v in row.grid.items())
+    return [*facts, ("bytes moved", f"`{row.moves}`"), ("tuning grid", grid)]
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "spec/ir.md": ir_page,
+    "spec/passes.md": passes_page,
+    "spec/kernels.md": kernels_page,
+}
