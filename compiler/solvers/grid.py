@@ -85,6 +85,10 @@ class Grid:
         g = n if self.group is None else self.group
         return [(a, min(a + g, n)) for a in range(0, n, g)]
 
+    def spread(self, per_group: Tensor, n: int) -> Tensor:
+        """``[G, m]`` -> ``[n, m]``: each group's row for each of its inputs."""
+        return per_group.repeat_interleave(self.group or n, 0)[:n]
+
     def store(self, scale: Tensor, unit: float = 1.0) -> Tensor:
         """Round ``scale * unit`` as it will be stored (finite and positive), then return
         it divided by unit again.
@@ -157,37 +161,50 @@ class Grid:
         return torch.clamp(c, lo, hi, out=c)
 
 
+def rtn_t(
+    wt: Tensor,
+    grid: Grid,
+    *,
+    keep: Tensor | None = None,
+    importance: Tensor | None = None,
+    unit: float = 1.0,
+) -> tuple[Tensor, Tensor, Fit]:
+    """Round transposed weights ``[n, m]`` to the nearest: values, centred codes, fits ``[G, m]``.
+
+    keep: bool ``[n, m]``. importance: ``[n]``. unit: see `Grid.store`.
+    """
+    n, m = wt.shape
+    g = n if grid.group is None else min(grid.group, n)
+    count = -(-n // g)
+    pad = count * g - n
+
+    def folded(x: Tensor) -> Tensor:  # padded zeros never widen a range that includes 0
+        x = torch.nn.functional.pad(x, (0, 0, 0, pad)) if pad else x
+        return x.reshape(count, g, -1)
+
+    w = folded(wt if keep is None else wt * keep)
+    weights = None if importance is None else folded(importance[:, None])
+    fit = grid.fit(w, importance=weights, unit=unit)
+    c = grid.centred(w, fit)
+    value = (c * fit.scale.unsqueeze(1)).view(-1, m)[:n]
+    return value, c.view(-1, m)[:n], fit
+
+
 def rtn(
     weight: Tensor,
     grid: Grid,
     *,
     keep: Tensor | None = None,
     importance: Tensor | None = None,
-    unit: float = 1.0,
 ) -> Rounded:
-    """Round weight ``[m, n]`` to its nearest codes, all groups at once; masked entries (keep
-    False) sit at the zero point.
+    """Round weight ``[m, n]`` to its nearest codes; masked entries (keep False) at the zero point.
 
-    importance: ``[n]`` weights of the searched clip. unit: see `Grid.store`. The returned
-    scale is in weight's units.
+    importance: ``[n]`` weights of the searched clip, e.g. diag(H).
     """
-    m, n = weight.shape
-    g = n if grid.group is None else min(grid.group, n)
-    count = -(-n // g)
-    pad = count * g - n
-
-    def folded(x: Tensor) -> Tensor:  # zeros never widen a range that includes 0
-        return torch.nn.functional.pad(x, (0, 0, 0, pad)).view(count, g, -1)
-
-    wt = folded(weight.t())
-    if keep is not None:
-        wt = wt * folded(keep.t())
-    fit = grid.fit(
-        wt, importance=None if importance is None else folded(importance[:, None]), unit=unit
-    )
-    c = grid.centred(wt, fit)
-    value = (c * fit.scale.unsqueeze(1)).view(-1, m)[:n].t()
+    wt = weight.t().contiguous()
+    keep_t = None if keep is None else keep.t()
+    value, c, fit = rtn_t(wt, grid, keep=keep_t, importance=importance)
     zero = None if fit.zero is None else fit.zero.t().to(torch.uint8).contiguous()
-    shift = grid.implied_zero if fit.zero is None else fit.zero.unsqueeze(1)
-    codes = (c + shift).view(-1, m)[:n].t().to(torch.uint8)
-    return Rounded(value.contiguous(), codes.contiguous(), fit.scale.t().contiguous(), zero)
+    shift = grid.implied_zero if fit.zero is None else grid.spread(fit.zero, len(wt))
+    codes = (c + shift).to(torch.uint8)
+    return Rounded(value.t().contiguous(), codes.t().contiguous(), fit.scale.t().contiguous(), zero)

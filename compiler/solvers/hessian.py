@@ -15,12 +15,15 @@ rounded to nearest, never zeroed.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..ir.errors import UsageError
 
 MAX_DAMP = 1.0
+_SAFE = (2.0**-40, 2.0**40)  # a mean diagonal outside is rescaled by a power of two
 
 
 class Factor:
@@ -35,8 +38,10 @@ class Factor:
         fallbacks: what was given up, in order.
     """
 
-    def __init__(self, hessian: Tensor, kind: str, damp: float, fallbacks: tuple[str, ...]) -> None:
-        self.hessian, self.kind, self.damp = hessian, kind, damp
+    def __init__(
+        self, hessian: Tensor, kind: str, damp: float, mean: float, fallbacks: tuple[str, ...]
+    ) -> None:
+        self.hessian, self.kind, self.damp, self.mean = hessian, kind, damp, mean
         self.fallbacks = fallbacks
         self._roots: dict[tuple[int, ...] | None, Tensor] = {}
 
@@ -47,8 +52,8 @@ class Factor:
 
     @property
     def ridge(self) -> float:
-        """lambda = damp * mean(diag(H)), and the mean is 1."""
-        return self.damp
+        """lambda = damp * mean(diag(H))."""
+        return self.damp * self.mean
 
     @property
     def ready(self) -> Tensor | None:
@@ -70,10 +75,10 @@ class Factor:
         while True:
             h = self.hessian if order is None else self.hessian[order][:, order]
             if self.kind != "full":
-                return torch.diag((h.diagonal() + self.damp).sqrt())
-            root = _upper_root(h, self.damp)
+                return torch.diag((h.diagonal() + self.ridge).sqrt())
+            root = _upper_root(h, self.ridge)
             if root is None and h.dtype == torch.float32:
-                root = _upper_root(h.double(), self.damp)
+                root = _upper_root(h.double(), self.ridge)
                 if root is not None:
                     root = root.float()
                     if not bool(torch.isfinite(root).all()):
@@ -98,6 +103,7 @@ class Factor:
             self.damp = max(self.damp, 1e-6)
         else:
             self.kind, self.hessian = "identity", torch.eye(len(diagonal)).to(self.hessian)
+            self.damp, self.mean = 0.0, 1.0
 
     def _note(self, text: str) -> None:
         if text not in self.fallbacks:
@@ -148,10 +154,11 @@ def prepare(
     h = hessian if hessian.dtype == torch.float64 else hessian.float()
 
     def identity(why: str) -> Factor:
-        return Factor(torch.eye(n).to(h), "identity", 0.0, (f"hessian: {why}, identity used",))
+        return Factor(torch.eye(n).to(h), "identity", 0.0, 1.0, (f"hessian: {why}, identity used",))
 
-    # LAPACK reads one triangle only, so a NaN in the other would pass unseen
-    if not bool(torch.isfinite(h).all()):
+    # LAPACK reads one triangle only, so a NaN in the other would pass unseen; extremes pass NaN on
+    extremes = torch.stack(torch.aminmax(h))
+    if not bool(torch.isfinite(extremes).all()):
         return identity("NaN or Inf found")
     diagonal = h.diagonal().double()
     if bool((diagonal < 0).any()):
@@ -159,15 +166,23 @@ def prepare(
     mean = float(diagonal.mean())
     if mean <= 0:
         return identity("all zero")
-    h = h / mean if 1e-30 < mean < 1e30 else (h.double() / mean).to(h.dtype)
+    if not _SAFE[0] <= mean <= _SAFE[1]:
+        unit = 2.0 ** math.frexp(mean)[1]
+        h, mean = (h.double() / unit).to(h.dtype), mean / unit
     notes: list[str] = []
-    skew = h - h.t()
-    if float(skew.abs().amax()) > 1e-3 * float(h.diagonal().amax()):
+    if _skewed(h, mean):
         notes.append("hessian: not symmetric, symmetrised")
-        h = h - skew / 2
+        h = (h + h.t()) / 2
     dead = h.diagonal() == 0
     if bool(dead.any()):
         alive = (~dead).to(h.dtype)
         h = h * alive[:, None] * alive[None, :]
         notes.append(f"hessian: {int(dead.sum())} dead inputs, rounded to nearest")
-    return Factor(h, "full", float(damp), tuple(notes))
+    return Factor(h, "full", float(damp), mean, tuple(notes))
+
+
+def _skewed(h: Tensor, mean: float) -> bool:
+    """Whether H and H^T act differently on a fixed vector: two products instead of a transposed pass."""
+    probe = torch.cos(torch.arange(len(h), device=h.device, dtype=torch.float64)).to(h)
+    size = float(h.diagonal().max()) * len(h)
+    return float((h @ probe - h.t() @ probe).abs().amax()) > 1e-3 * size

@@ -68,7 +68,7 @@ class Sweep:
         rule: MaskRule | None = None,
         keep: Tensor | None = None,
         scales: Fit | None = None,
-        exact_pick: bool = True,
+        exact_pick: bool = False,
         unit: float = 1.0,
     ) -> None:
         self.w, self.root, self.schedule = weight_t, root, schedule

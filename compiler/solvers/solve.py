@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import ModelError, UsageError
-from .grid import Fit, Grid, rtn
+from .grid import Fit, Grid, rtn_t
 from .hessian import Factor, prepare
 from .loss import damped_rows, exact_rows, undamp
 from .masks import MaskRule, static_mask
@@ -106,7 +106,7 @@ def solve(
     for weights that are not finite.
     """
     _check(weight, grid, mask, grid_solver, mask_solver, block, keep)
-    m, n = weight.shape
+    n = weight.shape[1]
     if factor is None:
         factor = prepare(hessian, damp, inputs=n, device=weight.device)
     if factor.hessian.shape[0] != n:
@@ -145,7 +145,7 @@ def _check(
         )
     if keep is not None and keep.shape != weight.shape:
         raise UsageError(f"keep: expected {list(weight.shape)}, found {list(keep.shape)}")
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise ModelError(
             "weight: expected finite values, found NaN or Inf", hint="check the checkpoint"
         )
@@ -170,7 +170,8 @@ class _Task:
         self.grid_solver, self.mask_solver, self.act_order = grid_solver, mask_solver, act_order
         self.fixed = None if keep is None else keep.t().contiguous()
         work = weight.to(factor.hessian.dtype)
-        top = float(work.abs().amax())
+        low, high = torch.aminmax(work)
+        top = max(-float(low), float(high))
         self.unit = 1.0
         if top > 0 and not _SAFE[0] <= top <= _SAFE[1]:
             self.unit = 2.0 ** math.frexp(top)[1]
@@ -208,23 +209,10 @@ class _Task:
         wt = self.wt if wt is None else wt
         if self.grid is None:
             return _State(wt if keep is None else wt * keep, keep=keep)
-        r = rtn(
-            wt.t(),
-            self.grid,
-            keep=None if keep is None else keep.t(),
-            importance=self.factor.diagonal,
-            unit=self.unit,
+        value, centred, fit = rtn_t(
+            wt, self.grid, keep=keep, importance=self.factor.diagonal, unit=self.unit
         )
-        zero = None if r.zero is None else r.zero.t().to(wt.dtype)
-        fit = Fit(r.scale.t(), zero)
-        shift = self.grid.implied_zero if zero is None else self._spread(zero)
-        return _State(r.weight.t(), r.codes.t().to(wt.dtype) - shift, fit, keep)
-
-    def _spread(self, per_group: Tensor) -> Tensor:
-        """[G, m] -> [n, m]."""
-        assert self.grid is not None
-        n = self.wt.shape[0]
-        return per_group.repeat_interleave(self.grid.group or n, 0)[:n]
+        return _State(value, centred, fit, keep)
 
     def _sweep(self, frozen: Tensor | None) -> _State:
         n = self.wt.shape[0]
@@ -307,39 +295,38 @@ class _Task:
         )
 
     def finish(self, state: _State) -> Solution:
-        """Back to [m, n], real units and stored dtypes; the weight is recomputed from its codes."""
+        """Back to [m, n], real units and stored dtypes; with codes, the weight is made from them."""
         reference = float(self._row_losses(self.wt).sum())
         found = float(self.losses(state).sum())
-        loss = found / reference if reference > 0 else 0.0
-        keep = None if state.keep is None else state.keep.t().contiguous()
         solution = Solution(
-            weight=(state.value.t().double() * self.unit).float().contiguous(),
+            weight=self.weight,
             codes=None,
             scale=None,
             zero=None,
-            mask=keep,
-            loss=loss,
+            mask=None if state.keep is None else state.keep.t().contiguous(),
+            loss=found / reference if reference > 0 else 0.0,
             damp=self.factor.damp,
             fallbacks=self.factor.fallbacks + self.notes,
             rows_rtn=self.rows_rtn,
         )
-        if self.grid is None or state.centred is None or state.fit is None:
-            return solution
-        scale = (state.fit.scale.double() * self.unit).to(self.grid.scale_dtype)
-        zero_t = state.fit.zero
-        shift = float(self.grid.implied_zero) if zero_t is None else self._spread(zero_t)
-        weight_t = state.centred.float() * self._spread(scale.float())
-        limit = torch.finfo(self.grid.scale_dtype).max
-        notes = solution.fallbacks
-        if bool((scale >= limit).any()):
-            notes += (
-                f"grid: {int((scale >= limit).sum())} scales saturate {self.grid.scale_dtype}",
-            )
+        grid = self.grid
+        if grid is None or state.centred is None or state.fit is None:
+            value = state.value.t().contiguous()
+            if self.unit != 1.0:
+                value = value.double() * self.unit
+            return replace(solution, weight=value.float())
+        n = len(self.wt)
+        scale = (state.fit.scale.double() * self.unit).to(grid.scale_dtype)
+        zero = state.fit.zero
+        shift = float(grid.implied_zero) if zero is None else grid.spread(zero, n)
+        values = state.centred.float() * grid.spread(scale.float(), n)
+        full = int((scale >= torch.finfo(grid.scale_dtype).max).sum())
+        note = f"grid: {full} scales saturate {grid.scale_dtype}"
         return replace(
             solution,
-            weight=weight_t.t().contiguous(),
-            codes=(state.centred + shift).t().to(torch.uint8).contiguous(),
+            weight=values.t().contiguous(),
+            codes=(state.centred + shift).to(torch.uint8).t().contiguous(),
             scale=scale.t().contiguous(),
-            zero=None if zero_t is None else zero_t.t().to(torch.uint8).contiguous(),
-            fallbacks=notes,
+            zero=None if zero is None else zero.to(torch.uint8).t().contiguous(),
+            fallbacks=(*solution.fallbacks, note) if full else solution.fallbacks,
         )
