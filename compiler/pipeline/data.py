@@ -101,7 +101,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream of tokens: int64 [n], what it is called, and the SHA-256 of what it was read from."""
+    """One stream of tokens, int64 [n], its name, and the SHA-256 of what it was read from."""
 
     tokens: torch.Tensor
     name: str

@@ -1,0 +1,258 @@
+"""The KV cache as a rewrite: every attention node becomes one that appends to declared state.
+
+The rewrite is allowed only where the token-wise proof holds: everything but attention treats tokens
+one by one, so running new tokens alone against the kept keys and values is the same computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..analysis import prove_tokenwise
+from ..ir.dims import BATCH, SEQ, symbol
+from ..ir.errors import ModelError
+from ..ir.graph import Info, Program, State, info, tensor_type
+from ..ir.refusal import Refusal
+from ..ir.types import TensorType
+
+PAST = symbol("P")
+_BY = "cache"
+
+
+def cache_refusals(program: Program) -> list[Refusal]:
+    """Why ``program`` cannot have a KV cache; empty when it can."""
+    out = list(prove_tokenwise(program))
+    seen = False
+    for node in program.calls("llmc.attention"):
+        seen = True
+        reason = _attention_refusal(node)
+        if reason is not None:
+            out.append(Refusal(_BY, node.name, reason[1], reason[0], info(node).path))
+    if not seen:
+        name = program.output.name
+        out.append(Refusal(_BY, name, "the program has no llmc.attention node", "has_attention"))
+    return out
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _attention_refusal(node: fx.Node) -> tuple[str, str] | None:
+    q_pos, k_pos = _argument(node, 3, "q_pos"), _argument(node, 4, "k_pos")
+    if not node.kwargs.get("causal", True):
+        return "causal", "attention that is not causal reads tokens that are still to come"
+    if _argument(node, 6, "bias") is not None:
+        return (
+            "no_bias",
+            "a bias on the scores is laid out for all keys at once",
+        )
+    if k_pos is not q_pos:
+        return "own_keys", "keys and queries have positions of their own, as in cross-attention"
+    lengths = [tensor_type(node.args[i]).shape[2] for i in (0, 1)]  # type: ignore[arg-type]
+    if lengths[0] != lengths[1]:
+        return "own_keys", f"{lengths[0]} queries read {lengths[1]} keys, as in cross-attention"
+    return None
+
+
+def add_cache(program: Program) -> Program:
+    """A clone of ``program`` whose attention nodes append to state ``kv0``, ``kv1``, …
+
+    The clone's inputs describe only the new tokens; ``position_ids`` [B, S] becomes an input when
+    the program has none, as kept keys need positions.
+    Raises:
+        ModelError: the program cannot be cached; the message names the first culprit node.
+    """
+    if program.states:
+        raise ModelError(f"expected a program without state, found {sorted(program.states)}")
+    refused = cache_refusals(program)
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise ModelError(f"expected a program that can have a KV cache: {refused[0]}{more}")
+    out = program.clone()
+    for i, node in enumerate(list(out.calls("llmc.attention"))):
+        q, k, v = node.args[:3]
+        assert isinstance(k, fx.Node)
+        assert isinstance(v, fx.Node)
+        q_pos = _argument(node, 3, "q_pos")
+        if q_pos is None:
+            q_pos = _positions(out)
+        name = f"kv{i}"
+        attrs = {a: node.kwargs[a] for a in ("scale", "causal", "window", "softcap")
+                 if a in node.kwargs}  # fmt: skip
+        cached = out.emit(
+            "llmc.cached_attention", q, k, v, q_pos, _argument(node, 5, "k_valid"), None,
+            _argument(node, 7, "sinks"), before=node, made_by=_BY, like=node, state=name, **attrs,
+        )  # fmt: skip
+        node.replace_all_uses_with(cached)
+        out.graph.erase_node(node)
+        out.states[name] = State(name, "kv", tuple(_kept(tensor_type(t)) for t in (k, v)))
+    # Segments name nodes that are gone; whoever needs them analyses the new graph.
+    out.segments = []
+    return out
+
+
+def _positions(program: Program) -> fx.Node:
+    for node in program.inputs:
+        if node.name == "position_ids":
+            return node
+    with program.graph.inserting_after(program.inputs[-1]):
+        node = program.graph.placeholder("position_ids")
+    node.meta["llmc"] = Info(TensorType((BATCH, SEQ), torch.int64), made_by=_BY)
+    return node
+
+
+def _kept(t: TensorType) -> TensorType:
+    return t.with_shape(t.shape[0], t.shape[1], PAST, t.shape[3])
+
+
+class KVState:
+    """One layer's keys and values in buffers that grow by doubling, with positions and validity.
+
+    Args:
+        state: the declared state: k [B, KV, P, D] and v [B, KV, P, E].
+        batch: rows; capacity: tokens to make room for at first.
+    """
+
+    def __init__(
+        self, state: State, batch: int, capacity: int = 256, device: torch.device | str = "cpu"
+    ) -> None:
+        k, v = state.types
+        self.name, self.length, self.device = state.name, 0, torch.device(device)
+        self._shapes = [(batch, int(t.shape[1]), int(t.shape[3]), t.dtype) for t in (k, v)]
+        self.batch = batch
+        self.pending: torch.Tensor | None = None
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._kv = [
+            torch.empty(b, h, capacity, d, dtype=dtype, device=self.device)
+            for b, h, d, dtype in self._shapes
+        ]
+        self._pos = torch.zeros(self.batch, capacity, dtype=torch.int64, device=self.device)
+        self._valid = torch.ones(self.batch, capacity, dtype=torch.bool, device=self.device)
+        self._padded = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers, filled or not."""
+        return sum(t.nbytes for t in (*self._kv, self._pos, self._valid))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` in all; what is kept stays."""
+        if tokens <= self.capacity:
+            return
+        old = (*self._kv, self._pos, self._valid)
+        n, padded = self.length, self._padded
+        self._allocate(max(tokens, 2 * self.capacity))
+        for mine, theirs in zip((*self._kv, self._pos, self._valid), old, strict=True):
+            axis = mine.dim() - 2 if mine.dim() == 4 else 1
+            mine.narrow(axis, 0, n).copy_(theirs.narrow(axis, 0, n))
+        self._padded = padded
+
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keep new tokens; return all: k [B, KV, T, D], v [B, KV, T, E], int and bool [B, T].
+
+        The last is None while no token is padding. Views: read them before the next append.
+        A graph that carries no validity (``valid`` None) takes the one given to ``Cache.begin``.
+        Raises:
+            ModelError: another batch than the state was made for.
+        """
+        if k.shape[0] != self.batch:
+            raise ModelError(
+                f"expected a batch of {self.batch}, found {k.shape[0]}", where=f"state {self.name}"
+            )
+        start, end = self.length, self.length + k.shape[2]
+        self.reserve(end)
+        valid = self.pending if valid is None else valid
+        self._kv[0][:, :, start:end] = k
+        self._kv[1][:, :, start:end] = v
+        self._pos[:, start:end] = pos
+        if valid is not None:
+            self._valid[:, start:end] = valid
+            self._padded = self._padded or not bool(valid.all())
+        else:
+            self._valid[:, start:end] = True
+        self.length = end
+        return (
+            self._kv[0][:, :, :end],
+            self._kv[1][:, :, :end],
+            self._pos[:, :end],
+            self._valid[:, :end] if self._padded else None,
+        )
+
+    def tokens(self) -> torch.Tensor:
+        """int64 [B]: real tokens kept in each row."""
+        return self._valid[:, : self.length].sum(1)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens.
+
+        Raises:
+            ModelError: fewer are kept.
+        """
+        if not 0 <= tokens <= self.length:
+            raise ModelError(
+                f"expected to rewind at most {self.length} tokens, found {tokens}",
+                where=f"state {self.name}",
+            )
+        self.length -= tokens
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay."""
+        self.length, self._padded = 0, False
+
+
+class Cache:
+    """All states of one running batch, by name."""
+
+    def __init__(
+        self,
+        states: Iterable[State],
+        batch: int,
+        capacity: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.batch = batch
+        self.states: dict[str, KVState] = {}
+        for s in states:
+            if s.kind != "kv":
+                raise ModelError(f"expected state of kind 'kv', found {s.kind!r}", where=s.name)
+            self.states[s.name] = KVState(s, batch, capacity, device)
+
+    @property
+    def length(self) -> int:
+        """Tokens kept, padding included."""
+        return next((s.length for s in self.states.values()), 0)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(s.bytes for s in self.states.values())
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens of every state."""
+        for s in self.states.values():
+            s.rewind(tokens)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for s in self.states.values():
+            s.reset()
+
+    def begin(self, valid: torch.Tensor | None) -> None:
+        """Say which of the next tokens are real: bool [B, S], None for all."""
+        padded = valid is not None and not bool(valid.all())
+        for s in self.states.values():
+            s.pending = valid if padded else None
+
+    def tokens(self) -> torch.Tensor:
+        """int64 [B]: real tokens kept in each row, which is the next token's position."""
+        return next(iter(self.states.values())).tokens()
