@@ -24,19 +24,28 @@ from torch import Tensor
 
 from ..ir.errors import UsageError
 
+Bounds = tuple[float, float] | tuple[Tensor, Tensor]
+
 SHRINKS = tuple(1.0 - 0.04 * i for i in range(13))  # candidates of the searched clip, 1.00 ... 0.52
 _FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
 
 
 class Fit(NamedTuple):
-    """Scale ``[..., m]`` (already rounded to the stored dtype) and zero ``[..., m]`` as floats, None when symmetric."""
+    """Scale ``[..., m]``, already rounded to its stored dtype, and zero ``[..., m]``.
+
+    Both as floats; zero is None when the grid is symmetric.
+    """
 
     scale: Tensor
     zero: Tensor | None
 
 
 class Rounded(NamedTuple):
-    """A whole matrix on its grid: weight fp [m, n], codes uint8 [m, n], scale [m, G], zero uint8 [m, G] or None."""
+    """A whole matrix on its grid.
+
+    weight: fp ``[m, n]``; codes: uint8 ``[m, n]``; scale: ``[m, G]``; zero: uint8 ``[m, G]``
+    or None.
+    """
 
     weight: Tensor
     codes: Tensor
@@ -102,7 +111,7 @@ class Grid:
         real = torch.where(scale > 0, real, torch.ones_like(real))
         return (real.double() / unit).to(scale.dtype)
 
-    def bounds(self, zero: Tensor | None) -> tuple[float | Tensor, float | Tensor]:
+    def bounds(self, zero: Tensor | None) -> Bounds:
         """Smallest and largest centred code."""
         if zero is None:
             return float(-self.implied_zero), float(self.implied_zero - 1)
@@ -156,9 +165,17 @@ class Grid:
     def centred(self, w: Tensor, fit: Fit) -> Tensor:
         """Centred codes (as floats) of w ``[..., g, m]``, rounded half to even."""
         zero = None if fit.zero is None else fit.zero.unsqueeze(-2)
-        lo, hi = self.bounds(zero)
-        c = (w / fit.scale.unsqueeze(-2)).round_()
-        return torch.clamp(c, lo, hi, out=c)
+        return clamp_(w.div(fit.scale.unsqueeze(-2)).round_(), self.bounds(zero))
+
+
+def clamp_(codes: Tensor, bounds: Bounds) -> Tensor:
+    """Clamp centred codes in place to `Grid.bounds`."""
+    low, high = bounds
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.clamp(codes, low, high, out=codes)
+    if isinstance(low, float) and isinstance(high, float):
+        return codes.clamp_(low, high)
+    raise TypeError("bounds: expected two floats or two tensors")
 
 
 def rtn_t(

@@ -25,7 +25,7 @@ def damped_rows(delta_t: Tensor, root: Tensor) -> Tensor:
 
 
 def undamp(damped: Tensor, delta_t: Tensor, hessian: Tensor, ridge: float) -> Tensor:
-    """Row losses ``tr(D H D^T)`` [m] fp64 from the damped ones; delta_t and hessian in the same order."""
+    """Row losses ``tr(D H D^T)`` [m] in fp64 from the damped ones; one order throughout."""
     if ridge == 0:
         return damped
     plain = damped - ridge * delta_t.square().sum(0).double()

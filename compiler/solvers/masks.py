@@ -49,7 +49,7 @@ class MaskRule:
 
 
 def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
-    """Keep the n best of each m consecutive rows of score ``[k, rows]`` (transposed layout); bool, same shape."""
+    """Keep the n best of each m consecutive inputs; score ``[k, rows]`` -> bool, same shape."""
     s = score.view(-1, m, score.shape[-1])
     beats = torch.zeros(
         s.shape, dtype=torch.int8, device=s.device
@@ -63,7 +63,7 @@ def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def drop_smallest(score: Tensor, count: int) -> Tensor:
-    """Keep mask that drops exactly ``count`` entries of the flattened score (ties: the later entry goes first)."""
+    """Keep mask that drops exactly ``count`` entries of score; of equal ones the later goes first."""
     keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
     if count <= 0:
         return keep.view_as(score)
@@ -80,9 +80,16 @@ def drop_smallest(score: Tensor, count: int) -> Tensor:
 
 def drop_smallest_per_row(score: Tensor, count: int) -> Tensor:
     """As `drop_smallest` for each column of score ``[k, rows]`` by itself."""
-    order = score.sort(dim=0, descending=False, stable=True).indices
-    keep = torch.ones_like(score, dtype=torch.bool)
-    return keep.scatter_(0, order[:count], False)
+    k = score.shape[0]
+    if count <= 0 or count >= k:
+        return torch.full_like(score, count <= 0, dtype=torch.bool)
+    rows = score.t().contiguous()
+    keep = rows > rows.kthvalue(count, dim=1, keepdim=True).values
+    tied = (keep.sum(1) != k - count).nonzero().view(-1)
+    if len(tied):
+        order = rows[tied].sort(dim=1, descending=True, stable=True).indices[:, : k - count]
+        keep[tied] = torch.zeros_like(keep[tied]).scatter_(1, order, True)
+    return keep.t()
 
 
 def static_mask(rule: MaskRule, solver: str, weight_t: Tensor, diagonal: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grid import Fit, Grid
+from .grid import Bounds, Fit, Grid, clamp_
 from .masks import BlockPick, MaskRule, drop_smallest, pick_nm
 from .schedule import Block, Schedule, Step
 
@@ -131,7 +131,7 @@ class Sweep:
                         alpha=-1,
                     )
                 else:
-                    self.group = step.index
+                    self.group = step.group
                     if not self.fitted:
                         self._fit_group(step, d2[a + step.a : a + step.b])
             losses += (self.err[: b - a].square() * d2[a:b, None]).sum(0).double()
@@ -158,7 +158,7 @@ class Sweep:
 
     def _fit_whole_row(self, d2: Tensor) -> None:
         grid = self.grid
-        assert grid is not None and self.scale is not None
+        assert grid is not None
         keep = self.keep
         if self.rule is not None:
             keep = self._predict(self.w, d2)
@@ -191,12 +191,14 @@ class Sweep:
             self.zero[self.group] = fit.zero
 
     def _frozen(self, block: Block) -> None:
-        assert self.keep is not None and self.keep_f is not None
+        assert self.keep is not None
+        assert self.keep_f is not None
         self.keep_f[: block.end - block.start].copy_(self.keep[block.start : block.end])
 
     def _choose_unstructured(self, block: Block, d2: Tensor) -> None:
-        """SparseGPT's choice: the block's smallest scores over all rows, exact in count over the whole matrix."""
-        assert self.rule is not None and self.keep is not None
+        """SparseGPT's choice: the block's smallest scores over all rows, exact in total count."""
+        assert self.rule is not None
+        assert self.keep is not None
         a, b = block.start, block.end
         m = self.w.shape[1]
         count = round(self.rule.sparsity * b * m) - round(self.rule.sparsity * a * m)
@@ -222,11 +224,10 @@ class Sweep:
         at, to = block.start + a, block.start + b
         cur, q, err = self.cur[a:b], self.q[a:b], self.err[a:b]
         scale = None
-        lo: float | Tensor = 0.0
-        hi: float | Tensor = 0.0
+        bounds: Bounds = (0.0, 0.0)
         if self.grid is not None and self.scale is not None:
             scale = self.scale[self.group]
-            lo, hi = self.grid.bounds(None if self.zero is None else self.zero[self.group])
+            bounds = self.grid.bounds(None if self.zero is None else self.zero[self.group])
             cur.div_(scale)
         picks = self.rule is not None and self.rule.kind == "nm"
         unit = self.rule.m if picks and self.rule is not None else 1
@@ -236,7 +237,7 @@ class Sweep:
             w_j, q_j, err_j = view[:3]
             if scale is not None:
                 torch.round(w_j, out=q_j)
-                torch.clamp(q_j, lo, hi, out=q_j)
+                clamp_(q_j, bounds)
                 if self.keep_f is not None:
                     q_j.mul_(view[3])
             else:
@@ -253,7 +254,9 @@ class Sweep:
 
     def _choose_block(self, block: Block, a: int, unit: int) -> None:
         """Pick the kept weights of the M-block that starts at a, on fully updated weights."""
-        assert self.rule is not None and self.keep is not None and self.keep_f is not None
+        assert self.rule is not None
+        assert self.keep is not None
+        assert self.keep_f is not None
         w = self.cur[a : a + unit]
         at = block.start + a
         if self.exact:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ from torch import Tensor
 LEAF = 16
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One step inside a block; ranges are relative to the block's start.
 
-    kind "fit": fit the scale of group ``index``, inputs a..b. "leaf": settle a..b one by one.
+    kind "fit": fit the scale of ``group``, inputs a..b. "leaf": settle a..b one by one.
     "update": errors of a..b reach b..c.
     """
 
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     a: int
     b: int
     c: int = 0
-    index: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Schedule:
-    """order: ``[n]`` int64 or None for the natural one; groups: storage index of each group in processing order; blocks."""
+    """The whole walk.
+
+    order: ``[n]`` int64, None for the natural one. groups: storage index of each group in processing
+    order. blocks: what is settled between two big updates.
+    """
 
     order: Tensor | None
     groups: tuple[int, ...]
@@ -98,6 +102,7 @@ def _act_order(
 
 def _pack(widths: list[int], groups: tuple[int, ...], unit: int, block: int) -> Iterator[Block]:
     start = i = 0
+    members: list[tuple[int, int, int]]
     while i < len(widths):
         members, end = [], start
         while i < len(widths) and (not members or end - start + widths[i] <= block):

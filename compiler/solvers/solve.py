@@ -2,19 +2,23 @@
 
 ``solve`` takes a grid (codes), a mask rule, or both, and one solver for each. What each pair means:
 
-============  ==================  ===============================================================================
-grid_solver   mask_solver         meaning
-============  ==================  ===============================================================================
-no grid       no mask             the weight as it is
-no grid       magnitude, wanda    drop the lowest scores, nothing else changes
-no grid       sparsegpt           one OBS sweep: the mask is chosen on the way, survivors compensate
-rtn           no mask             nearest code
-rtn           magnitude, wanda    drop the lowest scores, survivors to the nearest code
-rtn           sparsegpt           the OBS sweep for the mask, then survivors to the nearest code
-gptq          no mask             one OBS sweep that rounds
-gptq          magnitude, wanda    the mask is fixed first; one OBS sweep rounds and compensates for both
-gptq          sparsegpt           the *joint* solve: one sweep chooses the mask and rounds, the loss of both is compensated
-============  ==================  ===============================================================================
+============  ================  ======================================================
+grid_solver   mask_solver       meaning
+============  ================  ======================================================
+no grid       no mask           the weight as it is
+no grid       magnitude, wanda  drop the lowest scores, nothing else changes
+no grid       sparsegpt         one OBS sweep: the mask is chosen on the way, survivors
+                                compensate
+rtn           no mask           nearest code
+rtn           magnitude, wanda  drop the lowest scores, survivors to the nearest code
+rtn           sparsegpt         the OBS sweep for the mask, then survivors to the
+                                nearest code
+gptq          no mask           one OBS sweep that rounds
+gptq          magnitude, wanda  the mask is fixed first; one OBS sweep rounds and
+                                compensates for both
+gptq          sparsegpt         the *joint* solve: one sweep chooses the mask and
+                                rounds, and compensates for both
+============  ================  ======================================================
 
 Guard: an answer that came from a sweep is compared, row by row on the calibration loss, with the
 plain one (nearest code; mask by magnitude where the sweep chose it) and the
@@ -70,7 +74,10 @@ class Solution:
 
 @dataclass
 class _State:
-    """An answer in the making: transposed, natural order, working units. rows: [m] fp64 undamped losses, None = not known yet."""
+    """An answer in the making: transposed, natural order, working units.
+
+    rows: ``[m]`` fp64 undamped losses, None = not known yet.
+    """
 
     value: Tensor
     centred: Tensor | None = None
@@ -152,7 +159,7 @@ def _check(
 
 
 class _Task:
-    """One call of `solve`: inputs in working units (a power of two taken out of extreme weights), transposed."""
+    """One call of `solve`; weights transposed, a power of two taken out of extreme ones."""
 
     def __init__(
         self,
@@ -295,7 +302,7 @@ class _Task:
         )
 
     def finish(self, state: _State) -> Solution:
-        """Back to [m, n], real units and stored dtypes; with codes, the weight is made from them."""
+        """Back to [m, n], real units, stored dtypes; with codes, the weight is made from them."""
         reference = float(self._row_losses(self.wt).sum())
         found = float(self.losses(state).sum())
         solution = Solution(
