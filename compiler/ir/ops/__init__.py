@@ -1,9 +1,21 @@
 """All op rows. Importing this package registers every row, once."""
 
-from . import attention, compressed, semantic
+from . import (
+    attention,
+    compressed,
+    create,
+    elementwise,
+    index,
+    linalg,
+    pieces,
+    reduce,
+    semantic,
+    shape,
+)  # fmt: skip
 from .base import ROWS, OpRow, Tie, cost, infer, row, row_for, row_of
+from .rules import flat
 
 __all__ = [
-    "ROWS", "OpRow", "Tie", "attention", "compressed", "cost", "infer", "row", "row_for", "row_of",
-    "semantic",
+    "ROWS", "OpRow", "Tie", "attention", "compressed", "cost", "create", "elementwise", "flat",
+    "index", "infer", "linalg", "pieces", "reduce", "row", "row_for", "row_of", "semantic", "shape",
 ]  # fmt: skip

@@ -133,7 +133,9 @@ def _materialise(out: ValueType, args: Any, known: dict[Dim, Any]) -> Any:
         return out
     like = next(a for a in args if isinstance(a, torch.Tensor))
     # Under export a dim is torch's own symbol; ours must go back as the very SymInt it came from.
-    return like.new_empty([d if isinstance(d, int) else known[d] for d in out.shape], dtype=out.dtype)
+    return like.new_empty(
+        [d if isinstance(d, int) else known[d] for d in out.shape], dtype=out.dtype
+    )
 
 
 def row(name: str) -> OpRow:
