@@ -16,8 +16,8 @@ from ..compiler.pipeline.sites import BLOCK_WEIGHT
 
 
 def _blocks_fit(made: Any, site: LinearSite) -> str | None:
-    if made.m and site.inputs % made.m:
-        return f"{site.inputs} inputs do not divide into blocks of {made.m}"
+    if made.m and site.in_features % made.m:
+        return f"{site.in_features} inputs do not divide into blocks of {made.m}"
     return None
 
 
@@ -38,7 +38,7 @@ class Prune(Pass):
     pattern = linear_weights
     preconditions = (*BLOCK_WEIGHT, Precondition("blocks_fit", _blocks_fit))
     hits = (Example("llama_gqa"), Example("with_bias"))
-    misses = (Example("tied_head", "untied"), Example("odd_inputs", "blocks_fit"))
+    misses = (Example("tied_head", "param_read_once"), Example("odd_inputs", "blocks_fit"))
 
     solver: str = knob(
         "sparsegpt", "how the mask is chosen", choices=("sparsegpt", "wanda", "magnitude")

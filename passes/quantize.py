@@ -17,14 +17,14 @@ from ..compiler.pipeline.sites import BLOCK_WEIGHT
 
 def _group_divides(made: Any, site: LinearSite) -> str | None:
     """An explicit group must divide; the default one ends in a shorter group instead."""
-    g, n = made.group, site.inputs
+    g, n = made.group, site.in_features
     if g is None or g >= n or n % g == 0 or not made.explicit("group"):
         return None
     fits = [d for d in range(1, n + 1) if n % d == 0]
     near = min(fits, key=lambda d: (abs(d - g), d))
     raise UsageError(
         f"w{made.bits}:group: expected a divisor of {n} inputs, found {g}",
-        where=f"{site.id} ({site.path})" if site.path else site.id,
+        where=site.id,
         hint=f"the nearest is group={near}",
     )
 
@@ -46,7 +46,7 @@ class QuantizeWeights(Pass):
     pattern = linear_weights
     preconditions = (*BLOCK_WEIGHT, Precondition("group_divides", _group_divides))
     hits = (Example("llama_gqa"), Example("with_bias"), Example("odd_inputs"))
-    misses = (Example("tied_head", "untied"),)
+    misses = (Example("tied_head", "param_read_once"),)
 
     bits: int = knob(4, "bits of a code", lo=2, hi=8)
     group: int | None = knob(
@@ -62,7 +62,7 @@ class QuantizeWeights(Pass):
     act_order: bool = knob(False, "most important inputs first, inside the solver")
 
     def facts(self, site: LinearSite) -> dict[str, Any]:
-        group = None if self.group is None or self.group >= site.inputs else self.group
+        group = None if self.group is None or self.group >= site.in_features else self.group
         return {"codes": Codes(self.bits, group, self.symmetric)}
 
     def solving(self, site: LinearSite) -> dict[str, Any]:

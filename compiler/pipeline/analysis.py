@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from ..analysis.blocks import apply_segments
-from ..analysis.linears import LinearSite, linear_sites
+from ..analysis.linears import ExpertSite, LinearSite, linear_sites
 from ..analysis.migrate import MigrationSite, migration_sites
 from ..ir.graph import Program, info
 from ..ir.refusal import Refusal
@@ -21,7 +21,7 @@ class Analysis:
         self.program = program
 
     @cached_property
-    def linears(self) -> list[LinearSite | Refusal]:
+    def linears(self) -> list[LinearSite | ExpertSite | Refusal]:
         return linear_sites(self.program)
 
     @cached_property
@@ -49,7 +49,12 @@ class Analysis:
 
 def linear_weights(analysis: Analysis) -> Iterator[LinearSite | Refusal]:
     """Pattern: every matrix that multiplies a value, x @ Wᵀ."""
-    yield from analysis.linears
+    for site in analysis.linears:
+        if isinstance(site, ExpertSite):
+            why = f"{site.experts} stacked experts need one Hessian each, which is not built yet"
+            yield Refusal("linear", site.node, why, "not_experts", analysis.path(site.node))
+        else:
+            yield site
 
 
 def scale_migrations(analysis: Analysis) -> Iterator[MigrationSite | Refusal]:

@@ -168,7 +168,7 @@ def tensors(
 
 
 def refresh_types(program: Program) -> None:
-    """Re-derive parameter types after tensors were set (an unstructured mask may round its count)."""
+    """Re-derive parameter types after tensors were set (an unstructured count may differ)."""
     for node in program.graph.nodes:
         if node.op == "get_attr":
             old = info(node)

@@ -1,0 +1,26 @@
+"""What happens while compiling, told to whoever listens: progress bars, the trace, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Kinds: ``start`` and ``end`` of the run, ``block`` (before a segment), ``site`` (a weight was
+    solved), ``fold`` (a scale was migrated), ``tick`` (one calibration batch ran).
+    """
+
+    kind: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Listen to nothing."""

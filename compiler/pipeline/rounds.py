@@ -1,0 +1,287 @@
+"""Rounds and waves: measure, decide and solve, block after block, on calibration data.
+
+A round is one stage of the recipe. Within it one block's weights are loaded, the calibration tokens
+run through it, exactly the declared statistics are collected, the block is solved, and its outputs
+feed the next block. Peak memory is about one block plus the activations, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ir.errors import ModelError, UsageError
+from ..ir.graph import DictWeights, Program, Segment
+from ..ir.interpret import run_nodes
+from . import encode
+from .events import Event, Listener, silent
+from .plan import Decision, Migration, Plan, Stage
+from .solving import Work, fold, solve_group
+from .statistics import Collection
+
+Env = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How calibration runs.
+
+    Attributes:
+        batch: samples that run at once.
+        propagate: what feeds the next block: ``compressed`` or ``dense`` outputs.
+        true_sequential: solve a block in waves, each seeing its compressed predecessors.
+        budget: bytes for the Hessians of one wave; more waves are made to fit.
+        device: where blocks run and are solved.
+    """
+
+    batch: int = 8
+    propagate: str = "compressed"
+    true_sequential: bool = False
+    budget: int = 4 << 30
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.propagate not in ("compressed", "dense"):
+            raise UsageError(f"propagate: expected compressed or dense, found {self.propagate!r}")
+
+
+@dataclass
+class Compiled:
+    """A solved plan: the final program with tensors, and a record per weight and per fold."""
+
+    program: Program
+    plan: Plan
+    records: list[dict[str, Any]] = field(default_factory=list)
+    folds: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """Every weight whose solve fell back, with the reasons."""
+        return [
+            {"site": r["site"], "reasons": r["fallbacks"]} for r in self.records if r["fallbacks"]
+        ]
+
+
+def compile_plan(
+    plan: Plan,
+    tokens: Tensor | None,
+    options: Options | None = None,
+    listener: Listener = silent,
+) -> Compiled:
+    """Carry a plan out.
+
+    Args:
+        tokens: int64 [samples, length] for calibration; None when no pass needs any.
+    Raises:
+        UsageError: a pass needs calibration data and none is given.
+        ModelError: a weight or an activation is not finite.
+    """
+    options = options or Options()
+    needing = sorted({c.name for s in plan.stages for c in s.calls if _needs_data(s, c.name)})
+    if needing and tokens is None:
+        raise UsageError(f"expected calibration data for {', '.join(needing)}, found none")
+    work = Work(plan.source, torch.device(options.device))
+    out = Compiled(plan.program, plan)
+    total = len(plan.stages) * len(plan.source.segments)
+    listener(Event("start", {"steps": total}))
+    with torch.no_grad():
+        for i, stage in enumerate(plan.stages):
+            run = _Round(plan, stage, i, work, tokens, options, listener, out)
+            run.run()
+        _finish(plan, work, out)
+    listener(Event("end", {"records": len(out.records)}))
+    return out
+
+
+def _needs_data(stage: Stage, name: str) -> bool:
+    folds = any(m.call.name == name for m in stage.migrations)
+    return folds or any(name in d.passes and d.needs_gram for d in stage.decisions.values())
+
+
+class _Round:
+    """One stage over all segments."""
+
+    def __init__(
+        self, plan: Plan, stage: Stage, index: int, work: Work, tokens: Tensor | None,
+        options: Options, listener: Listener, out: Compiled,
+    ) -> None:  # fmt: skip
+        self.plan, self.stage, self.index, self.work = plan, stage, index, work
+        self.options, self.listener, self.out = options, listener, out
+        self.program = plan.source
+        self.nodes = {n.name: n for n in self.program.graph.nodes}
+        calibrated = any(_needs_data(stage, c.name) for c in stage.calls)
+        self.envs = _batches(self.program, tokens, options) if calibrated else []
+        assert tokens is not None or not self.envs
+
+    def run(self) -> None:
+        later = _needed_later(self.program)
+        for segment in self.program.segments:
+            here = {"segment": segment.name, "round": self.index}
+            self.listener(Event("block", here))
+            folds = [m for m in self.stage.migrations if m.site.segment == segment.name]
+            solves = [d for d in self.stage.decisions.values() if d.site.segment == segment.name]
+            dense = self._dense_outputs(segment, bool(solves))
+            for wave in self._waves(folds, solves):
+                self._wave(segment, *wave)
+            self._advance(segment, dense, later[segment.name])
+            self.work.drop(segment)
+
+    def _waves(
+        self, folds: list[Migration], solves: list[Decision]
+    ) -> Iterator[tuple[list[Migration], list[Decision]]]:
+        """Split a block's work: folds go with the first wave; Hessians fit the budget."""
+        ordered = sorted(solves, key=lambda d: d.site.wave)
+        waves = (
+            [list(g) for _, g in groupby(ordered, key=lambda d: d.site.wave)]
+            if self.options.true_sequential
+            else ([solves] if solves else [])
+        )
+        parts = [part for wave in waves for part in self._fitting(wave)]
+        if folds and not parts:
+            parts = [[]]
+        for i, part in enumerate(parts):
+            yield (folds if i == 0 else []), part
+
+    def _fitting(self, wave: list[Decision]) -> Iterator[list[Decision]]:
+        held: list[Decision] = []
+        values: dict[str, int] = {}
+        for d in wave:
+            size = 4 * d.site.in_features**2 if d.needs_gram else 0
+            new = {**values, d.site.reads: size}
+            if held and sum(new.values()) > self.options.budget:
+                yield held
+                held, new = [], {d.site.reads: size}
+            held.append(d)
+            values = new
+        if held:
+            yield held
+
+    def _wave(self, segment: Segment, folds: list[Migration], solves: list[Decision]) -> None:
+        stats = Collection()
+        for m in folds:
+            for need in m.call.made.needs:
+                stats.want(m.site.value, need)
+        for d in solves:
+            if d.needs_gram:
+                stats.want(d.site.reads, "gram")
+        if stats.data:
+            self._collect(segment, stats)
+        for m in folds:
+            record = fold(self.work, m, stats)
+            self.out.folds.append({**record, "round": self.index})
+            self.listener(Event("fold", record))
+        groups: dict[tuple[Any, ...], list[Decision]] = {}
+        for d in solves:
+            key = (d.site.reads, repr(d.scheme.codes), repr(d.scheme.mask), repr(d.options))
+            groups.setdefault(key, []).append(d)
+        for members in groups.values():
+            for record in solve_group(self.work, members, stats):
+                self.out.records.append({**record, "round": self.index})
+                self.listener(Event("site", record))
+
+    def _collect(self, segment: Segment, stats: Collection) -> None:
+        wanted = {self.nodes[v] for v in stats.values()}
+        outside = {n for n in wanted if n.name not in set(segment.nodes)}
+
+        def observe(node: fx.Node, value: Any) -> None:
+            if node in wanted:
+                _check_finite(node, value)
+                stats.update(node.name, value)
+
+        nodes = [self.nodes[n] for n in segment.nodes if self.nodes[n].op != "output"]
+        last = max(i for i, n in enumerate(nodes) if n in wanted) if wanted - outside else -1
+        for env in self.envs:
+            for n in outside:
+                observe(n, env[n])
+            run_nodes(nodes[: last + 1], dict(env), self.work.fetch, observe=observe, keep=())
+            self.listener(Event("tick", {"segment": segment.name}))
+
+    def _dense_outputs(self, segment: Segment, solved: bool) -> list[Env] | None:
+        if self.options.propagate == "compressed" or not solved:
+            return None
+        return [self._outputs(segment, env) for env in self.envs]
+
+    def _outputs(self, segment: Segment, env: Env) -> Env:
+        nodes = [self.nodes[n] for n in segment.nodes if self.nodes[n].op != "output"]
+        keep = [self.nodes[n] for n in segment.live_out if self.nodes[n].op != "output"]
+        done = run_nodes(nodes, dict(env), self.work.fetch, keep=keep)
+        return {n: done[n] for n in keep if n in done}
+
+    def _advance(self, segment: Segment, dense: list[Env] | None, later: set[str]) -> None:
+        """Replace each batch's environment by what later segments read."""
+        if not any(n != "output" for n in later):
+            self.envs = []
+            return
+        for i, env in enumerate(self.envs):
+            new = dense[i] if dense is not None else self._outputs(segment, env)
+            kept = {n: v for n, v in env.items() if n.name in later or n.op == "placeholder"}
+            self.envs[i] = {**kept, **{n: v for n, v in new.items() if n.name in later}}
+
+
+def _check_finite(node: fx.Node, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise ModelError(
+            "expected finite activations on calibration data, found NaN or Inf",
+            where=f"node {node.name}", hint="check the checkpoint and the calibration tokens",
+        )  # fmt: skip
+
+
+def _needed_later(program: Program) -> dict[str, set[str]]:
+    """For each segment, the values that later segments read."""
+    out: dict[str, set[str]] = {}
+    later: set[str] = set()
+    for segment in reversed(program.segments):
+        out[segment.name] = set(later)
+        later |= set(segment.live_in)
+    return out
+
+
+def _batches(program: Program, tokens: Tensor | None, options: Options) -> list[Env]:
+    """Input environments of the calibration batches."""
+    assert tokens is not None
+    nodes = {n.name: n for n in program.inputs}
+    out: list[Env] = []
+    for ids in tokens.split(options.batch):
+        made = model_inputs(ids.to(options.device))
+        unknown = sorted(set(nodes) - set(made))
+        if unknown:
+            raise UsageError(
+                f"expected a model that reads token ids, found inputs {unknown}",
+                hint="calibrate in Python and pass the statistics' inputs yourself",
+            )
+        out.append({nodes[k]: v for k, v in made.items() if k in nodes})
+    return out
+
+
+def model_inputs(ids: Tensor) -> dict[str, Tensor]:
+    """The named inputs of a language model for full windows of token ids int64 [B, S]."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(*ids.shape)
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
+    }
+
+
+def _finish(plan: Plan, work: Work, out: Compiled) -> None:
+    """Give the planned program its tensors."""
+    final = plan.program
+    if not isinstance(final.weights, DictWeights):
+        final.weights = DictWeights({}, final.weights)
+    for name, param in list(final.params.items()):
+        made = work.packed.get(name)
+        if made is None and name in work.dense:
+            made = work.dense[name].to(param.dtype)
+        if made is not None:
+            final.set_tensor(name, made.cpu().contiguous())
+    encode.refresh_types(final)
+
+
+def fallbacks_text(records: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per weight that fell back."""
+    return [f"{r['site']}: {'; '.join(r['fallbacks'])}" for r in records if r["fallbacks"]]

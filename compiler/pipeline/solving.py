@@ -1,0 +1,161 @@
+"""Solving one fold or one group of weights from statistics, on the working copy of the weights."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import ModelError
+from ..ir.graph import Program, Segment
+from ..ir.scheme import Codes, Mask
+from ..ir.types import DTYPES
+from ..solvers import Factor, Grid, MaskRule, Solution, prepare, solve
+from . import encode
+from .plan import Decision, Migration
+from .statistics import Collection
+
+
+class Work:
+    """The working copy: fp32 tensors of what was rewritten, everything else from the source.
+
+    Attributes:
+        dense: rewritten parameters, fp32, as the next block sees them.
+        packed: finished canonical tensors by final parameter name.
+        masks: decided masks by parameter, frozen for later rounds.
+    """
+
+    def __init__(self, program: Program, device: torch.device) -> None:
+        self.program, self.device = program, device
+        self.dense: dict[str, Tensor] = {}
+        self.packed: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
+
+    def fetch(self, name: str) -> Tensor:
+        """The parameter in compute dtype, loaded once per block."""
+        if name in self.dense:
+            return self.dense[name]
+        if name not in self._loaded:
+            self._loaded[name] = self.program.fetch(name).to(self.device)
+        return self._loaded[name]
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter to solve, checked.
+
+        Raises:
+            ModelError: NaN or Inf.
+        """
+        w = self.fetch(name).float()
+        if not bool(torch.isfinite(w).all()):
+            names = self.program.params[name].names
+            raise ModelError(
+                f"expected finite weights, found NaN or Inf in {(names or (name,))[0]}"
+            )
+        return w
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Set a rewritten parameter."""
+        self.dense[name] = tensor
+        self._loaded.pop(name, None)
+
+    def drop(self, segment: Segment) -> None:
+        """Forget what was loaded for a finished block."""
+        self._loaded.clear()
+
+
+def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
+    """Migrate scales at one site: readers get W·s, absorbers 1/s; statistics follow."""
+    site = m.site
+    made: Any = m.call.made
+    weights, stored = [], None
+    for _, param, axis in site.consumers:
+        weights.append(work.weight(param).movedim(axis, -1))
+        stored = work.program.params[param].dtype
+    absmax: Any = stats.get(site.value, "absmax")
+    s = made.scales(site, absmax.value, weights, stored)
+    spread = s[site.expand.to(s.device)]
+    for _, param, axis in site.consumers:
+        w = work.fetch(param).float()
+        work.replace(param, w * _along(spread, w, axis))
+    for a in site.absorbers:
+        w = work.fetch(a.param).float()
+        index = a.index.to(s.device)
+        factor = torch.where(index >= 0, s[index.clamp(min=0)], torch.ones_like(s[:1])) ** a.power
+        work.replace(a.param, (w + a.offset) * _along(factor, w, a.axis) - a.offset)
+    stats.scale(site.value, 1.0 / spread)
+    return {
+        "site": site.id, "kind": site.kind, "pass": m.call.name, "scales": site.n_scales,
+        "smallest": float(s.min()), "largest": float(s.max()),
+        "moved": int((s != 1).sum()),
+    }  # fmt: skip
+
+
+def _along(scale: Tensor, w: Tensor, axis: int) -> Tensor:
+    shape = [1] * w.ndim
+    shape[axis] = -1
+    return scale.view(shape)
+
+
+def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
+    """The solver's grid for a scheme's codes."""
+    if codes is None:
+        return None
+    dtype = DTYPES[codes.scale_dtype]
+    return Grid(codes.bits, codes.group, codes.symmetric, options.get("clip", "absmax"), dtype)
+
+
+def rule_of(mask: Mask | None) -> MaskRule | None:
+    """The solver's mask rule for a scheme's mask."""
+    if mask is None:
+        return None
+    if mask.structured:
+        return MaskRule("nm", mask.n, mask.m)
+    return MaskRule("unstructured", sparsity=mask.sparsity)
+
+
+def solve_group(work: Work, members: list[Decision], stats: Collection) -> list[dict[str, Any]]:
+    """Solve weights that read one value: one Hessian, one factor."""
+    first = members[0]
+    factor: Factor | None = None
+    tokens = 0
+    if first.needs_gram:
+        gram: Any = stats.get(first.site.reads, "gram")
+        tokens = gram.tokens
+        factor = prepare(gram.value, first.options.get("damp", 0.01))
+    return [_solve_one(work, d, factor, tokens) for d in members]
+
+
+def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    param = d.site.param
+    o = d.options
+    frozen = work.masks.get(param)
+    solution: Solution = solve(
+        work.weight(param),
+        grid=grid_of(d.scheme.codes, o),
+        mask=rule_of(d.scheme.mask) if frozen is None else None,
+        grid_solver=o.get("grid_solver", "gptq"),
+        mask_solver=o.get("mask_solver", "sparsegpt"),
+        act_order=o.get("act_order", False),
+        factor=factor,
+        keep=frozen,
+    )
+    stored = work.program.params[param].dtype
+    for name in [n for n in work.packed if n == param or n.startswith(param + ".")]:
+        del work.packed[name]
+    made = encode.tensors(param, d.scheme, solution, stored)
+    work.packed.update(made)
+    if solution.mask is not None:
+        work.masks[param] = solution.mask
+    dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
+    work.replace(param, dense)
+    return {
+        "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
+        "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
+        "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": list(solution.fallbacks),
+        "zeros": 0.0 if solution.mask is None else 1 - float(solution.mask.float().mean()),
+        "seconds": round(time.perf_counter() - began, 4),
+    }  # fmt: skip

@@ -1,0 +1,127 @@
+"""Tiny programs on which every pass states where it applies and where it refuses.
+
+Each is one decoder block with random weights, built op by op; no model code is involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir.dims import BATCH, SEQ, Dim
+from ..ir.errors import UsageError, nearest
+from ..ir.graph import DictWeights, Info, Param, Program
+from ..ir.types import TensorType
+
+
+class Builder:
+    """Builds a program op by op, with canonical names."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        self.program = Program(fx.Graph(), {}, DictWeights(), dtype)
+        self.end = self.program.graph.create_node("output", "output", (None,))
+        self.end.meta["llmc"] = Info(None)
+        self.random = torch.Generator().manual_seed(seed)
+
+    def input(self, name: str, dtype: torch.dtype, *shape: Dim) -> fx.Node:
+        first = next(iter(n for n in self.program.graph.nodes if n.op != "placeholder"))
+        with self.program.graph.inserting_before(first):
+            node = self.program.graph.placeholder(name)
+        node.meta["llmc"] = Info(TensorType(tuple(shape), dtype), made_by="input")
+        return node
+
+    def param(self, *shape: int, near: float = 0.0, width: float = 1.0) -> fx.Node:
+        name = f"p{len(self.program.params)}"
+        tensor = torch.randn(*shape, generator=self.random).mul_(width).add_(near)
+        param = Param(name, tuple(shape), torch.float32, (f"layer.{name}",))
+        return self.program.add_param(param, tensor, before=self.end)
+
+    def call(self, op: str, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.program.emit(op, *args, before=self.end, made_by="zoo", **kwargs)
+
+    def linear(self, x: fx.Node, out: int, inputs: int, *, bias: bool = False) -> fx.Node:
+        w = self.param(out, inputs, width=inputs**-0.5)
+        args = [x, w] + ([self.param(out, width=0.1)] if bias else [])
+        return self.call("aten.linear.default", *args)
+
+    def finish(self, value: fx.Node) -> Program:
+        self.end.args = (value,)
+        self.end.meta["llmc"] = Info(value.meta["llmc"].type)
+        self.program.graph.lint()
+        return self.program
+
+
+def decoder(
+    *, hidden: int = 16, inner: int = 24, heads: int = 4, kv: int = 2, size: int = 4,
+    vocab: int = 20, norm: str = "rms", offset: float = 0.0, mlp: str = "gated",
+    bias: bool = False, tied: bool = False, leak: bool = False, blocks: int = 2, seed: int = 0,
+) -> Program:  # fmt: skip
+    """A small decoder: embedding, blocks of attention and MLP, final norm, head.
+
+    norm: ``rms`` or ``layer``; offset 1 is the 1 + g form. mlp: ``gated``, ``relu`` or ``gelu``.
+    leak: the residual also reads the first norm of each block.
+    """
+    b = Builder(seed)
+    ids = b.input("input_ids", torch.int64, BATCH, SEQ)
+    pos = b.input("position_ids", torch.int64, BATCH, SEQ)
+    valid = b.input("attention_mask", torch.bool, BATCH, SEQ)
+    table = b.param(vocab, hidden)
+    x = b.call("aten.embedding.default", table, ids)
+    length = [b.call("aten.sym_size.int", ids, d) for d in (0, 1)]
+
+    def normed(value: fx.Node) -> fx.Node:
+        gain = b.param(hidden, near=1.0 - offset, width=0.1)
+        if norm == "layer":
+            return b.call("llmc.layer_norm", value, gain, b.param(hidden, width=0.1), eps=1e-5)
+        return b.call("llmc.rms_norm", value, gain, eps=1e-5, offset=offset)
+
+    def split(value: fx.Node, count: int) -> fx.Node:
+        y = b.call("aten.reshape.default", value, [*length, count, size])
+        return b.call("aten.transpose.int", y, 1, 2)
+
+    for _ in range(blocks):
+        n = normed(x)
+        q = split(b.linear(n, heads * size, hidden, bias=bias), heads)
+        k = split(b.linear(n, kv * size, hidden, bias=bias), kv)
+        v = split(b.linear(n, kv * size, hidden, bias=bias), kv)
+        a = b.call("llmc.attention", q, k, v, pos, pos, valid, scale=size**-0.5)
+        a = b.call("aten.reshape.default", a, [*length, heads * size])
+        x = b.call("aten.add.Tensor", x, b.linear(a, hidden, heads * size, bias=bias))
+        if leak:
+            x = b.call("aten.add.Tensor", x, n)
+        n = normed(x)
+        if mlp == "gated":
+            gate, up = (b.linear(n, inner, hidden, bias=bias) for _ in range(2))
+            m = b.call("llmc.gated", gate, up, act="silu")
+        else:
+            m = b.call("llmc.activation", b.linear(n, inner, hidden, bias=bias), act=mlp)
+        x = b.call("aten.add.Tensor", x, b.linear(m, hidden, inner, bias=bias))
+    last = normed(x)
+    head = table if tied else b.param(vocab, hidden, width=hidden**-0.5)
+    return b.finish(b.call("aten.linear.default", last, head))
+
+
+ZOO: dict[str, Callable[[], Program]] = {
+    "llama_gqa": decoder,
+    "layer_norm": lambda: decoder(norm="layer", mlp="relu", bias=True, kv=4),
+    "one_plus_gain": lambda: decoder(offset=1.0),
+    "norm_feeds_add": lambda: decoder(leak=True),
+    "gelu_between": lambda: decoder(norm="layer", mlp="gelu", bias=True),
+    "with_bias": lambda: decoder(bias=True),
+    "tied_head": lambda: decoder(tied=True),
+    "odd_inputs": lambda: decoder(inner=26),
+}
+
+
+def build(name: str) -> Program:
+    """The tiny program of that name.
+
+    Raises:
+        UsageError: unknown name.
+    """
+    if name not in ZOO:
+        raise UsageError(f"expected an example program, found {name!r}", hint=nearest(name, ZOO))
+    return ZOO[name]()
