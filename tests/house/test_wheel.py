@@ -12,26 +12,19 @@ from pathlib import Path
 import pytest
 
 
-def copy_checkout(repo: Path, to: Path) -> None:
-    """Copy the files that git keeps, so that building leaves no trace in the checkout."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=repo,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (repo / name).is_file() and not name.endswith(".safetensors"):
+def copy_checkout(repo: Path, names: list[Path], to: Path) -> None:
+    """Copy the kept files, so that building leaves no trace in the checkout."""
+    for name in names:
+        if name.suffix != ".safetensors":
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(repo / name, to / name)
 
 
 @pytest.fixture(scope="module")
-def wheel(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(repo: Path, kept_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel built from a copy of this checkout."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    copy_checkout(repo, source)
+    copy_checkout(repo, kept_files, source)
     # A left-over build folder is what once slipped stale files into wheels.
     stale = source / "build" / "lib" / "llmc" / "stale.py"
     stale.parent.mkdir(parents=True)
