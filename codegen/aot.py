@@ -1,0 +1,172 @@
+"""Compile a rendered kernel for sm_80 and sm_90 without a GPU and read the machine code.
+
+The facts come from the cubin through the cuobjdump and nvdisasm that ship with Triton: registers,
+stack, shared memory, matrix instructions, and issue slots per weight in the main loop (the longest
+backward branch). They bound speed; they do not measure it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..compiler.ir.errors import ResourceError
+from .kernels import MAX_REGISTERS, KernelRow, Problem, TileConfig
+from .launch import function, interpreting
+from .render import render
+
+_POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+_CAPABILITY = {"sm_80": 80, "sm_90": 90}
+
+
+@dataclass(frozen=True)
+class AotFacts:
+    """What the machine code of one variant shows.
+
+    Attributes:
+        registers: per thread. stack: bytes per thread. shared: bytes per block.
+        matrix: mnemonics of the matrix instructions. local_memory: LDL and STL instructions.
+        loop_stores: stores to shared memory in the main loop. slots: issue slots per weight there.
+        conversions: int/float conversions per weight there.
+    """
+
+    row: str
+    variant: str
+    target: str
+    config: TileConfig
+    registers: int
+    stack: int
+    shared: int
+    matrix: tuple[str, ...]
+    local_memory: int
+    loop_stores: int
+    slots: float
+    conversions: float
+
+    def json(self) -> dict[str, Any]:
+        """The facts as plain values."""
+        return dataclasses.asdict(self)
+
+
+def compile_variant(row: KernelRow, problem: Problem, config: TileConfig, target: str) -> AotFacts:
+    """Compile `row` for `problem` and read its code; problem.K is compiled in.
+
+    ResourceError under the interpreter (which never compiles), or when ptxas or a tool fails.
+    """
+    if interpreting():
+        raise ResourceError(
+            "cannot compile ahead of time under TRITON_INTERPRET=1", hint="unset it and start again"
+        )
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rendered = render(row, problem)
+    jit = function(rendered)
+    signature, constants = _signature(problem, config, jit.arg_names)
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(jit.arg_names)
+        if signature[name] != "constexpr" and name != "M"
+    }
+    kernel = triton.compile(
+        ASTSource(fn=jit, signature=signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", _CAPABILITY[target], 32),
+        options={
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            "maxnreg": MAX_REGISTERS,
+        },
+    )
+    usage, code = _disassemble(kernel.asm["cubin"])
+    mnemonics, loop = _instructions(code)
+    weights = config.BN * row.step / (32 * config.warps)
+    in_loop = Counter(m.split(".")[0] for m in loop)
+    return AotFacts(
+        row=row.name,
+        variant=rendered.name,
+        target=target,
+        config=config,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        shared=int(kernel.metadata.shared),
+        matrix=tuple(sorted({m for m in mnemonics if "MMA." in m})),
+        local_memory=sum(m.split(".")[0] in ("LDL", "STL") for m in mnemonics),
+        loop_stores=in_loop["STS"],
+        slots=round(len(loop) / weights, 2),
+        conversions=round(sum(in_loop[c] for c in ("I2F", "I2FP", "F2F", "F2FP")) / weights, 2),
+    )
+
+
+def _signature(
+    problem: Problem, config: TileConfig, names: list[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Triton types of all arguments, and the values of the compile-time ones."""
+    known: dict[str, Any] = {
+        "K": problem.K, "EPS": 1e-6, "BM": config.BM, "BN": config.BN, "STAGES": config.stages,
+    }  # fmt: skip
+    constants = {n: known[n] for n in names if n in known}
+    activation = _POINTERS[problem.x_dtype]
+    special = {"codes_ptr": "*i32", "scale_ptr": "*i32", "gain_ptr": "*fp32"}
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            pointer = special.get(name, activation)
+            signature[name] = pointer if name.endswith("_ptr") else "i32"
+    return signature, constants
+
+
+@functools.cache
+def _tools() -> str:
+    import triton
+
+    return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(cubin)
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
+        code = _run("nvdisasm", "-c", path)
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}, code
+
+
+def _run(tool: str, *arguments: str) -> str:
+    try:
+        command = [os.path.join(_tools(), tool), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ResourceError(f"{tool} of the triton package failed: {error}") from error
+
+
+def _instructions(code: str) -> tuple[list[str], list[str]]:
+    """All mnemonics, and those of the main loop: the longest backward branch to a label."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        label = re.match(r"(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(lines)
+            continue
+        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line)
+        if instruction:
+            lines.append(instruction[1])
+    start, end = 0, 0
+    for at, text in enumerate(lines):
+        jump = re.search(r"\bBRA\b.*(\.L_x_\d+)", text)
+        back = labels.get(jump[1], at) if jump else at
+        if at - back > end - start:
+            start, end = back, at
+    mnemonics = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in lines]
+    return mnemonics, mnemonics[start : end + 1]

@@ -1,0 +1,194 @@
+"""Launch a rendered kernel: source file in the user's cache -> jit function -> call.
+
+Runs on CUDA tensors, or on CPU tensors when Triton was imported under TRITON_INTERPRET=1. Every
+program of a launch owns its outputs and sums in a fixed order, so results are the same each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compiler.ir.errors import ResourceError, UsageError
+from .kernels import MAX_REGISTERS, KernelRow, Problem, TileConfig
+from .prepack import Packed
+from .render import Rendered, render
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "fp16", "bf16" or "fp32"; another dtype by torch's own name (which every row refuses)."""
+    names = {v: k for k, v in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def unavailable() -> str | None:
+    """Why kernels cannot be launched here, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting() or torch.cuda.is_available():
+        return None
+    return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU (its flag as it stands now)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/llmc/kernels` (or under ~/.cache), private to the user.
+
+    ResourceError when it cannot be made, or belongs to somebody else or is writable by others:
+    what lies there is executed.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(base) / "llmc" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        raise ResourceError(f"cannot make the kernel cache: {error}") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ResourceError(
+            "expected a kernel cache owned and writable by you alone", where=str(folder)
+        )
+    return folder
+
+
+def source_file(rendered: Rendered) -> Path:
+    """The cache file that holds exactly this source; written when absent or different."""
+    path = cache_folder() / f"{rendered.name}_{rendered.digest[:24]}.py"
+    if path.is_file() and path.read_text() == rendered.source:
+        return path
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(rendered.source)
+    os.replace(temporary, path)
+    return path
+
+
+@functools.cache
+def function(rendered: Rendered) -> Any:
+    """The jit function of a rendered kernel, imported from its cache file."""
+    path = source_file(rendered)
+    name = f"llmc_kernel_{rendered.digest[:24]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ResourceError("cannot load a kernel source", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, rendered.name)
+
+
+def fused_linear(
+    packed: Packed,
+    x: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+    config: TileConfig | None = None,
+) -> torch.Tensor:
+    """y[..., N] = norm(x[..., K]) @ W^T + bias[N] + residual[..., N], in x's dtype.
+
+    `gain` [K] asks for the RMS norm of x. Rows of x may be strided, columns not. UsageError when
+    an argument does not fit the row or a tile configuration does not fit the weight; ResourceError
+    when there is neither a CUDA device nor the interpreter.
+    """
+    why = unavailable()
+    if why:
+        raise ResourceError(f"cannot launch {packed.row.name}: {why}")
+    problem = _problem_of_call(packed, x, bias, residual, gain)
+    M = x.numel() // problem.K
+    config = config or packed.row.default_config(problem, M)
+    _check_config(packed.row, problem, config)
+    rendered = render(packed.row, problem, interpret=interpreting())
+    rows = x.reshape(M, problem.K)
+    y = x.new_empty(M, problem.N)
+    if M == 0:
+        return y.reshape(*x.shape[:-1], problem.N)
+    tensors = [rows, packed.codes, packed.scale]
+    strides = [rows.stride(0)]
+    constants: dict[str, Any] = {"K": problem.K}
+    if bias is not None:
+        tensors.append(bias)
+    if residual is not None:
+        residual = residual.reshape(M, problem.N)
+        tensors.append(residual)
+        strides.append(residual.stride(0))
+    if gain is not None:
+        tensors.append(gain)
+        constants["EPS"] = eps
+    constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
+    grid = (-(-problem.N // config.BN), -(-M // config.BM))
+    function(rendered)[grid](
+        *tensors, y, M, problem.N, *strides, y.stride(0),
+        **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], problem.N)
+
+
+def _problem_of_call(
+    packed: Packed,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gain: torch.Tensor | None,
+) -> Problem:
+    """The problem with this call's dtype and side inputs; UsageError naming a misfit."""
+    base, where = packed.problem, f"kernel row {packed.row.name}"
+    shapes = {
+        "x": (x, (*x.shape[:-1], base.K)),
+        "bias": (bias, (base.N,)),
+        "residual": (residual, (*x.shape[:-1], base.N)),
+        "gain": (gain, (base.K,)),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise UsageError(
+                f"expected {name} {list(shape)}, found {list(tensor.shape)}", where=where
+            )
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise UsageError(
+                f"expected {name} with contiguous columns, found stride {tensor.stride(-1)}",
+                where=where,
+                hint=f"call {name}.contiguous()",
+            )
+        if tensor.device != packed.codes.device:
+            raise UsageError(
+                f"expected {name} on {packed.codes.device}, found {tensor.device}", where=where
+            )
+        if tensor.dtype not in DTYPES.values():
+            raise UsageError(f"expected {name} in a float dtype, found {tensor.dtype}", where=where)
+    return dataclasses.replace(
+        base,
+        x_dtype=dtype_name(x.dtype),
+        bias=bias is not None,
+        residual=residual is not None,
+        norm=gain is not None,
+    )
+
+
+def _check_config(row: KernelRow, problem: Problem, config: TileConfig) -> None:
+    tiles = {(c.BM, c.BN) for c in row.configs(problem)}
+    if (config.BM, config.BN) not in tiles:
+        raise UsageError(
+            f"expected a tile of {row.name} for N={problem.N} {problem.x_dtype}: "
+            f"{sorted(tiles)}, found {(config.BM, config.BN)}"
+        )
