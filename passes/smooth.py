@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..compiler.analysis.migrate import MigrationSite
+from ..compiler.ir.graph import Program
 from ..compiler.pipeline.analysis import scale_migrations
 from ..compiler.pipeline.base import Exact, Example, Pass, knob
 
@@ -32,7 +33,7 @@ class Smooth(Pass):
     hits = (Example("llama_gqa"), Example("layer_norm"), Example("one_plus_gain"))
     misses = (
         Example("norm_feeds_add", "all_users_rewritten"),
-        Example("gelu_between", "absorber"),
+        Example("gelu_between", "absorbable"),
     )
 
     alpha: float = knob(0.5, "share of the outliers that moves into the weights", lo=0.0, hi=1.0)
@@ -41,6 +42,14 @@ class Smooth(Pass):
         "rounding of s: pow2 is exact in any dtype; auto takes pow2 for 16-bit weights, else none",
         choices=("auto", "pow2", "none"),
     )
+
+    def rewrite(self, program: Program, site: MigrationSite) -> list[str]:
+        """The graph stays; readers and absorbers get new tensors, gains in fp32."""
+        for a in site.absorbers:
+            param = program.params[a.param]
+            if len(param.shape) == 1:
+                program.params[a.param] = replace(param, dtype=torch.float32)
+        return [p for _, p, _ in site.consumers] + [a.param for a in site.absorbers]
 
     def scales(
         self, site: MigrationSite, absmax: Tensor, weights: Sequence[Tensor], stored: torch.dtype

@@ -235,7 +235,7 @@ class Pass:
             why = condition.check(self, site)
             if why is not None:
                 by = next(iter(self.variants))
-                return Refusal(by, site.node, why, condition.name)
+                return Refusal(by, getattr(site, "node", site.id), why, condition.name)
         return None
 
 

@@ -94,7 +94,8 @@ class Plan:
                 row = merged.setdefault(d.site.id, {
                     "site": d.site.id, "role": d.site.role, "shape": list(before.shape),
                     "passes": [], "bytes_before": before.bytes,
-                    "bytes_after": self._after(d.site.param), "path": info(self.source.node(d.site.node)).path,
+                    "bytes_after": self._after(d.site.param),
+                    "path": info(self.source.node(d.site.node)).path,
                 })  # fmt: skip
                 row["passes"] += list(d.passes)
                 row["scheme"] = self.schemes[d.site.param].short

@@ -129,7 +129,7 @@ class _Round:
             for wave in self._waves(folds, solves):
                 self._wave(segment, *wave)
             self._advance(segment, dense, later[segment.name])
-            self.work.drop(segment)
+            self.work.drop(self.index == len(self.plan.stages) - 1)
 
     def _waves(
         self, folds: list[Migration], solves: list[Decision]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..analysis.migrate import migrated
 from ..ir.errors import ModelError
-from ..ir.graph import Program, Segment
+from ..ir.graph import Program
 from ..ir.scheme import Codes, Mask
 from ..ir.types import DTYPES
 from ..solvers import Factor, Grid, MaskRule, Solution, prepare, solve
@@ -42,6 +44,10 @@ class Work:
             self._loaded[name] = self.program.fetch(name).to(self.device)
         return self._loaded[name]
 
+    def load(self, name: str) -> Tensor:
+        """The same, so that the working copy is itself a source of weights."""
+        return self.fetch(name)
+
     def weight(self, name: str) -> Tensor:
         """A parameter to solve, checked.
 
@@ -61,9 +67,15 @@ class Work:
         self.dense[name] = tensor
         self._loaded.pop(name, None)
 
-    def drop(self, segment: Segment) -> None:
-        """Forget what was loaded for a finished block."""
+    def drop(self, last: bool) -> None:
+        """Forget what was loaded for a finished block; after the last round also what is packed."""
         self._loaded.clear()
+        if last:
+            for name in [n for n in self.dense if self._is_packed(n)]:
+                del self.dense[name]
+
+    def _is_packed(self, name: str) -> bool:
+        return name in self.packed or any(n.startswith(name + ".") for n in self.packed)
 
 
 def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
@@ -77,26 +89,15 @@ def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
     absmax: Any = stats.get(site.value, "absmax")
     s = made.scales(site, absmax.value, weights, stored)
     spread = s[site.expand.to(s.device)]
-    for _, param, axis in site.consumers:
-        w = work.fetch(param).float()
-        work.replace(param, w * _along(spread, w, axis))
-    for a in site.absorbers:
-        w = work.fetch(a.param).float()
-        index = a.index.to(s.device)
-        factor = torch.where(index >= 0, s[index.clamp(min=0)], torch.ones_like(s[:1])) ** a.power
-        work.replace(a.param, (w + a.offset) * _along(factor, w, a.axis) - a.offset)
+    view = replace(work.program, weights=work)
+    for name, tensor in migrated(view, site, s).items():
+        work.replace(name, tensor)
     stats.scale(site.value, 1.0 / spread)
     return {
         "site": site.id, "kind": site.kind, "pass": m.call.name, "scales": site.n_scales,
         "smallest": float(s.min()), "largest": float(s.max()),
         "moved": int((s != 1).sum()),
     }  # fmt: skip
-
-
-def _along(scale: Tensor, w: Tensor, axis: int) -> Tensor:
-    shape = [1] * w.ndim
-    shape[axis] = -1
-    return scale.view(shape)
 
 
 def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
