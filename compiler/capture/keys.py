@@ -1,0 +1,124 @@
+"""Which checkpoint tensor belongs to which parameter: prefixes, legacy keys, fused experts, ties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..ir.errors import ModelError, nearest
+from .checkpoint import Checkpoint
+from .sources import Leaf, constant
+
+
+def leaves_by_name(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
+    """A leaf for every parameter and buffer name of a model built without weights.
+
+    Tied names share one leaf. Non-persistent buffers keep the tensor that the model computed.
+    Raises:
+        ModelError: a parameter that the checkpoint does not hold, or holds in another shape.
+    """
+    found = _converted(model, checkpoint)
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    persistent = set(model.state_dict())
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    out: dict[str, Leaf] = {}
+    for key, group in names.items():
+        tensor = tensors[key]
+        stored = next((found[n] for n in group if n in found), None)
+        trained = isinstance(tensor, torch.nn.Parameter)
+        if stored is not None:
+            if stored.shape != tuple(tensor.shape):
+                raise ModelError(
+                    f"expected {group[0]!r} of shape {tuple(tensor.shape)}, found {stored.shape}",
+                    where=str(checkpoint.folder), hint="config.json and the weights disagree",
+                )  # fmt: skip
+            stored.names, stored.trained = tuple(group), trained
+            stored.keep = not stored.dtype.is_floating_point
+            leaf = stored
+        elif not trained and tensor.device.type != "meta":
+            # Older checkpoints lack buffers that the model can compute, such as position tables.
+            leaf = constant(group[0], tensor)
+        else:
+            kind = "parameter" if trained else "buffer"
+            raise ModelError(
+                f"expected the {kind} {group[0]!r} in the checkpoint, found none",
+                where=str(checkpoint.folder),
+                hint=nearest(group[0], checkpoint.entries) if group[0] in persistent else None,
+            )
+        for name in group:
+            out[name] = leaf
+    return out
+
+
+def _converted(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
+    """Leaves by the model's names, through transformers' own renaming and conversion tables."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    wanted = model.state_dict()
+    out: dict[str, Leaf] = {}
+    parts: dict[str, dict[str, list[str]]] = {}
+    for key in sorted(checkpoint, key=dot_natural_key):
+        name, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, wanted
+        )  # fmt: skip
+        if pattern is None or (name not in wanted and key in wanted):
+            name = key if name not in wanted and key in wanted else name
+            if name in wanted:
+                entry = checkpoint.entries[key]
+                out[name] = Leaf((name,), entry.shape, entry.dtype, _loader(checkpoint, key))
+        else:
+            parts.setdefault(name, {}).setdefault(pattern, []).append(key)
+    for name, by_pattern in parts.items():
+        if name in wanted:
+            converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
+            out[name] = _fused(checkpoint, name, converter, by_pattern)
+    return out
+
+
+def _loader(checkpoint: Checkpoint, key: str) -> Callable[[], torch.Tensor]:
+    return lambda: checkpoint.load(key)
+
+
+def _fused(
+    checkpoint: Checkpoint, name: str, converter: Any, by_pattern: dict[str, list[str]]
+) -> Leaf:
+    """One leaf from per-expert tensors: stacked over experts, then gate and up side by side."""
+    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    known = (
+        [("MergeModulelist", 0)],
+        [("MergeModulelist", 0), ("Concatenate", 1)],
+    )
+    groups = [by_pattern.get(p, []) for p in converter.source_patterns]
+    where = str(checkpoint.folder)
+    if steps not in known:
+        raise ModelError(f"expected stacked experts, found the conversion {steps}", where=name)
+    counts = {len(g) for g in groups}
+    if len(counts) != 1 or 0 in counts:
+        raise ModelError(f"expected equally many tensors per expert for {name!r}", where=where)
+    rows = [checkpoint.entries[g[0]] for g in groups]
+    for group, first in zip(groups, rows, strict=True):
+        for key in group:
+            entry = checkpoint.entries[key]
+            if entry.shape != first.shape or entry.dtype != rows[0].dtype:
+                raise ModelError(
+                    f"expected experts of one shape and dtype, found {key!r}", where=where
+                )
+    height, width = sum(r.shape[0] for r in rows), rows[0].shape[1]
+
+    def load() -> torch.Tensor:
+        stacks = [torch.stack([checkpoint.load(k) for k in group]) for group in groups]
+        return stacks[0] if len(stacks) == 1 else torch.cat(stacks, 1)
+
+    return Leaf((name,), (len(groups[0]), height, width), rows[0].dtype, load)

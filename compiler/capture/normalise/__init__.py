@@ -1,0 +1,29 @@
+"""Normalising: aten clusters become semantic ops by exact, declared lifts; then canonical names."""
+
+from __future__ import annotations
+
+from ...ir.graph import Program
+from ...ir.refusal import Refusal
+from . import activations, norms, rope, tidy
+
+LIFTS = (
+    norms.LAYER_NORM, norms.RMS_NORM, rope.ROPE, *activations.ACTIVATIONS, activations.GATED,
+)  # fmt: skip
+
+
+def normalise(program: Program) -> list[Refusal]:
+    """Rewrite an imported program in place.
+
+    Returns:
+        Near misses: clusters that looked like a semantic op and were left as they are.
+    """
+    tidy.pieces_to_slices(program)
+    tidy.plain_slices(program)
+    tidy.share_equal_calls(program)
+    refusals = [r for lift in LIFTS for r in lift.run(program)]
+    tidy.share_equal_calls(program)
+    program.prune()
+    tidy.rename(program)
+    tidy.drop_marks(program)
+    program.graph.lint()
+    return refusals

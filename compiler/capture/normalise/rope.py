@@ -1,0 +1,45 @@
+"""Lift of rotary position embeddings in the half style; partial rotary lifts on its slice."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ...ir.dims import same
+from ...ir.graph import Program, tensor_type
+from .matching import Last, Lift, Match, Var, call, emit
+
+_X = Var("x")
+_ROTATED = call(
+    "cat.default",
+    [
+        call("neg.default", call("slice.Tensor", _X, Last(), Var("b0"), Var("b1"))),
+        call("slice.Tensor", _X, Last(), Var("a0"), Var("a1")),
+    ],
+    Last(),
+)
+
+
+def _rope(program: Program, found: Match) -> fx.Node | str:
+    x, cos, sin = (found.bound[k] for k in ("x", "cos", "sin"))
+    size = tensor_type(x).shape[-1]
+    bounds = [found.bound[k] for k in ("a0", "a1", "b0", "b1")]
+    if not isinstance(size, int) or bounds != [0, size // 2, size // 2, size] or size % 2:
+        return f"expected halves of {size} channels, found slices at {bounds}"
+    for part in (cos, sin):
+        t = tensor_type(part)
+        if t.rank > tensor_type(x).rank or not same(t.shape[-1], size):
+            return f"expected cos and sin of {size} channels, found {t}"
+    return emit(program, found, "rope", "llmc.rope", x, cos, sin)
+
+
+ROPE = Lift(
+    "rope",
+    (
+        call(
+            "add.Tensor",
+            call("mul.Tensor", _X, Var("cos")),
+            call("mul.Tensor", _ROTATED, Var("sin")),
+        ),
+    ),
+    _rope,
+)

@@ -1,0 +1,190 @@
+"""Tidying before and after the lifts: pieces as slices, equal calls once, canonical names."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from ...ir.graph import Info, Program, tensor_type
+from ...ir.ops import row_of
+from ...ir.ops.base import infer
+from ...ir.types import TensorType
+from ..sources import LeafWeights
+
+_SPLITS = (
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.chunk.default",
+    "aten.unbind.int",
+)
+
+
+def pieces_to_slices(program: Program) -> None:
+    """Each piece of a split, chunk or unbind becomes a slice (or select) of its own."""
+    for node in list(program.calls()):
+        if node.target is not operator.getitem:
+            continue
+        whole = node.args[0]
+        if not isinstance(whole, fx.Node) or row_of(whole).name not in _SPLITS:
+            continue
+        x, index = whole.args[0], node.args[1]
+        assert isinstance(x, fx.Node)
+        assert isinstance(index, int)
+        rank = tensor_type(x).rank
+        name = row_of(whole).name
+        axis = whole.args[-1] if len(whole.args) > (1 if name == "aten.unbind.int" else 2) else 0
+        axis = int(whole.kwargs.get("dim", axis)) % rank  # type: ignore[call-overload]
+        if name == "aten.unbind.int":
+            new = program.emit(
+                "aten.select.int", x, axis, index, before=node, made_by="normalise.tidy", like=node
+            )
+        else:
+            sizes = [t.shape[axis] for t in whole.meta["llmc"].type]
+            if not all(isinstance(s, int) for s in sizes):
+                continue
+            start = sum(sizes[:index])
+            new = program.emit(
+                "aten.slice.Tensor", x, axis, start, start + sizes[index],
+                before=node, made_by="normalise.tidy", like=node,
+            )  # fmt: skip
+        node.replace_all_uses_with(new)
+    program.prune()
+
+
+def plain_slices(program: Program) -> None:
+    """Axes from the front, and literal bounds within the axis."""
+    for node in program.calls("aten.slice.Tensor"):
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        axis, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        t = tensor_type(x)
+        axis = int(axis) % t.rank  # type: ignore[call-overload]
+        size = t.shape[axis]
+        if step != 1 or not isinstance(size, int):
+            continue
+        low, high = 0 if start is None else start, size if stop is None else stop
+        if not isinstance(low, int) or not isinstance(high, int):
+            continue
+        low, high = (max(0, v + size) if v < 0 else min(v, size) for v in (low, high))
+        node.args = (x, axis, low, high)
+
+
+def share_equal_calls(program: Program) -> None:
+    """Equal calls become one, placed right after its arguments, so that blocks stay alike."""
+    seen: dict[Any, fx.Node] = {}
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    for node in list(program.calls()):
+        if row_of(node).stateful:
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is node:
+            continue
+        node.replace_all_uses_with(first)
+        last = max(first.all_input_nodes, key=lambda n: order[n], default=None)
+        if last is not None and last.op != "get_attr":
+            spot = _after_inputs(last)
+            if spot is not first and order.get(spot, 0) < order[first]:
+                spot.prepend(first)
+                order[first] = order[last]
+    program.prune()
+
+
+def _after_inputs(node: fx.Node) -> fx.Node:
+    """The node before which something that reads ``node`` may stand."""
+    out = node.next
+    while out.op == "placeholder":
+        out = out.next
+    return out
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return ("seq", *(_frozen(v) for v in value))
+    if isinstance(value, dict):
+        return ("map", *sorted((k, _frozen(v)) for k, v in value.items()))
+    return (type(value).__name__, value) if not isinstance(value, fx.Node) else value
+
+
+def retype(program: Program) -> None:
+    """Recompute every call's type from its row."""
+    for node in program.calls():
+        old: Info = node.meta["llmc"]
+        node.meta["llmc"] = Info(infer(node), old.path, old.made_by, old.source)
+
+
+def rename(program: Program) -> None:
+    """Canonical names: inputs keep theirs, parameters p0, p1, … and calls by op, in order of use."""
+    weights = program.weights
+    assert isinstance(weights, LeafWeights)
+    taken = {n.name for n in program.inputs} | {"output"}
+    first_use: dict[str, None] = {}
+    for node in program.graph.nodes:
+        for used in node.all_input_nodes:
+            if used.op == "get_attr":
+                first_use.setdefault(str(used.target))
+    new_name = {old: f"p{i}" for i, old in enumerate(first_use)}
+    program.params = {
+        new: _renamed(program.params[old], new) for old, new in new_name.items()
+    }  # fmt: skip
+    weights.leaves = {new: weights.leaves[old] for old, new in new_name.items()}
+    counts: Counter[str] = Counter()
+    names: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            node.target = names[node] = new_name[str(node.target)]
+        elif node.op == "call_function":
+            base = _base(node)
+            name = base
+            while name in taken or counts[base]:
+                name = f"{base}_{counts[base]}" if counts[base] else base
+                counts[base] += 1
+                if name not in taken:
+                    break
+            else:
+                counts[base] += 1
+            taken.add(name)
+            names[node] = name
+    _assign(program.graph, names)
+
+
+def _base(node: fx.Node) -> str:
+    name = row_of(node).name
+    return name.split(".")[1].strip("_")
+
+
+def _renamed(param: Any, name: str) -> Any:
+    from dataclasses import replace
+
+    return replace(param, name=name)
+
+
+def _assign(graph: fx.Graph, names: dict[fx.Node, str]) -> None:
+    # Through a name nobody has, so that swaps cannot collide.
+    for i, node in enumerate(names):
+        node._rename(f"llmc_tmp_{i}_")
+    for node, name in names.items():
+        node.name = name
+    # The graph's own table must know the new names, so that later nodes get fresh ones.
+    fresh = fx.graph._Namespace()
+    for node in graph.nodes:
+        fresh.associate_name_with_obj(node.name, node)
+    graph._graph_namespace = fresh
+
+
+def drop_marks(program: Program) -> None:
+    """Remove the lifts' own bookkeeping from the nodes."""
+    for node in program.graph.nodes:
+        node.meta = {"llmc": node.meta["llmc"]}
+
+
+def types_of(program: Program) -> list[TensorType]:
+    """Types of all tensors, for tests."""
+    return [
+        n.meta["llmc"].type
+        for n in program.graph.nodes
+        if isinstance(n.meta["llmc"].type, TensorType)
+    ]
