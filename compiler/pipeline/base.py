@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..ir.errors import UsageError, nearest
 from ..ir.graph import Program
@@ -181,8 +181,7 @@ class Pass:
     @classmethod
     def knobs(cls) -> dict[str, Knob]:
         """The declared options by name."""
-        hints = get_type_hints(cls)
-        return {f.name: _knob(f, hints[f.name]) for f in fields(cls) if "help" in f.metadata}
+        return {f.name: _knob(f) for f in fields(cls) if "help" in f.metadata}
 
     @classmethod
     def build(cls, name: str, given: dict[str, Any]) -> Pass:
@@ -239,10 +238,14 @@ class Pass:
         return None
 
 
-def _knob(f: Field[Any], hint: Any) -> Knob:
-    options = [t for t in get_args(hint) if t is not type(None)]
-    optional = type(None) in get_args(hint)
-    default = None if f.default is MISSING else f.default
+_KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def _knob(f: Field[Any]) -> Knob:
+    written = [part.strip() for part in str(f.type).split("|")]
     m = f.metadata
-    kind = options[0] if options else hint
-    return Knob(f.name, kind, default, optional, m["help"], m["lo"], m["hi"], tuple(m["choices"]))
+    default = None if f.default is MISSING else f.default
+    return Knob(
+        f.name, _KINDS[written[0]], default, "None" in written,
+        m["help"], m["lo"], m["hi"], tuple(m["choices"]),
+    )  # fmt: skip
