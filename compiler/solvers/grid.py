@@ -26,7 +26,7 @@ from ..ir.errors import UsageError
 
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
 
-SHRINKS = tuple(1.0 - 0.04 * i for i in range(13))  # candidates of the searched clip, 1.00 ... 0.52
+SHRINKS = tuple(1.0 - 0.04 * i for i in range(1, 13))  # candidates of the searched clip
 _FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
 
 
@@ -61,7 +61,7 @@ class Grid:
     be shorter.
     symmetric: no stored zero point. clip: ``"absmax"``, or ``"mse"`` to search the shrink of
     the range that costs least
-    (13 candidates, weighted by the solver's column importance). scale_dtype: the dtype that
+    (14 candidates, weighted by the solver's column importance). scale_dtype: the dtype that
     scales are stored in; codes
     are always rounded with the stored scale. Raises UsageError for anything else.
     """
@@ -138,7 +138,8 @@ class Grid:
         if self.clip == "absmax":
             return full
         best, best_cost = full, self._cost(w, full, importance)
-        for shrink in SHRINKS[1:]:
+        top = self.implied_zero
+        for shrink in ((top - 0.5) / (top - 1), *SHRINKS):
             trial = self._from_range(low * shrink, high * shrink, unit)
             cost = self._cost(w, trial, importance)
             better = cost < best_cost

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..ir.errors import UsageError
 
 MAX_DAMP = 1.0
+MIN_DAMP = 1e-3  # first rung when no damping was asked for
 _SAFE = (2.0**-40, 2.0**40)  # a mean diagonal outside is rescaled by a power of two
 
 
@@ -31,8 +32,8 @@ class Factor:
     reads the same input.
 
     Attributes (after `prepare`):
-        hessian: ``[n, n]`` fp32 or fp64, divided by its mean diagonal (losses are
-        relative, so the divisor is free); diagonal stays 0 on dead inputs.
+        hessian: ``[n, n]`` fp32 or fp64, what losses are measured with; divided by a power of
+        two where extreme (losses are relative, so that is free); 0 on dead inputs.
         kind: "full", "diagonal" or "identity".
         damp: relative damping in use; ridge: the same, absolute, in units of ``hessian``.
         fallbacks: what was given up, in order.
@@ -42,6 +43,7 @@ class Factor:
         self, hessian: Tensor, kind: str, damp: float, mean: float, fallbacks: tuple[str, ...]
     ) -> None:
         self.hessian, self.kind, self.damp, self.mean = hessian, kind, damp, mean
+        self.ridge = damp * mean
         self.fallbacks = fallbacks
         self._roots: dict[tuple[int, ...] | None, Tensor] = {}
 
@@ -49,11 +51,6 @@ class Factor:
     def diagonal(self) -> Tensor:
         """diag(H) ``[n]``, undamped."""
         return self.hessian.diagonal()
-
-    @property
-    def ridge(self) -> float:
-        """lambda = damp * mean(diag(H))."""
-        return self.damp * self.mean
 
     @property
     def ready(self) -> Tensor | None:
@@ -72,6 +69,7 @@ class Factor:
         return self._roots[key]
 
     def _factorise(self, order: Tensor | None) -> Tensor:
+        needed = self.damp
         while True:
             h = self.hessian if order is None else self.hessian[order][:, order]
             if self.kind != "full":
@@ -81,29 +79,34 @@ class Factor:
                 root = _upper_root(h.double(), self.ridge)
                 if root is not None:
                     root = root.float()
-                    if not bool(torch.isfinite(root).all()):
-                        root = None
-                    else:
-                        self._note("hessian: fp32 Cholesky failed, factorised in fp64")
+                    self._note("hessian: fp32 Cholesky failed, factorised in fp64")
             if root is not None:
+                if needed and self.damp > needed:
+                    self._settle_indefinite()
                 return root
             self._roots.clear()
-            step = max(self.damp * 10, 1e-3)
+            step = max(self.damp * 10, MIN_DAMP)
             if step <= MAX_DAMP:
                 self._note(f"hessian: not positive definite, damp raised to {step:g}")
-                self.damp = step
+                self.damp, self.ridge = step, step * self.mean
             else:
                 self._note("hessian: not positive definite at any damping, diagonal used")
                 self._diagonalise()
+
+    def _settle_indefinite(self) -> None:
+        """No Gram matrix fails with a ridge; judge answers by the damped one, which is positive."""
+        self.hessian = self.hessian.clone()
+        self.hessian.diagonal().add_(self.ridge)
+        self.ridge = 0.0
 
     def _diagonalise(self) -> None:
         diagonal = self.diagonal.clamp(min=0)
         if bool((diagonal > 0).any()):
             self.kind, self.hessian = "diagonal", torch.diag(diagonal)
-            self.damp = max(self.damp, 1e-6)
+            self.ridge = self.damp * self.mean
         else:
             self.kind, self.hessian = "identity", torch.eye(len(diagonal)).to(self.hessian)
-            self.damp, self.mean = 0.0, 1.0
+            self.damp, self.ridge, self.mean = 0.0, 0.0, 1.0
 
     def _note(self, text: str) -> None:
         if text not in self.fallbacks:
@@ -183,7 +186,11 @@ def prepare(
 
 
 def _skewed(h: Tensor) -> bool:
-    """Whether H and H^T act differently on a fixed vector (cheaper than a transposed pass)."""
-    probe = torch.cos(torch.arange(len(h), device=h.device, dtype=torch.float64)).to(h)
-    size = float(h.diagonal().max()) * math.sqrt(len(h))
-    return float((h @ probe - h.t() @ probe).abs().amax()) > 1e-3 * size
+    """Whether H and H^T act differently on a fixed vector (cheaper than a transposed pass).
+
+    Measured in correlations, so that one loud input does not drown the others.
+    """
+    quiet = h.diagonal().clamp(min=0).rsqrt().nan_to_num(posinf=0.0)
+    probe = torch.cos(torch.arange(len(h), device=h.device, dtype=torch.float64)).to(h) * quiet
+    apart = (h @ probe - h.t() @ probe) * quiet
+    return float(apart.abs().amax()) > 1e-3 * math.sqrt(len(h))

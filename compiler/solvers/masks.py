@@ -63,7 +63,7 @@ def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def drop_smallest(score: Tensor, count: int) -> Tensor:
-    """Keep mask that drops exactly ``count`` entries of score; of equal ones the later goes first."""
+    """Keep mask that drops exactly ``count`` entries of score; ties: the later goes."""
     keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
     if count <= 0:
         return keep.view_as(score)

@@ -51,8 +51,8 @@ class Block:
 class Schedule:
     """The whole walk.
 
-    order: ``[n]`` int64, None for the natural one. groups: storage index of each group in processing
-    order. blocks: what is settled between two big updates.
+    order: ``[n]`` int64, None for the natural one. groups: storage index of each group in
+    processing order. blocks: what is settled between two big updates.
     """
 
     order: Tensor | None

@@ -148,7 +148,8 @@ def _check(
         )
     if mask is not None and grid is not None and grid.group is not None and grid.group % mask.unit:
         raise UsageError(
-            f"grid group: expected a multiple of {mask.m} with a {mask.n}:{mask.m} mask, found {grid.group}"
+            f"grid group: expected a multiple of {mask.m} with a {mask.n}:{mask.m} mask, "
+            f"found {grid.group}"
         )
     if keep is not None and keep.shape != weight.shape:
         raise UsageError(f"keep: expected {list(weight.shape)}, found {list(keep.shape)}")
@@ -320,7 +321,8 @@ class _Task:
         if grid is None or state.centred is None or state.fit is None:
             value = state.value.t().contiguous()
             if self.unit != 1.0:
-                value = value.double() * self.unit
+                limit = torch.finfo(torch.float32).max
+                value = (value.double() * self.unit).clamp(-limit, limit)
             return replace(solution, weight=value.float())
         n = len(self.wt)
         scale = (state.fit.scale.double() * self.unit).to(grid.scale_dtype)
