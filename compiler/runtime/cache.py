@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis import prove_tokenwise
+from ..analysis.tokenwise import prove_tokenwise
 from ..ir.dims import BATCH, SEQ, symbol
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, info, tensor_type

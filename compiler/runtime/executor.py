@@ -102,6 +102,19 @@ class Runner:
         """Whether the program keeps state between calls."""
         return bool(self.program.states)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits per token.
+
+        Raises:
+            ModelError: the program's output is no tensor of fixed width.
+        """
+        out = _logits(self.program.output.args[0])
+        width = tensor_type(out).shape[-1] if isinstance(out, fx.Node) else None
+        if not isinstance(width, int):
+            raise ModelError(f"expected logits of a fixed width, found {width}")
+        return width
+
     def start(self, batch: int, capacity: int = 256) -> Cache:
         """Empty state for a batch.
 
@@ -284,9 +297,16 @@ class _Constants:
             if not all(i.op == "get_attr" or i in self.folded for i in node.all_input_nodes):
                 continue
             size = total_bytes(info(node).type)
-            if isinstance(size, int) and (limit is None or size <= limit):
+            if not isinstance(size, int) or (limit is not None and size > limit):
+                continue
+            if limit is None or not any(self._codes(i) for i in node.all_input_nodes):
                 self.folded.add(node)
         self._read: set[fx.Node] = set()
+
+    def _codes(self, node: fx.Node) -> bool:
+        """Whether a parameter holds integers: what is decoded from it is larger than it is."""
+        param = self._program.param_of(node)
+        return param is not None and not param.dtype.is_floating_point
 
     def value(self, node: fx.Node) -> Any:
         """The value of a parameter or a folded node that a step reads, kept from now on."""

@@ -1,0 +1,286 @@
+"""How good, how fast, how big: perplexity by the papers' protocol, divergence, speed and memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..ir.errors import UsageError
+from ..pipeline.data import Stream
+from .executor import Runner
+
+# Rows of the vocabulary-wide softmax computed at once: bounds memory on wide vocabularies.
+_POSITIONS = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of one program on one stream; numbers compare only where the header is equal.
+
+    One stream, windows of ``window`` tokens that do not overlap, the tail dropped; in each window
+    every token but the first is predicted (algorithms.md §0.3, GPTQ protocol).
+
+    Attributes:
+        data, sha256: what was read.
+        window: tokens per window; windows: how many; tokens: window·windows.
+        nll: mean negative log-likelihood per window, in nats.
+        kl: mean KL(baseline ‖ program) per predicted token and window, in nats; empty without one.
+        agree: share of predicted tokens per window whose likeliest token is the baseline's.
+    """
+
+    data: str
+    sha256: str
+    window: int
+    windows: int
+    nll: tuple[float, ...]
+    kl: tuple[float, ...] = ()
+    agree: tuple[float, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.window * self.windows
+
+    @property
+    def perplexity(self) -> float:
+        mean = math.fsum(self.nll) / len(self.nll)
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "data": self.data, "sha256": self.sha256, "window": self.window,
+            "windows": self.windows, "tokens": self.tokens,
+            "protocol": "one stream, windows do not overlap, tail dropped, mean over windows",
+            "perplexity": self.perplexity, "nll": list(self.nll),
+        }  # fmt: skip
+        if self.kl:
+            out["kl_to_baseline"] = math.fsum(self.kl) / len(self.kl)
+            out["top1_agreement"] = math.fsum(self.agree) / len(self.agree)
+            out["kl"], out["agree"] = list(self.kl), list(self.agree)
+        return out
+
+
+def windows_of(stream: Stream, window: int, limit: int | None = None) -> torch.Tensor:
+    """int64 [windows, window]: the stream cut without overlap, the tail dropped.
+
+    Raises:
+        UsageError: fewer tokens than one window, naming both counts.
+    """
+    if window < 2:
+        raise UsageError(f"expected a window of at least 2 tokens, found {window}")
+    found = int(stream.tokens.numel())
+    if found < window:
+        raise UsageError(
+            f"expected at least {window} tokens for one window, found {found}",
+            where=stream.name,
+            hint="give more text or a smaller window",
+        )
+    count = found // window
+    if limit is not None:
+        if limit < 1:
+            raise UsageError(f"expected a limit of at least 1 window, found {limit}")
+        count = min(count, limit)
+    return stream.tokens[: count * window].view(count, window)
+
+
+def evaluate(
+    runner: Runner,
+    stream: Stream,
+    window: int,
+    *,
+    baseline: Runner | None = None,
+    batch: int = 1,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity, and divergence from a baseline where one is given.
+
+    Args:
+        runner, baseline: programs without cache.
+        batch: windows run together; it changes speed, never the protocol.
+        limit: only the first windows (a smoke test; the count is in the result).
+        progress: called with (windows done, windows in all).
+    Raises:
+        UsageError: too little data, a token outside the vocabulary, or a window beyond the context.
+    """
+    tokens = windows_of(stream, window, limit)
+    for each in (runner, baseline):
+        if each is not None:
+            _checked(each, tokens, stream)
+    nll: list[float] = []
+    kl: list[float] = []
+    agree: list[float] = []
+    for start in range(0, len(tokens), batch):
+        ids = tokens[start : start + batch]
+        logits = runner.forward(ids)
+        other = None if baseline is None else baseline.forward(ids)
+        for row in range(len(ids)):
+            against = None if other is None else other[row]
+            loss, divergence, same = _score(logits[row], ids[row], against)
+            nll.append(loss)
+            if other is not None:
+                kl.append(divergence)
+                agree.append(same)
+        if progress is not None:
+            progress(start + len(ids), len(tokens))
+    return Evaluation(
+        stream.name, stream.sha256, window, len(tokens), tuple(nll), tuple(kl), tuple(agree)
+    )
+
+
+def _checked(runner: Runner, tokens: torch.Tensor, stream: Stream) -> None:
+    """Refuse tokens of another vocabulary and windows longer than the model's context."""
+    most, size = int(tokens.max()), runner.vocabulary
+    if most >= size:
+        raise UsageError(
+            f"expected tokens below {size}, found {most}",
+            where=stream.name,
+            hint="was the text tokenised with another tokenizer?",
+        )
+    context = runner.program.facts.get("context")
+    if isinstance(context, int) and tokens.shape[1] > context:
+        raise UsageError(
+            f"expected a window of at most {context} tokens, the model's context, "
+            f"found {tokens.shape[1]}"
+        )
+
+
+def _score(
+    logits: torch.Tensor, ids: torch.Tensor, other: torch.Tensor | None
+) -> tuple[float, float, float]:
+    """(mean NLL, mean KL, agreement) of one window; logits [S, vocabulary]."""
+    count = len(ids) - 1
+    loss = divergence = same = 0.0
+    for at in range(0, count, _POSITIONS):
+        stop = min(at + _POSITIONS, count)
+        mine = torch.log_softmax(logits[at:stop].float(), -1)
+        target = ids[at + 1 : stop + 1].to(mine.device)
+        loss -= float(mine.gather(1, target[:, None]).double().sum())
+        if other is not None:
+            theirs = torch.log_softmax(other[at:stop].float().to(mine.device), -1)
+            divergence += float((theirs.exp() * (theirs - mine)).sum(-1).double().sum())
+            same += float((theirs.argmax(-1) == mine.argmax(-1)).sum())
+    return loss / count, max(divergence, 0.0) / count, same / count
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """a against b over the same windows: mean NLL difference (below 0: a is better).
+
+    Attributes:
+        low, high: 95 % bootstrap interval of ``difference``.
+        p: two-sided; the share of resamples on the other side of zero, doubled.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    windows: int
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return math.exp(self.difference)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
+
+
+def compare(a: Evaluation, b: Evaluation, samples: int = 10_000, seed: int = 0) -> Comparison:
+    """Paired bootstrap over windows.
+
+    Raises:
+        UsageError: the two were not measured on the same windows.
+    """
+    for name in ("sha256", "window", "windows"):
+        mine, theirs = getattr(a, name), getattr(b, name)
+        if mine != theirs:
+            raise UsageError(
+                f"expected two evaluations of the same windows, found {name} {mine} and {theirs}"
+            )
+    diff = torch.tensor(a.nll, dtype=torch.float64) - torch.tensor(b.nll, dtype=torch.float64)
+    n = len(diff)
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.empty(samples, dtype=torch.float64)
+    chunk = max(1, 4_000_000 // n)
+    for start in range(0, samples, chunk):
+        rows = min(chunk, samples - start)
+        picked = torch.randint(0, n, (rows, n), generator=generator)
+        means[start : start + rows] = diff[picked].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    side = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p = min(1.0, 2 * (side + 1) / (samples + 1))
+    return Comparison(float(diff.mean()), low, high, p, n)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of prefill and of decode, apart; median over ``repeats``."""
+
+    batch: int
+    prompt: int
+    new: int
+    repeats: int
+    prefill: float
+    decode: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch, "prompt_tokens": self.prompt, "new_tokens": self.new,
+            "repeats": self.repeats, "prefill_tokens_per_second": self.prefill,
+            "decode_tokens_per_second": self.decode,
+        }  # fmt: skip
+
+
+def speed(
+    runner: Runner, tokens: torch.Tensor, *, batch: int = 1, prompt: int = 128, new: int = 32,
+    repeats: int = 3,
+) -> Speed:  # fmt: skip
+    """Time a cached program: ``prompt`` tokens at once, then ``new`` tokens one by one.
+
+    Args:
+        tokens: int64 [n]; rows are taken from its start, repeated when it is short.
+    Raises:
+        UsageError: a program without cache, or sizes below 1.
+    """
+    if not runner.cached:
+        raise UsageError("expected a program with a KV cache, found none; add_cache makes one")
+    if min(batch, prompt, new, repeats) < 1:
+        raise UsageError(f"expected sizes of at least 1, found {[batch, prompt, new, repeats]}")
+    need = batch * prompt
+    ids = tokens.repeat(-(-need // tokens.numel()))[:need].view(batch, prompt)
+    fill: list[float] = []
+    step: list[float] = []
+    for turn in range(repeats + 1):
+        cache = runner.start(batch, prompt + new)
+        begin = _now(runner)
+        logits = runner.forward(ids, cache=cache)
+        middle = _now(runner)
+        for _ in range(new):
+            chosen = logits[:, -1].argmax(-1, keepdim=True)
+            logits = runner.forward(chosen, cache=cache)
+        end = _now(runner)
+        if turn:  # the first turn warms up
+            fill.append(batch * prompt / (middle - begin))
+            step.append(batch * new / (end - middle))
+    middle_of = repeats // 2
+    return Speed(batch, prompt, new, repeats, sorted(fill)[middle_of], sorted(step)[middle_of])
+
+
+def _now(runner: Runner) -> float:
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+    return time.perf_counter()
+
+
+def peak_rss() -> int:
+    """Most bytes of memory that this process has had resident so far."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
