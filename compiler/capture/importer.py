@@ -92,6 +92,8 @@ class _Importer:
         self.env: dict[fx.Node, Any] = {}
         self.params: dict[int, fx.Node] = {}
         self.sizes: dict[str, fx.Node] = {}
+        # Sizes are read right after the inputs, the last of which this is.
+        self.head: fx.Node = self.graph._root
 
     def run(self) -> Program:
         nodes = list(self.traced.graph.nodes)
@@ -119,7 +121,7 @@ class _Importer:
         value = self._type(node, node.meta["val"])
         new = self.graph.placeholder(self.traced.inputs[node.name])
         new.meta["llmc"] = Info(value, source="input")
-        self.env[node] = new
+        self.env[node] = self.head = new
         if isinstance(value, SymType) and isinstance(value.expr, sympy.Symbol):
             self.sizes.setdefault(value.expr.name, new)
 
@@ -288,10 +290,9 @@ class _Importer:
                 continue
             t = given.meta["llmc"].type
             if isinstance(t, TensorType) and d in t.shape:
-                made = set(self.sizes.values())
-                first = next(n for n in self.graph.nodes if n.op != "placeholder" and n not in made)
-                with self.graph.inserting_before(first):
+                with self.graph.inserting_after(self.head):
                     new = self.graph.call_function(aten.sym_size.int, (given, t.shape.index(d)))
+                self.head = new
                 new.meta["llmc"] = Info(SymType(d))
                 self.sizes[d.name] = new
                 return new

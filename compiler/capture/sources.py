@@ -22,6 +22,7 @@ class Leaf:
         load: reads it.
         trained: a parameter, not a buffer.
         keep: stays in its stored dtype at run time.
+        in_memory: loading costs nothing.
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,7 @@ class Leaf:
     load: Load
     trained: bool = True
     keep: bool = False
+    in_memory: bool = False
 
 
 @dataclass
@@ -55,12 +57,13 @@ def constant(name: str, tensor: torch.Tensor) -> Leaf:
     """A leaf for a tensor in memory that no checkpoint holds, e.g. rotary frequencies."""
     kept = tensor.detach()
     return Leaf(
-        (name,), tuple(kept.shape), kept.dtype, lambda: kept, trained=False, keep=True
+        (name,), tuple(kept.shape), kept.dtype, lambda: kept, trained=False, keep=True, in_memory=True
     )  # fmt: skip
 
 
 def transposed(leaf: Leaf) -> Leaf:
     """The leaf [a, b] read as [b, a]; the bytes stay as they are."""
     return Leaf(
-        leaf.names, leaf.shape[::-1], leaf.dtype, lambda: leaf.load().t(), leaf.trained, leaf.keep
+        leaf.names, leaf.shape[::-1], leaf.dtype, lambda: leaf.load().t(), leaf.trained, leaf.keep,
+        leaf.in_memory,
     )  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ...ir.graph import Program
 from ...ir.refusal import Refusal
-from . import activations, norms, rope, tidy
+from . import activations, linears, norms, rope, tidy, views
 
 LIFTS = (
+    linears.LINEAR,
     norms.LAYER_NORM, norms.RMS_NORM, rope.ROPE, *activations.ACTIVATIONS, activations.GATED,
 )  # fmt: skip
 
@@ -18,11 +19,12 @@ def normalise(program: Program) -> list[Refusal]:
         Near misses: clusters that looked like a semantic op and were left as they are.
     """
     tidy.pieces_to_slices(program)
-    tidy.plain_slices(program)
+    views.simplify_views(program)
     tidy.share_equal_calls(program)
     refusals = [r for lift in LIFTS for r in lift.run(program)]
-    tidy.share_equal_calls(program)
     program.prune()
+    views.simplify_views(program)
+    tidy.share_equal_calls(program)
     tidy.rename(program)
     tidy.drop_marks(program)
     program.graph.lint()

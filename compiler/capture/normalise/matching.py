@@ -56,19 +56,21 @@ class Call:
     """A call of one of the named op rows; missing trailing patterns leave arguments unchecked.
 
     ``commutes``: the first two arguments may be swapped. ``bind`` names the node itself.
+    ``free``: a view that others may read too; it stays where they do.
     """
 
     ops: tuple[str, ...]
     args: tuple[Any, ...]
     commutes: bool = False
     bind: str = ""
+    free: bool = False
 
 
-def call(ops: str, *args: Any, bind: str = "") -> Call:
+def call(ops: str, *args: Any, bind: str = "", free: bool = False) -> Call:
     """A :class:`Call`; ``ops`` lists aten overloads or llmc ops, apart by ``|``."""
     names = tuple(o if "." in o and o.startswith("llmc") else f"aten.{o}" for o in ops.split("|"))
     commutes = all(n in ("aten.mul.Tensor", "aten.add.Tensor") for n in names)
-    return Call(names, args, commutes, bind)
+    return Call(names, args, commutes, bind, free)
 
 
 @dataclass
@@ -150,7 +152,7 @@ def _match_call(pattern: Call, value: Any, bound: Bound) -> Iterator[tuple[Bound
     for order in orders:
         for found, inside in _match_all(list(pattern.args), order, value, bound):
             here = {**found, pattern.bind: value} if pattern.bind else found
-            yield here, [*inside, value]
+            yield here, inside if pattern.free else [*inside, value]
 
 
 def _match_all(

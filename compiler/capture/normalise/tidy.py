@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from ...ir.graph import Info, Program, tensor_type
+from ...ir.graph import Program, tensor_type
 from ...ir.ops import row_of
-from ...ir.ops.base import infer
-from ...ir.types import TensorType
 from ..sources import LeafWeights
 
 _SPLITS = (
@@ -54,24 +52,6 @@ def pieces_to_slices(program: Program) -> None:
     program.prune()
 
 
-def plain_slices(program: Program) -> None:
-    """Axes from the front, and literal bounds within the axis."""
-    for node in program.calls("aten.slice.Tensor"):
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
-        axis, start, stop, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-        t = tensor_type(x)
-        axis = int(axis) % t.rank  # type: ignore[call-overload]
-        size = t.shape[axis]
-        if step != 1 or not isinstance(size, int):
-            continue
-        low, high = 0 if start is None else start, size if stop is None else stop
-        if not isinstance(low, int) or not isinstance(high, int):
-            continue
-        low, high = (max(0, v + size) if v < 0 else min(v, size) for v in (low, high))
-        node.args = (x, axis, low, high)
-
-
 def share_equal_calls(program: Program) -> None:
     """Equal calls become one, placed right after its arguments, so that blocks stay alike."""
     seen: dict[Any, fx.Node] = {}
@@ -107,13 +87,6 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return ("map", *sorted((k, _frozen(v)) for k, v in value.items()))
     return (type(value).__name__, value) if not isinstance(value, fx.Node) else value
-
-
-def retype(program: Program) -> None:
-    """Recompute every call's type from its row."""
-    for node in program.calls():
-        old: Info = node.meta["llmc"]
-        node.meta["llmc"] = Info(infer(node), old.path, old.made_by, old.source)
 
 
 def rename(program: Program) -> None:
@@ -181,10 +154,3 @@ def drop_marks(program: Program) -> None:
         node.meta = {"llmc": node.meta["llmc"]}
 
 
-def types_of(program: Program) -> list[TensorType]:
-    """Types of all tensors, for tests."""
-    return [
-        n.meta["llmc"].type
-        for n in program.graph.nodes
-        if isinstance(n.meta["llmc"].type, TensorType)
-    ]
