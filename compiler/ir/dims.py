@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
@@ -31,7 +32,18 @@ def same(a: Dim, b: Dim) -> bool:
     """Whether two dims are provably equal for every value of their symbols."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(a == b or sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0)
+    return bool(a == b) or _proved(sympy.sympify(a), sympy.sympify(b))
+
+
+@lru_cache(maxsize=1 << 14)
+def _proved(a: sympy.Expr, b: sympy.Expr) -> bool:
+    rest = sympy.expand(a - b)
+    if rest == 0:
+        return True
+    # An expanded polynomial that is not 0 differs somewhere: no need for the slow simplifier.
+    if rest.is_polynomial(*rest.free_symbols):
+        return False
+    return bool(sympy.simplify(rest) == 0)
 
 
 def same_shape(a: Shape, b: Shape) -> bool:

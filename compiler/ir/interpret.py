@@ -53,7 +53,7 @@ def run_nodes(
             kwargs = dict(fx.map_arg(node.kwargs, lambda n: env[n]))
             row = row_of(node)
             if row.stateful:
-                kwargs["state"] = (states or {})[kwargs["state"]]
+                kwargs["state"] = (states or {})[str(kwargs["state"])]
             call = (implementations or {}).get(node.name, row.reference)
             env[node] = call(*args, **kwargs)
         if observe is not None and node.op != "output":

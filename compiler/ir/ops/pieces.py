@@ -189,7 +189,7 @@ def _stack(parts: Any, where: int = 0) -> TensorType:
         raise ModelError(f"expected parts of one shape, found {[str(p) for p in parts]}")
     one_dtype(*parts)
     a = axis(where, first.rank + 1)
-    return first.with_shape(*first.shape[:a], len(parts), *first.shape[a:])  # type: ignore[no-any-return]
+    return first.with_shape(*first.shape[:a], len(parts), *first.shape[a:])
 
 
 def _stack_ties(out: TensorType, parts: Any, where: int = 0) -> list[Tie]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _rope_ties(out: TensorType, x: TensorType, cos: TensorType, sin: TensorType)
     return [*ties, Tie("mix", ((0, last), (1, cos.rank - 1), (2, sin.rank - 1)), (last,))]
 
 
-_ACTS = {
+_ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),

@@ -1,0 +1,41 @@
+"""Segments from cut points: what flows into and out of each run of nodes, recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from .errors import ModelError
+from .graph import Segment
+
+
+def make_segments(graph: fx.Graph, cuts: Sequence[tuple[str, int]]) -> list[Segment]:
+    """Segments that start at the given positions of the graph.
+
+    Args:
+        cuts: (name, index of the first node), ascending, the first at 0.
+    Raises:
+        ModelError: a segment that is empty.
+    """
+    nodes = list(graph.nodes)
+    ends = [*(at for _, at in cuts[1:]), len(nodes)]
+    out = []
+    for (name, start), end in zip(cuts, ends, strict=True):
+        if start >= end:
+            raise ModelError(f"expected nodes in segment {name!r}, found none")
+        out.append(segment_of(name, nodes[start:end], nodes))
+    return out
+
+
+def segment_of(name: str, mine: Sequence[fx.Node], order: Sequence[fx.Node]) -> Segment:
+    """The segment that these nodes form: live-ins and live-outs in graph order."""
+    here = set(mine)
+    live_in = {i for n in mine for i in n.all_input_nodes} - here
+    rank = {n: i for i, n in enumerate(order)} if live_in else {}
+    return Segment(
+        name,
+        tuple(n.name for n in mine),
+        tuple(n.name for n in sorted(live_in, key=rank.__getitem__)),
+        tuple(n.name for n in mine if any(u not in here for u in n.users)),
+    )

@@ -1,0 +1,171 @@
+"""Laws of packed tensors: word counts, code ranges, mask positions, finite scales.
+
+Layouts are those of :mod:`.packing`; spec/artefact.md describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from . import packing
+from .errors import ModelError, VerifierError
+from .graph import Program
+from .ops import row_of
+
+_PARTS = ("codes", "scale", "zero", "meta", "bitmap", "values")
+_ARGUMENTS = {
+    "llmc.dequantize": ("codes", "scale", "zero"),
+    "llmc.expand_nm": ("values", "meta"),
+    "llmc.expand_bitmap": ("values", "bitmap"),
+    "llmc.fused_linear": ("", "codes", "scale", "zero", "meta"),
+}
+"""Names of the leading arguments of the ops that read packed tensors."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One call that reads packed parameters: their tensors by argument name, and its attributes."""
+
+    node: fx.Node
+    tensors: dict[str, torch.Tensor]
+    attrs: dict[str, Any]
+
+
+def packed_calls(program: Program) -> Iterator[Packed]:
+    """Calls of ops over packed tensors, with those of their arguments that are parameters.
+
+    Raises:
+        VerifierError: a tensor that cannot be loaded.
+    """
+    for node in program.calls():
+        names = _ARGUMENTS.get(row_of(node).name)
+        if names is None:
+            continue
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        tensors: dict[str, torch.Tensor] = {}
+        for part in _PARTS:
+            param = program.param_of(given.get(part))
+            if param is not None:
+                try:
+                    tensors[part] = program.weights.load(param.name)
+                except ModelError as e:
+                    _fail("stored", e.message, node)
+        yield Packed(node, tensors, {k: v for k, v in node.kwargs.items() if isinstance(v, int)})
+
+
+def _fail(rule: str, message: str, node: fx.Node) -> NoReturn:
+    raise VerifierError(rule, message, node=node.name)
+
+
+def _stored(program: Program) -> None:
+    """A stored tensor has the shape and dtype of its parameter's row."""
+    for node in program.graph.nodes:
+        param = program.param_of(node)
+        if param is None or not any(row_of(u).name in _ARGUMENTS for u in node.users):
+            continue
+        try:
+            t = program.weights.load(param.name)
+        except ModelError as e:
+            _fail("stored", e.message, node)
+        if tuple(t.shape) != param.shape or t.dtype != param.dtype:
+            want = f"{param.dtype} {list(param.shape)}"
+            _fail("stored", f"expected {want}, found {t.dtype} {list(t.shape)}", node)
+
+
+def _kept_columns(p: Packed) -> int:
+    columns, n, m = (int(p.attrs.get(k, 0)) for k in ("columns", "n", "m"))
+    # dequantize counts the columns that it decodes, the others those of the whole weight.
+    return columns // m * n if m else columns
+
+
+def _words(program: Program) -> None:
+    """Rows have as many words as their columns take, and the bits past the end are zero."""
+    for p in packed_calls(program):
+        m = int(p.attrs.get("m", 0))
+        widths = {
+            "codes": (int(p.attrs.get("bits", 0)), _kept_columns(p)),
+            "meta": (packing.nm_bits(m) if m else 0, _kept_columns(p)),
+            "bitmap": (1, int(p.attrs.get("columns", 0))),
+        }
+        for part, (bits, columns) in widths.items():
+            t = p.tensors.get(part)
+            if t is None:
+                continue
+            if not 1 <= bits <= 8:
+                _fail("words", f"expected 1 to 8 bits, found {bits}", p.node)
+            want = packing.packed_words(columns, bits)
+            if t.dtype != torch.int32 or t.shape[-1] != want:
+                _fail(
+                    "words", f"expected {want} int32 words of {part}, found {t.shape[-1]}", p.node
+                )
+            used = columns * bits % 32
+            if (
+                used
+                and t.numel()
+                and bool(((t[..., -1].to(torch.int64) & 0xFFFFFFFF) >> used).any())
+            ):
+                _fail("words", f"expected zero bits past column {columns} of {part}", p.node)
+
+
+def _scales(program: Program) -> None:
+    """Scales are finite floats."""
+    for p in packed_calls(program):
+        t = p.tensors.get("scale")
+        if t is not None and not (t.is_floating_point() and bool(torch.isfinite(t).all())):
+            _fail("scale", "expected finite scales, found inf, nan or integers", p.node)
+
+
+def _zeros(program: Program) -> None:
+    """A zero point is itself a code."""
+    for p in packed_calls(program):
+        t, bits = p.tensors.get("zero"), int(p.attrs.get("bits", 0))
+        if t is None or not t.numel():
+            continue
+        if t.dtype != torch.uint8 or int(t.max()) >= 1 << bits:
+            _fail(
+                "zero", f"expected u8 zero points below {1 << bits}, found {int(t.max())}", p.node
+            )
+
+
+def _positions(program: Program) -> None:
+    """Kept positions of an n:m mask ascend strictly inside each block and lie below m."""
+    for p in packed_calls(program):
+        t = p.tensors.get("meta")
+        if t is None:
+            continue
+        n, m = int(p.attrs["n"]), int(p.attrs["m"])
+        if not 1 <= n <= m:
+            _fail("mask", f"expected n of m with 1 ≤ n ≤ m, found {n}:{m}", p.node)
+        where = packing.unpack(t, packing.nm_bits(m), _kept_columns(p)).to(torch.int16)
+        blocks = where.unflatten(-1, (-1, n))
+        if where.numel() and int(where.max()) >= m:
+            _fail("mask", f"expected positions below {m}, found {int(where.max())}", p.node)
+        if bool((blocks[..., 1:] <= blocks[..., :-1]).any()):
+            _fail("mask", f"expected {n} ascending positions in each block of {m}", p.node)
+
+
+def _counts(program: Program) -> None:
+    """A bitmap has one set bit for each stored value."""
+    for p in packed_calls(program):
+        bitmap, values = p.tensors.get("bitmap"), p.tensors.get("values")
+        if bitmap is None or values is None:
+            continue
+        kept = int(packing.unpack(bitmap, 1, int(p.attrs["columns"])).sum(dtype=torch.int64))
+        if kept != values.numel():
+            _fail("count", f"expected {kept} values for the bitmap, found {values.numel()}", p.node)
+
+
+TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
+    ("stored", _stored),
+    ("words", _words),
+    ("scale", _scales),
+    ("zero", _zeros),
+    ("mask", _positions),
+    ("count", _counts),
+]
+"""The laws of packed tensors, in order."""
