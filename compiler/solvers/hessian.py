@@ -65,7 +65,8 @@ class Factor:
         """
         key = None if order is None else tuple(order.tolist())
         if key not in self._roots:
-            self._roots[key] = self._factorise(order)
+            root = self._factorise(order)
+            self._roots = {k: r for k, r in self._roots.items() if k is None} | {key: root}
         return self._roots[key]
 
     def _factorise(self, order: Tensor | None) -> Tensor:

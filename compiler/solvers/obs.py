@@ -20,31 +20,13 @@ form with R is LDLQ).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from .answer import Answer
 from .grid import Bounds, Fit, Grid, clamp_
 from .masks import BlockPick, MaskRule, drop_smallest, pick_nm
 from .schedule import Block, Schedule, Step
-
-
-@dataclass
-class Swept:
-    """What a sweep settled; everything in processing order and transposed.
-
-    value: ``[n, m]`` final weights. centred: ``[n, m]`` centred codes as floats, None without
-    a grid. scale, zero: ``[G, m]`` in *storage* order of groups.
-    keep: bool ``[n, m]`` or None. row_loss: ``[m]`` fp64, the damped loss of each output row.
-    """
-
-    value: Tensor
-    centred: Tensor | None
-    scale: Tensor | None
-    zero: Tensor | None
-    keep: Tensor | None
-    row_loss: Tensor
 
 
 class Sweep:
@@ -107,8 +89,8 @@ class Sweep:
         self.group = 0
         self.leaf_views: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
 
-    def run(self) -> Swept:
-        """Settle every input."""
+    def run(self) -> Answer:
+        """Settle every input; the answer is in processing order, its row losses are damped ones."""
         m = self.w.shape[1]
         losses = torch.zeros(m, dtype=torch.float64, device=self.w.device)
         d2 = self.root.diagonal().square()
@@ -136,7 +118,7 @@ class Sweep:
                         self._fit_group(step, d2[a + step.a : a + step.b])
             losses += (self.err[: b - a].square() * d2[a:b, None]).sum(0).double()
             torch.sub(self.w[a:b], self.value[a:b], out=self.delta[a:b])
-        return Swept(self.value, self.centred, self.scale, self.zero, self.keep, losses)
+        return Answer(self.value, self.centred, self.scale, self.zero, self.keep, losses)
 
     def _load(self, block: Block) -> None:
         """Bring the block up to date with every error made before it."""

@@ -94,6 +94,12 @@ TASKS = {
     "2:4": {"mask": MaskRule("nm", 2, 4)},
     "half": {"mask": MaskRule("unstructured", sparsity=0.5)},
     "joint": {"grid": Grid(4, 8), "mask": MaskRule("nm", 2, 4), "act_order": True},
+    "refined": {
+        "grid": Grid(4, 8),
+        "mask": MaskRule("nm", 2, 4),
+        "sweeps": 2,
+        "mask_search": True,
+    },
     "wanda": {"grid": Grid(4, 16), "mask": MaskRule("nm", 2, 4), "mask_solver": "wanda"},
 }
 
@@ -118,7 +124,7 @@ def plain(weight: torch.Tensor, task: dict, hessian: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
-@pytest.mark.parametrize(("name", "task"), itertools.product(HESSIANS, TASKS))
+@pytest.mark.parametrize(("name", "task"), list(itertools.product(HESSIANS, TASKS)))
 def test_degenerate_hessians(name, task, size):
     hessian, reason = HESSIANS[name]
     options = TASKS[task]

@@ -81,15 +81,20 @@ def test_compensation_pays(problem):
     assert joint < loss(grid=grid, mask=TWO_FOUR, mask_solver="wanda")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_joint_is_no_worse_than_sparsegpt_then_gptq_on_the_same_mask(build, seed):
-    problem = build(32, 96, seed=seed)
-    grid = Grid(4, 32)
-    joint = solve(problem.weight, problem.hessian, grid=grid, mask=TWO_FOUR)
-    first = solve(problem.weight, problem.hessian, mask=TWO_FOUR)
-    second = solve(first.weight, problem.hessian, grid=grid, keep=first.mask)
-    assert problem.loss(joint.weight) <= problem.loss(second.weight) * 1.005
-    assert torch.equal(second.mask, first.mask)
+@pytest.mark.parametrize("bits", [4, 3])
+def test_joint_beats_sparsegpt_then_gptq_on_the_same_mask(build, bits):
+    """On the sum of a few layers; single small ones can fall either way."""
+    joint = two_steps = 0.0
+    for seed in range(4):
+        problem = build(64, 128, tokens=512, seed=seed)
+        grid = Grid(bits, 64)
+        joint += solve(problem.weight, problem.hessian, grid=grid, mask=TWO_FOUR).loss
+        first = solve(problem.weight, problem.hessian, mask=TWO_FOUR)
+        second = solve(first.weight, problem.hessian, grid=grid, keep=first.mask)
+        assert torch.equal(second.mask, first.mask)
+        whole = problem.loss(torch.zeros_like(problem.weight))
+        two_steps += problem.loss(second.weight) / whole
+    assert joint < two_steps
 
 
 def test_a_given_mask_is_kept(problem):

@@ -79,7 +79,7 @@ def columnwise(problem, grid, rule, damp=0.01):
 def test_accumulated_errors_are_the_damped_loss(problem, grid, rule, act):
     found, out, factor = sweep(problem, grid=grid, rule=rule, act=act)
     truth = problem.loss(found, factor.ridge)
-    assert float(out.row_loss.sum()) == pytest.approx(truth, rel=1e-12)
+    assert float(out.rows.sum()) == pytest.approx(truth, rel=1e-12)
 
 
 def test_diagonal_of_the_root_is_the_conditional_inverse(problem):
@@ -190,8 +190,8 @@ def test_one_dropped_weight_per_row_is_bounded(problem):
     w2 = problem.weight[torch.arange(m), at].square()
     low = w2 / torch.linalg.inv(h).diagonal()[at]
     high = w2 * h.diagonal()[at]
-    assert bool((out.row_loss >= low * (1 - 1e-9)).all())
-    assert bool((out.row_loss <= high * (1 + 1e-9)).all())
+    assert bool((out.rows >= low * (1 - 1e-9)).all())
+    assert bool((out.rows <= high * (1 + 1e-9)).all())
 
 
 def test_dropping_the_last_input_compensates_nothing(problem):
@@ -247,5 +247,5 @@ def test_fp32_agrees_with_fp64(problem):
     found, out, _ = sweep(single, grid=Grid(4, 16), rule=TWO_FOUR)
     a, b = problem.loss(found), problem.loss(exact)
     assert a == pytest.approx(b, rel=0.05)  # a code that falls the other way changes what follows
-    assert float(out.row_loss.sum()) == pytest.approx(problem.loss(found, factor.ridge), rel=1e-4)
+    assert float(out.rows.sum()) == pytest.approx(problem.loss(found, factor.ridge), rel=1e-4)
     assert float((found.double() == exact).double().mean()) > 0.9

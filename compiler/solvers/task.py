@@ -1,0 +1,163 @@
+"""The steps behind `solve`: plain answer, sweep, guard, extra passes. One `Task` per call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .answer import Answer, better_rows
+from .grid import Grid, rtn_t
+from .hessian import Factor
+from .loss import damped_rows, exact_rows, undamp
+from .masks import MaskRule, static_mask
+from .obs import Sweep
+from .refine import Refiner
+from .schedule import Schedule, make_schedule
+
+_SAFE = (2.0**-32, 2.0**32)  # weights whose largest value is outside are rescaled
+
+
+@dataclass
+class Task:
+    """One call of `solve`; its options are documented there.
+
+    Working units: weights transposed to ``wt`` [n, m], in the factor's dtype, divided by ``unit``,
+    a power of two that is 1 unless the weights are extreme.
+    """
+
+    weight: Tensor
+    factor: Factor
+    grid: Grid | None
+    mask: MaskRule | None
+    grid_solver: str
+    mask_solver: str
+    act_order: bool
+    block: int
+    keep: Tensor | None
+    sweeps: int
+    refit: bool
+    mask_search: bool
+    unit: float = 1.0
+    rows_rtn: int = 0
+    notes: tuple[str, ...] = ()
+    wt: Tensor = field(init=False)
+    fixed: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fixed = None if self.keep is None else self.keep.t().contiguous()
+        work = self.weight.to(self.factor.hessian.dtype)
+        low, high = torch.aminmax(work)
+        top = max(-float(low), float(high))
+        if top > 0 and not _SAFE[0] <= top <= _SAFE[1]:
+            self.unit = 2.0 ** math.frexp(top)[1]
+            work = (work.double() / self.unit).to(work.dtype)
+        self.wt = work.t().contiguous()
+
+    def run(self) -> Answer:
+        """The answer of the chosen pair, guarded."""
+        masked = self.mask is not None or self.fixed is not None
+        by_sweep = (self.grid is not None and self.grid_solver == "gptq") or (
+            masked and self.mask_solver == "sparsegpt"
+        )
+        if not by_sweep:
+            return self._plain(self._static_keep())
+        frozen = self.fixed
+        if frozen is None and self.mask is not None and self.mask_solver != "sparsegpt":
+            frozen = self._static_keep()
+        swept = self._sweep(frozen)
+        if self.grid is not None and self.grid_solver == "rtn":
+            swept = self._plain(swept.keep, swept.value)
+        return self._guard(swept, frozen)
+
+    def refined(self, answer: Answer) -> Answer:
+        """The answer after the extra sweeps, where there is something to refine."""
+        touched = self.grid is not None or answer.keep is not None
+        return self._refine(answer) if self.sweeps and touched else answer
+
+    def _static_keep(self, solver: str | None = None) -> Tensor | None:
+        if self.fixed is not None or self.mask is None:
+            return self.fixed
+        return static_mask(self.mask, solver or self.mask_solver, self.wt, self.factor.diagonal)
+
+    def _plain(self, keep: Tensor | None, wt: Tensor | None = None) -> Answer:
+        """No compensation: mask, then the nearest code."""
+        wt = self.wt if wt is None else wt
+        if self.grid is None:
+            return Answer(wt if keep is None else wt * keep, keep=keep)
+        value, centred, fit = rtn_t(
+            wt, self.grid, keep=keep, importance=self.factor.diagonal, unit=self.unit
+        )
+        return Answer(value, centred, fit.scale, fit.zero, keep)
+
+    def _schedule(self, grid: Grid | None, importance: Tensor | None = None) -> Schedule:
+        n = len(self.wt)
+        return make_schedule(
+            grid.spans(n) if grid is not None else [(0, n)],
+            unit=1 if self.mask is None else self.mask.unit,
+            block=self.block,
+            importance=importance,
+        )
+
+    def _sweep(self, frozen: Tensor | None) -> Answer:
+        grid = self.grid if self.grid_solver == "gptq" else None
+        schedule = self._schedule(grid, self.factor.diagonal if self.act_order else None)
+        order = schedule.order
+        root = self.factor.root(order)
+        wt, hessian = self.wt, self.factor.hessian
+        if order is not None:
+            wt, hessian = wt[order], hessian[order][:, order]
+            frozen = None if frozen is None else frozen[order]
+        sweep = Sweep(wt, root, schedule, grid=grid, rule=self.mask, keep=frozen, unit=self.unit)
+        out = sweep.run()
+        assert out.rows is not None
+        out.rows = undamp(out.rows, wt - out.value, hessian, self.factor.ridge)
+        return out.to_storage(order)
+
+    def _refine(self, start: Answer) -> Answer:
+        """Coordinate descent on the damped loss; rows whose undamped loss rose keep the start."""
+        hessian = self.factor.hessian.clone()
+        hessian.diagonal().add_(self.factor.ridge)
+        better = start.clone()
+        refiner = Refiner(
+            self.wt,
+            hessian,
+            self._schedule(self.grid),
+            better,
+            grid=self.grid,
+            rule=self.mask,
+            scales=self.refit,
+            mask=self.mask_search and self.fixed is None,
+            unit=self.unit,
+        )
+        for _ in range(self.sweeps):
+            refiner.run()
+        return better_rows(better, start, self.losses(start) < self.losses(better))
+
+    def losses(self, answer: Answer) -> Tensor:
+        """Row losses of an answer, [m] fp64."""
+        if answer.rows is None:
+            answer.rows = self.row_losses(self.wt - answer.value)
+        return answer.rows
+
+    def row_losses(self, delta_t: Tensor) -> Tensor:
+        """tr(d H d^T) of each row of D, [m] fp64."""
+        root = self.factor.ready
+        if root is None:
+            return exact_rows(delta_t, self.factor.hessian)
+        rows = damped_rows(delta_t, root)
+        return undamp(rows, delta_t, self.factor.hessian, self.factor.ridge)
+
+    def _guard(self, swept: Answer, frozen: Tensor | None) -> Answer:
+        """Keep the plain answer where it is better; see the module docstring."""
+        plain = self._plain(frozen if frozen is not None else self._static_keep("magnitude"))
+        swept_rows, plain_rows = self.losses(swept), self.losses(plain)
+        better = plain_rows < swept_rows
+        if self.mask is not None and self.mask.kind == "unstructured" and frozen is None:
+            better = (plain_rows.sum() < swept_rows.sum()).expand_as(plain_rows)
+        self.rows_rtn = int(better.sum())
+        if self.rows_rtn == len(better):
+            self.notes += ("sweep: no row better than round-to-nearest, which is kept",)
+        return better_rows(swept, plain, better) if self.rows_rtn else swept
