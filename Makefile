@@ -55,7 +55,7 @@ $(TEXT): examples/make_text.py $(SETUP)
 
 demo: $(SETUP) $(TEXT)  ## compress the demo model, judge it and let it write
 	$(PY) -m llmc.compiler.cli compile examples/pylm --passes smooth,w4,prune24 \
-	  --calibration examples/pylm/text/calibration.txt -o out/pylm
+	  --calibration examples/pylm/text/calibration.txt -o out/pylm --force
 	$(PY) -m llmc.compiler.cli eval out/pylm --data $(TEXT) --baseline examples/pylm
 	$(PY) -m llmc.compiler.cli run out/pylm --prompt "def main("
 

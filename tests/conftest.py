@@ -67,14 +67,16 @@ def same_as_file(update_golden: bool) -> Callable[[str, Path], None]:
             path.write_text(text, encoding="utf-8")
             return
         name = path.relative_to(ROOT)
-        assert path.exists(), f"{name} is missing; `make golden` writes it"
+        if not path.exists():
+            pytest.fail(f"{name} is missing; `make golden` writes it", pytrace=False)
         old = path.read_text(encoding="utf-8")
         diff = "\n".join(
             difflib.unified_diff(
                 old.splitlines(), text.splitlines(), f"{name} (committed)", "now", lineterm="", n=2
             )
         )
-        assert old == text, f"{name} is stale; `make golden` rewrites it\n{diff}"
+        if old != text:
+            pytest.fail(f"{name} is stale; `make golden` rewrites it\n{diff[:4000]}", pytrace=False)
 
     return check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,19 @@ def test_contracts_hold(repo: Path) -> None:
     done = lint_imports(repo)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "0 broken" in done.stdout
+
+
+def test_every_part_of_the_compiler_has_a_level(repo: Path) -> None:
+    """A new folder or module of ``compiler/`` must be placed in the contract of levels."""
+    settings = tomllib.loads((repo / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    rows = settings["importlinter"]["contracts"][0]["layers"]
+    placed = {name.strip("() ") for row in rows for name in re.split("[:|]", row)}
+    parts = {
+        f"llmc.compiler.{path.stem}"
+        for path in (repo / "compiler").iterdir()
+        if path.name != "__init__.py" and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+    assert parts <= placed, f"without a level: {sorted(parts - placed)}"
 
 
 @pytest.mark.parametrize(
