@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,10 @@ class _Door(torch.nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
+        # The tracer names each input's sizes apart; saying that they agree makes them one.
+        for other in (position_ids, attention_mask):
+            torch._check(other.shape[0] == input_ids.shape[0])
+            torch._check(other.shape[1] == input_ids.shape[1])
         given = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
         kwargs = {k: v for k, v in given.items() if k in self.accepts}
         with interface.session(position_ids, self.session):
@@ -249,7 +253,8 @@ def trace_model(
     door = _Door(model, _accepted(model), session).eval()
     context = facts.get("context")
     limits = {"S": context} if isinstance(context, int) and context > TRACE_SEQ else {}
-    exported = trace(door, inputs, _AXES, limits)
+    with nullcontext() if attention == interface.NAME else interface.written_out():
+        exported = trace(door, inputs, _AXES, limits)
     session.check()
     if attention == interface.NAME and session.attentions == 0:
         raise CaptureError("expected attention through transformers' interface, found none")
@@ -284,7 +289,6 @@ def capture_folder(folder: Path, trust_remote_code: bool = False) -> Program:
     checkpoint = Checkpoint(folder)
     config = read_config(folder, trust_remote_code)
     cls = model_class(config, folder, trust_remote_code)
-    failure: KeyError | None = None
     model, attention = build(config, cls)
     leaves = leaves_by_name(model, checkpoint)
     fake(model)

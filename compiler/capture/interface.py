@@ -129,6 +129,37 @@ def mask(
     return out
 
 
+def _written_out(float_mask: bool) -> Callable[..., torch.Tensor]:
+    def function(*args: Any, dtype: Any = None, **kwargs: Any) -> torch.Tensor:
+        valid = mask(*args, **kwargs)
+        current = _current()
+        rule = current.rules[id(valid)]
+        ok: torch.Tensor = torch.ops.llmc.may_read(
+            current.positions, current.positions, valid, causal=rule.causal, window=rule.window
+        )
+        if not float_mask:
+            return ok
+        low = torch.finfo(dtype or torch.float32).min
+        return torch.where(ok, torch.zeros((), dtype=dtype or torch.float32), low)
+
+    return function
+
+
+@contextmanager
+def written_out() -> Iterator[None]:
+    """For models with attention code of their own: their masks arrive as one ``llmc.may_read``."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    table = AttentionMaskInterface._global_mapping
+    before = {name: table[name] for name in ("sdpa", "eager") if name in table}
+    AttentionMaskInterface.register("sdpa", _written_out(False))
+    AttentionMaskInterface.register("eager", _written_out(True))
+    try:
+        yield
+    finally:
+        table.update(before)
+
+
 _UNSUPPORTED = (
     "head_mask",
     "position_bias",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ...ir.graph import Program
 from ...ir.refusal import Refusal
-from . import activations, linears, norms, rope, tidy, views
+from . import activations, attention, linears, norms, rope, tidy, tokens, views
 
 LIFTS = (
     linears.LINEAR,
     norms.LAYER_NORM, norms.RMS_NORM, rope.ROPE, *activations.ACTIVATIONS, activations.GATED,
+    attention.SDPA, attention.EAGER,
 )  # fmt: skip
 
 
@@ -23,6 +24,7 @@ def normalise(program: Program) -> list[Refusal]:
     tidy.share_equal_calls(program)
     refusals = [r for lift in LIFTS for r in lift.run(program)]
     program.prune()
+    tokens.unflatten_tokens(program)
     views.simplify_views(program)
     tidy.share_equal_calls(program)
     tidy.rename(program)

@@ -7,6 +7,7 @@ from . import (
     elementwise,
     index,
     linalg,
+    masks,
     pieces,
     reduce,
     semantic,
@@ -17,5 +18,5 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "cost", "create", "elementwise", "flat",
-    "index", "infer", "linalg", "pieces", "reduce", "row", "row_for", "row_of", "semantic", "shape",
+    "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of", "semantic", "shape",
 ]  # fmt: skip

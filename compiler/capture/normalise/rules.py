@@ -1,0 +1,174 @@
+"""What a mask expression allows: a rule read off the graph, or proved from index arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...ir.graph import Program, info
+from ...ir.interpret import run_nodes
+from ...ir.ops import row_of
+from ...ir.types import SymType, TensorType
+from .views import constant_of
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Arguments of ``llmc.attention`` that say the same as a mask."""
+
+    causal: bool
+    window: int | None = None
+    q_pos: fx.Node | None = None
+    k_pos: fx.Node | None = None
+    k_valid: fx.Node | None = None
+
+
+# Index arithmetic: each entry of the result depends on its two indices through comparisons with the
+# literals only. Its pattern is therefore settled by a size beyond every literal (constant matrices are
+# read whole, up to their own size).
+_INDEX_OPS = {
+    "aten.arange.default", "aten.arange.start", "aten.ones.default", "aten.zeros.default",
+    "aten.full.default", "aten.new_ones.default", "aten.new_zeros.default", "aten.ones_like.default",
+    "aten.tril.default", "aten.triu.default", "aten.eq.Scalar", "aten.ne.Scalar", "aten.eq.Tensor",
+    "aten.le.Tensor", "aten.lt.Tensor", "aten.ge.Tensor", "aten.gt.Tensor", "aten.sub.Tensor",
+    "aten.add.Tensor", "aten.le.Scalar", "aten.lt.Scalar", "aten.ge.Scalar", "aten.gt.Scalar",
+    "aten.logical_not.default", "aten.bitwise_not.default", "aten.logical_and.default",
+    "aten.bitwise_and.Tensor", "aten.__and__.Tensor", "aten.slice.Tensor", "aten.unsqueeze.default",
+    "aten.reshape.default", "aten.expand.default", "aten.to.dtype", "aten.transpose.int",
+    "aten.sym_size.int", "aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.Scalar",
+    "aten.where.self",
+}  # fmt: skip
+_SIZES = (1, 2, 3, 7, 40)
+_LITERAL = 16
+
+
+def rule_of(program: Program, mask: fx.Node, *, inverted: bool = False) -> MaskRule | str:
+    """The rule of a boolean mask (True = may read; ``inverted``: True = masked), or why none."""
+    if mask.op == "call_function" and row_of(mask).name == "llmc.may_read" and not inverted:
+        q, k, *valid = mask.args
+        assert isinstance(q, fx.Node)
+        assert isinstance(k, fx.Node)
+        given = valid[0] if valid else mask.kwargs.get("k_valid")
+        assert given is None or isinstance(given, fx.Node)
+        causal, window = mask.kwargs.get("causal", True), mask.kwargs.get("window")
+        assert window is None or isinstance(window, int)
+        return MaskRule(bool(causal), window, q, k, given)
+    return _proved(program, mask, inverted)
+
+
+def additive_rule(program: Program, mask: fx.Node) -> MaskRule | str:
+    """The rule of an additive mask: 0 where allowed, very low elsewhere; or why none."""
+    if mask.op != "call_function":
+        return f"expected a computed mask, found {mask.name}"
+    name = row_of(mask).name
+    if name in ("aten.where.ScalarOther", "aten.where.self", "aten.where.Scalar"):
+        condition, yes, no = mask.args
+        assert isinstance(condition, fx.Node)
+        if _number(program, yes) == 0.0 and _is_low(_number(program, no)):
+            return rule_of(program, condition)
+        if _number(program, no) == 0.0 and _is_low(_number(program, yes)):
+            return rule_of(program, condition, inverted=True)
+    return _proved(program, mask, inverted=False)
+
+
+def _number(program: Program, value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    known = constant_of(program, value)
+    if known is not None and known.numel() == 1:
+        return float(known)
+    if isinstance(value, fx.Node) and value.op == "call_function":
+        name = row_of(value).name
+        if name == "aten.full.default" and isinstance(value.args[1], (int, float)):
+            return float(value.args[1])
+        if name in ("aten.zeros.default", "aten.new_zeros.default"):
+            return 0.0
+    return None
+
+
+def _is_low(value: float | None) -> bool:
+    return value is not None and value <= -1e4
+
+
+def _proved(program: Program, mask: fx.Node, inverted: bool) -> MaskRule | str:
+    """Evaluate index arithmetic at several sizes and compare with a causal band."""
+    nodes = _ancestors(program, mask)
+    if isinstance(nodes, str):
+        return nodes
+    found: set[int | None] = set()
+    for size in _SIZES:
+        value = _evaluate(program, nodes, mask, size)
+        if value is None:
+            continue
+        allowed = value == 0 if value.is_floating_point() else value.bool()
+        if value.is_floating_point() and not bool((value[~allowed] <= -1e4).all()):
+            return "expected 0 or very low values in the mask"
+        allowed = ~allowed if inverted else allowed
+        if allowed.ndim < 2 or tuple(allowed.shape[-2:]) != (size, size):
+            return f"expected a mask [S, S], found {tuple(allowed.shape)}"
+        if allowed.numel() != size * size:
+            return "expected one mask for all heads and rows"
+        band = allowed.reshape(size, size)
+        width = int(band[-1].sum())
+        back = torch.arange(size)[:, None] - torch.arange(size)[None]
+        if not torch.equal(band, (back >= 0) & (back < width)):
+            return "expected a causal band, found another mask"
+        if size > _LITERAL:
+            found.add(None if width == size else width)
+    if len(found) != 1:
+        return "expected a mask that depends on the length alone"
+    return MaskRule(True, found.pop())
+
+
+def _ancestors(program: Program, mask: fx.Node) -> list[fx.Node] | str:
+    needed, todo = {mask}, [mask]
+    while todo:
+        node = todo.pop()
+        if node.op == "get_attr":
+            if constant_of(program, node) is None:
+                return f"expected a constant, found the parameter {node.name}"
+            continue
+        if node.op != "call_function" or row_of(node).name not in _INDEX_OPS:
+            return f"expected index arithmetic, found {node.name}"
+        if isinstance(info(node).type, SymType):
+            continue
+        literals: list[int] = []
+        fx.map_arg(node.args, lambda n: n)
+        _collect(node.args, literals)
+        if row_of(node).name != "aten.slice.Tensor" and any(abs(v) > _LITERAL for v in literals):
+            return f"expected literals up to {_LITERAL}, found {max(literals, key=abs)}"
+        for used in node.all_input_nodes:
+            if used not in needed:
+                needed.add(used)
+                todo.append(used)
+    return [n for n in program.graph.nodes if n in needed]
+
+
+def _collect(value: Any, into: list[int]) -> None:
+    if isinstance(value, (list, tuple)):
+        for v in value:
+            _collect(v, into)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        into.append(value)
+
+
+def _evaluate(
+    program: Program, nodes: list[fx.Node], mask: fx.Node, size: int
+) -> torch.Tensor | None:
+    env: dict[fx.Node, Any] = {}
+    todo = []
+    for node in nodes:
+        t = info(node).type
+        if isinstance(t, SymType):
+            env[node] = size if str(t.expr) == "S" else 2
+        elif isinstance(t, TensorType):
+            todo.append(node)
+    try:
+        run_nodes(todo, env, program.fetch)
+    except (RuntimeError, IndexError):
+        return None
+    out: torch.Tensor = env[mask]
+    return out
