@@ -82,7 +82,7 @@ class Builder:
             if back is None:
                 raise No(
                     "moves_followed",
-                    f"{node.name} moves channels in a way that is not tracked",
+                    f"{node.name} moves channels untracked",
                     node,
                 )
             self.upstream(back[0].node, back[1], node, back[0].part)
@@ -123,25 +123,23 @@ class Builder:
                 raise No("all_users_rewritten", reason, user)
         self.absorb(value, pattern, part)
 
-    def param(self, value: object, reader: fx.Node, axis: int, index: torch.Tensor, offset: float = 0.0) -> None:  # fmt: skip
+    def param(
+        self, value: object, reader: fx.Node, axis: int, index: torch.Tensor, offset: float = 0.0
+    ) -> None:
         """Divide a parameter along one axis."""
         found = sole_param(self.program, value, reader)
         if isinstance(found, tuple):
-            raise No(
-                found[0], found[1], next(n for n in self.program.graph.nodes if n.name == found[2])
-            )
+            raise No(found[0], found[1], self.program.node(found[2]))
         index = index.expand(found.shape[axis]).clone()
         self.absorbers.append(Absorber(found.name, axis, index, -1, offset))
 
     def channel(self, node: fx.Node, pattern: torch.Tensor) -> torch.Tensor:
-        """The pattern as one index per entry of the last axis; scales along other axes are equated."""
+        """One scale per entry of the last axis; scales along other axes are equated."""
         for a in range(pattern.dim() - 1):
             if pattern.shape[a] > 1:
                 found = self.labels.constant_over(pattern, a)
                 if found is None:
-                    raise No(
-                        "scaled_whole", f"only a part of what {node.name} makes is rescaled", node
-                    )
+                    raise No("scaled_whole", f"only a part of {node.name} is rescaled", node)
                 pattern = found
         return pattern.flatten()
 
@@ -169,7 +167,7 @@ class Builder:
         if shape is None or wide is None or not only_on(pattern, (2, 3)):
             raise No(
                 "absorbable",
-                f"{node.name} is rescaled along other axes than head and channel",
+                f"{node.name} is rescaled along other axes too",
                 node,
             )
         kv, heads, e = as_int(shape[1]), as_int(wide[2]), as_int(wide[3])
@@ -178,7 +176,7 @@ class Builder:
         grouped = pattern.expand(1, 1, heads, e).reshape(kv, heads // kv, e)
         shared = self.labels.constant_over(grouped, 1)
         if shared is None:
-            raise No("scaled_whole", f"only a part of what {node.name} makes is rescaled", node)
+            raise No("scaled_whole", f"only a part of {node.name} is rescaled", node)
         self.upstream(value, shared.reshape(1, kv, 1, e), node)
 
     def product(self, node: fx.Node, pattern: torch.Tensor) -> None:
@@ -200,7 +198,7 @@ class Builder:
         raise first or No("absorbable", f"{node.name} has no factor that is a value", node)
 
     def sum(self, node: fx.Node, pattern: torch.Tensor) -> None:
-        """A sum with a stored bias divides both; a sum of two values would have to divide a stream."""
+        """A sum with a stored bias divides both; a sum of two values is refused."""
         parts = [a for a in node.args[:2] if isinstance(a, fx.Node)]
         if len(parts) == 2 and any(p.op == "get_attr" for p in parts):
             for p in parts:
@@ -214,15 +212,14 @@ class Builder:
         assert wide is not None
         if shape is None:
             raise No("absorbable", f"{node.name} reads the number {operand}", node)
-        mine = pattern.reshape(pattern.shape[len(wide) - len(shape) :]) if len(shape) < len(wide) and only_on(
-            pattern, tuple(range(len(wide) - len(shape), len(wide)))
-        ) else pattern  # fmt: skip
+        extra = len(wide) - len(shape)
+        mine = pattern
+        if extra > 0 and only_on(pattern, tuple(range(extra, len(wide)))):
+            mine = pattern.reshape(pattern.shape[extra:])
         if mine.dim() != len(shape) or any(
             n > 1 and d == 1 for n, d in zip(mine.shape, shape, strict=True)
         ):
-            raise No(
-                "absorbable", f"{node.name} broadcasts the operand along scaled channels", node
-            )
+            raise No("absorbable", f"{node.name} broadcasts along scaled channels", node)
         if isinstance(operand, fx.Node) and operand.op == "get_attr":
             scaled = [a for a, n in enumerate(mine.shape) if n > 1]
             if len(scaled) > 1:

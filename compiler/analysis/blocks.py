@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx as nx
 from torch import fx
 
-from ..ir.graph import Program, Segment
+from ..ir.graph import Program, Segment, info
+from ..ir.types import SymType
 from .canon import chunk_label
-from .ties import ATTENTION, constants, op_name, shape_of
+from .ties import ATTENTION, WHOLE_ATTENTION, constants, op_name, shape_of
 
 PROLOGUE, EPILOGUE, MAIN = "prologue", "epilogue", "main"
 
@@ -36,11 +38,13 @@ class _Chain:
 
 
 def _data_graph(graph: fx.Graph) -> nx.DiGraph:
+    """What flows into what; lengths are no data."""
     g = nx.DiGraph()
     for n in graph.nodes:
         g.add_node(n)
         for i in n.all_input_nodes:
-            g.add_edge(i, n)
+            if not isinstance(info(i).type, SymType):
+                g.add_edge(i, n)
     return g
 
 
@@ -56,7 +60,7 @@ def _dominators(g: nx.DiGraph, source: fx.Node, target: fx.Node) -> list[fx.Node
 
 
 def _chain(program: Program) -> _Chain | None:
-    """The residual stream: the chain that cuts most blocks apart, then the longest one."""
+    """The residual stream: of the chains that cut most blocks apart, the one that feeds most."""
     g = _data_graph(program.graph)
     sources: dict[fx.Node, None] = {}
     for p in program.inputs:
@@ -64,14 +68,15 @@ def _chain(program: Program) -> _Chain | None:
             if shape_of(n) is not None and op_name(n) not in ATTENTION:
                 sources[n] = None
     best: _Chain | None = None
-    score = (0, 1)
+    score = (0, 0, 1)
     for target in program.output.all_input_nodes:
         for source in sources:
             links = _dominators(g, source, target)
             if len(links) < 2:
                 continue
             found = _Chain(tuple(links), _chunks(program.graph, g, links))
-            mine = (sum(_attends_itself(c, set(c)) for c in found.members()), len(links))
+            anchors = sum(_attends_itself(c, set(c)) for c in found.members())
+            mine = (anchors, len(found.chunk_of), len(links))
             if mine > score:
                 best, score = found, mine
     return best
@@ -90,7 +95,7 @@ def _chunks(graph: fx.Graph, g: nx.DiGraph, links: list[fx.Node]) -> dict[fx.Nod
 
 def _attends_itself(chunk: Sequence[fx.Node], inside: set[fx.Node]) -> bool:
     """Whether some attention here reads keys made from the stream (not from another encoder)."""
-    return any(op_name(n) in ATTENTION and n.args[1] in inside for n in chunk)
+    return any(op_name(n) in WHOLE_ATTENTION and n.args[1] in inside for n in chunk)
 
 
 def _is_residual(chunk: Sequence[fx.Node], start: fx.Node) -> bool:
@@ -103,12 +108,12 @@ def _starts(chain: _Chain, chunks: list[list[fx.Node]], labels: list[str]) -> tu
     anchors = [i for i, c in enumerate(chunks) if _attends_itself(c, set(c))]
     if not anchors:
         return _period(labels)
-    gaps = [tuple(labels[a:b]) for a, b in zip(anchors, anchors[1:], strict=False)]
+    gaps = [tuple(labels[a:b]) for a, b in pairwise(anchors)]
     for back in range(min((len(x) for x in gaps), default=1)):
         if back > anchors[0]:
             break
         starts = [a - back for a in anchors]
-        whole = {tuple(labels[a:b]) for a, b in zip(starts, starts[1:], strict=False)}
+        whole = {tuple(labels[a:b]) for a, b in pairwise(starts)}
         last = starts[-1]
         ends = [last + len(w) for w in whole if tuple(labels[last : last + len(w)]) == w]
         if ends:
@@ -168,8 +173,8 @@ def _place(program: Program) -> dict[fx.Node, int] | None:
             # A parameter, or what is made of parameters alone, lies with its first user.
             seg[n] = min(used, default=0)
         else:
-            # Made from inputs beside the stream (rotary angles, masks): shared ones lie in front.
-            seg[n] = used.pop() if len(used) == 1 else 0
+            # Made from inputs beside the stream (rotary angles, masks, lengths).
+            seg[n] = 0
     return seg
 
 

@@ -1,4 +1,4 @@
-"""Canonical labels of graph pieces: equal labels mean equal op structure, whatever things are called."""
+"""Canonical labels of graph pieces: equal labels mean equal structure, whatever the names."""
 
 from __future__ import annotations
 
@@ -43,13 +43,9 @@ def chunk_label(
     def leaf(n: fx.Node) -> str:
         if n is start:
             return "stream"
-        kind = (
-            "param"
-            if n.op == "get_attr" or n in weights
-            else f"in{len(outside)}"
-            if attributes
-            else "in"
-        )
+        kind = f"in{len(outside)}" if attributes else "in"
+        if n.op == "get_attr" or n in weights:
+            kind = "param"
         return outside.setdefault(n, f"{kind}:{show_type(info(n).type)}" if attributes else kind)
 
     def show(value: Any) -> str:
@@ -68,7 +64,8 @@ def chunk_label(
             if not attributes or n.op == "get_attr":
                 label[n] = f"param:{show_type(info(n).type)}" if attributes else "param"
                 continue
-        keys = ",".join(f"{k}={show(v)}" for k, v in sorted(n.kwargs.items()))
+        named = [k for k, v in sorted(n.kwargs.items()) if attributes or isinstance(v, fx.Node)]
+        keys = ",".join(f"{k}={show(n.kwargs[k])}" for k in named)
         args = ",".join(show(a) for a in n.args)
         kind = show_type(info(n).type) if attributes else ""
         label[n] = _digest(f"{op_name(n)}({args};{keys}){kind}")

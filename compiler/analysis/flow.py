@@ -81,7 +81,7 @@ def forward(
 
 
 def origin(value: fx.Node, through: Callable[[fx.Node], bool]) -> fx.Node:
-    """The value that a value is made of, walking back first arguments of nodes where ``through``."""
+    """Where a value comes from, walking back first arguments of nodes where ``through``."""
     while value.op == "call_function" and through(value):
         first = value.args[0]
         while isinstance(first, (list, tuple)):

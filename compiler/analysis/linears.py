@@ -109,7 +109,7 @@ def linear_sites(program: Program) -> list[LinearSite | ExpertSite | Refusal]:
 
 
 def sole_param(program: Program, value: object, reader: fx.Node) -> Param | tuple[str, str, str]:
-    """The parameter behind a value that only ``reader`` reads, else (predicate, reason, culprit)."""
+    """The parameter that only ``reader`` reads, else (predicate, reason, culprit)."""
     param = program.param_of(value)
     if param is None or not isinstance(value, fx.Node):
         what = value.name if isinstance(value, fx.Node) else repr(value)
@@ -139,10 +139,10 @@ class _Look:
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         param = sole_param(self.program, weight, node)
         if isinstance(param, tuple):
-            return _refuse(node, *param)
+            return self.refuse(node, *param)
         stored = self.program.param_of(bias)
         if bias is not None and stored is None:
-            return _refuse(
+            return self.refuse(
                 node, "bias_is_parameter", f"its bias {bias} is not a stored parameter", node.name
             )
         assert isinstance(value, fx.Node)
@@ -159,7 +159,7 @@ class _Look:
         for value in (gate_up, down):
             param = sole_param(self.program, value, node)
             if isinstance(param, tuple):
-                return _refuse(node, *param)
+                return self.refuse(node, *param)
             found.append(param)
         assert isinstance(x, fx.Node)
         assert isinstance(index, fx.Node)
@@ -169,6 +169,10 @@ class _Look:
             place.id, node.name, found[0].name, found[1].name, place.segment, e, h, i,
             x.name, index.name, weight.name, place.wave,
         )  # fmt: skip
+
+    def refuse(self, node: fx.Node, predicate: str, reason: str, culprit: str) -> Refusal:
+        path = info(self.by_name[culprit]).path
+        return Refusal("linears", culprit, f"{node.name}: {reason}", predicate, path)
 
     def role(self, node: fx.Node, value: fx.Node) -> tuple[str, bool, bool]:
         """(role, is the head, is a router)."""
@@ -203,17 +207,13 @@ class _Look:
         return ("fc1" if "fc1" in seen else "linear"), False, False
 
     def stops(self, user: fx.Node, reached: set[fx.Node]) -> bool:
-        """Whether a reader ends a walk: the next weight, attention, product, or the residual sum."""
+        """Whether a reader ends a walk: a weight, attention, product, or the residual sum."""
         name = op_name(user)
         if name in ATTENTION or name in (LINEAR, EXPERTS, "llmc.gated") or user.op == "output":
             return True
         if name == "aten.add.Tensor":
             return any(v not in reached and v not in self.fixed for v in user.all_input_nodes)
         return False
-
-
-def _refuse(node: fx.Node, predicate: str, reason: str, culprit: str) -> Refusal:
-    return Refusal("linears", culprit, f"{node.name}: {reason}", predicate, info(node).path)
 
 
 def site_segments(sites: list[LinearSite | ExpertSite | Refusal]) -> dict[str, list[Site]]:

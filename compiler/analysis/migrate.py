@@ -1,10 +1,10 @@
 """Channel-scale migration: where x -> x/s per channel can be undone upstream, exactly.
 
-For every value that linears read, the readers' input columns are multiplied by s and the division is
-absorbed by what made the value: a norm's gain, the linear factor of a gated product, the value path
-of an attention (heads that share a KV head share their scales), the rows of a linear, behind a relu
-too. Each value on the way must be read by rewritten nodes alone, each rewritten parameter by its one
-node. Sources: SmoothQuant (arXiv 2211.10438) and AWQ (arXiv 2306.00978) for the edges.
+For every value that linears read, the readers' input columns are multiplied by s and the division
+is absorbed by what made the value: a norm's gain, the linear factor of a gated product, the value
+path of an attention (heads that share a KV head share their scales), the rows of a linear, behind a
+relu too. Each value on the way must be read by rewritten nodes alone, each rewritten parameter by
+its one node. Sources: SmoothQuant (arXiv 2211.10438) and AWQ (arXiv 2306.00978) for the edges.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MigrationSite:
         channels: length of its last axis.
         n_scales: how many scales are free; below ``channels`` where some must be equal.
         expand: int64 [channels], the scale of each channel.
-        consumers: (node, parameter, axis): that axis, of length ``channels``, is multiplied by s[expand].
+        consumers: (node, parameter, axis): its axis of ``channels`` is multiplied by s[expand].
         absorbers: what is divided, see :class:`~.absorb.Absorber`.
         segment: of the first consumer.
     """
@@ -73,14 +73,14 @@ def migration_sites(program: Program) -> list[MigrationSite | Refusal]:
                 else:
                     out.append(site)
             if op_name(node) == EXPERTS:
-                reason = "the product inside an experts node is no value of the graph, so it has no statistics"
+                reason = "the product inside an experts node is no value of the graph"
                 out.append(_refusal(node, No("product_is_value", reason, node)))
     return out
 
 
 def _refusal(root: fx.Node, no: No) -> Refusal:
     reason = f"{root.name} cannot be rescaled: {no.reason}"
-    return Refusal("migrate", no.node.name, reason, no.predicate, info(root).path)
+    return Refusal("migrate", no.node.name, reason, no.predicate, info(no.node).path)
 
 
 def _readers(root: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -116,7 +116,7 @@ def _site(
         which, axis = (1, 1) if op_name(node) == LINEAR else (3, 2)
         param = sole_param(program, node.args[which], node)
         if isinstance(param, tuple):
-            raise No(param[0], param[1], next(n for n in program.graph.nodes if n.name == param[2]))
+            raise No(param[0], param[1], program.node(param[2]))
         consumers.append((node.name, param.name, axis))
         pattern = _at_root(root, value)
         if agreed is not None and not torch.equal(agreed, pattern):
@@ -130,7 +130,7 @@ def _site(
     builder.absorb(root, agreed)
     n_scales, absorbers, expand = builder.finish()
     segment, kind = place[readers[0][0].name], builder.kind or "linear"
-    stem = f"{segment}/{kind}"
+    stem = f"{segment}/{'rows' if kind == 'linear' else kind}"
     counts[stem] = counts.get(stem, -1) + 1
     return MigrationSite(
         f"{stem}{counts[stem]}", kind, first.name, channels, n_scales, expand,
@@ -144,9 +144,7 @@ def _at_root(root: fx.Node, value: fx.Node) -> torch.Tensor:
     while pattern is not None and value is not root:
         back = pull_back(value, pattern)
         if back is None:
-            raise No(
-                "moves_followed", f"{value.name} moves channels in a way that is not tracked", value
-            )
+            raise No("moves_followed", f"{value.name} moves channels untracked", value)
         value, pattern = back[0].node, back[1]
     if pattern is None:
         raise No("channels_known", f"{value.name} has a symbolic number of channels", value)

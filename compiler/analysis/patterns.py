@@ -1,7 +1,7 @@
 """Scale patterns: which scale divides which element of a value, carried back through moves.
 
-A pattern of a value of rank r is an int64 tensor of rank r. Each axis has size 1 (the scale does not
-depend on it) or the value's own size. Entries are labels of scales; -1 means unscaled.
+A pattern of a value of rank r is an int64 tensor of rank r. Each axis has size 1 (the scale does
+not depend on it) or the value's own size. Entries are labels of scales; -1 means unscaled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UNSCALED = -1
 
 
 def last_axis(value: fx.Node) -> torch.Tensor | None:
-    """The pattern with one scale for each index of the last axis; None where its size is symbolic."""
+    """One scale for each index of the last axis; None where its size is symbolic."""
     shape = shape_of(value)
     n = as_int(shape[-1]) if shape else None
     if shape is None or n is None:
@@ -155,7 +155,7 @@ class Labels:
         return out
 
     def constant_over(self, pattern: torch.Tensor, axis: int) -> torch.Tensor | None:
-        """The pattern made independent of an axis by equating its scales; None if some are unscaled."""
+        """The pattern with the scales along an axis equated; None if only some are scaled."""
         n = pattern.shape[axis]
         first = pattern.narrow(axis, 0, 1)
         for i in range(1, n):

@@ -17,6 +17,9 @@ from ..ir.types import TensorType
 ATTENTION = frozenset({"llmc.attention", "llmc.cached_attention"})
 """The rows that mix along the sequence by design."""
 
+WHOLE_ATTENTION = ATTENTION | {"aten.scaled_dot_product_attention.default"}
+"""Attention in one node, lifted or not: q, k, v are its first arguments."""
+
 
 class Axis(NamedTuple):
     """One axis of one value, of its element ``part`` where the value is a tuple."""

@@ -1,8 +1,8 @@
 """Proof that a program works token by token: attention alone mixes along the sequence.
 
-Every axis whose length holds the sequence symbol is followed through the ties of the op rows. It may
-be renamed, moved, or merged with the batch, and nothing else. The proof is what allows a KV cache,
-and calibration on batches of other lengths than the captured one.
+Every axis whose length holds the sequence symbol is followed through the ties of the op rows. It
+may be renamed, moved, or merged with the batch, and nothing else. The proof is what allows a KV
+cache, and calibration on batches of other lengths than the captured one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..ir.dims import BATCH, SEQ, Dim
 from ..ir.graph import Program, info
 from ..ir.refusal import Refusal
 from ..ir.types import SymType
+from .flow import GETITEM
 from .ties import ATTENTION, Axis, is_sequence, op_name, parts_of, shape_of, ties_of
 
 # Ops that repeat one value for every token: what they make holds the same for each of them.
@@ -25,8 +26,13 @@ _SPREAD = frozenset({
     "aten.scalar_tensor.default",
 })  # fmt: skip
 
-# Arguments of attention that hold keys: these it may mix. The rest are q and q's positions.
-_KEYS = {"llmc.attention": (1, 2, 4, 5), "llmc.cached_attention": (1, 2, 4)}
+_ROLES = {
+    "llmc.attention": ("q", "k", "v", "q_pos", "k_pos", "k_valid", "bias", "sinks"),
+    "llmc.cached_attention": ("q", "k", "v", "q_pos", "k_valid", "bias", "sinks"),
+}
+
+# Arguments of attention that belong to the keys, along which it mixes by design.
+_KEYS = ("k", "v", "k_pos", "k_valid")
 
 
 def _axes(node: fx.Node) -> list[Axis]:
@@ -39,7 +45,7 @@ def _axes(node: fx.Node) -> list[Axis]:
 
 
 def _token_run(dims: Iterable[Dim]) -> bool:
-    """Whether axes of these lengths are batch and sequence alone, so that merging keeps tokens whole."""
+    """Whether axes of these lengths are batch and sequence alone: merging keeps tokens whole."""
     return all(not isinstance(d, int) and d.free_symbols <= {BATCH, SEQ} for d in dims if d != 1)
 
 
@@ -61,22 +67,17 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
     for part in range(parts_of(node)):
         if sum(a.part == part for a in outs) > 1:
             return "one_sequence_axis", f"{name} pairs tokens with tokens in one value"
-    keys = (
-        {node.args[i] for i in _KEYS.get(name, ()) if i < len(node.args)}
-        if name in ATTENTION
-        else set()
-    )
-    keys.discard(None)
+    keys: set[fx.Node] = set()
+    if name.endswith(GETITEM):
+        ins = [a for a in ins if a.part == node.args[1]]
     if name in ATTENTION:
-        ins = [a for a in ins if a.node not in keys or a.node is node.args[0]]
-        if len(node.args) > 3 and isinstance(node.args[3], fx.Node):
-            # Query positions are tied by the op's definition; rows list only what can be cut.
-            ins = [a for a in ins if a.node is not node.args[3]]
-        bias = node.args[
-            6 if name == "llmc.attention" else 5 : 7 if name == "llmc.attention" else 6
-        ]
-        if any(isinstance(b, fx.Node) and _axes(b) for b in bias):
+        named = [*zip(_ROLES[name], node.args, strict=False), *node.kwargs.items()]
+        given = {k: v for k, v in named if isinstance(v, fx.Node)}
+        if "bias" in given and _axes(given["bias"]):
             return "bias_free_of_sequence", f"{name} adds a bias that depends on the sequence"
+        keys = {given[r] for r in _KEYS if r in given} - {given["q"]}
+        # Query positions are tied by the op's definition; ties list only what can be cut.
+        ins = [a for a in ins if a.node not in keys and a.node is not given.get("q_pos")]
     ties = ties_of(node)
     if ties is None:
         return "has_ties", f"{name} has no rule for how its axes are tied"
@@ -101,7 +102,7 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
             )
             return (
                 "point_wise",
-                f"{name} {what} the sequence axis {mine[0].axis} of {mine[0].node.name}",
+                f"{name} {what} axis {mine[0].axis} of {mine[0].node.name}, the sequence",
             )
     for a in ins:
         if a not in kept:
