@@ -1,0 +1,197 @@
+"""``llmc compile`` and ``llmc plan``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..ir.errors import ResourceError, UsageError
+from .output import Out, Size, examples, output_options
+from .progress import Solving, waiting
+
+if TYPE_CHECKING:
+    from ..api import Settings
+    from ..model import Model
+    from ..pipeline.plan import Plan
+
+F = TypeVar("F")
+# Graphs, manifest and report beside the weights.
+_OVERHEAD = 1 << 20
+
+_SHARED = [
+    click.argument("model"),
+    click.option("-p", "--passes", "passes", multiple=True, metavar="LIST",
+                 help="Passes with knobs, e.g. smooth,w4:group=64,prune24. Order inside one LIST is "
+                 "free; a repeated --passes is a barrier whose order is kept. See: llmc passes."),
+    click.option("--recipe", type=click.Path(), help="A YAML recipe instead of --passes."),
+    click.option("--samples", type=int, default=128, show_default=True,
+                 help="Calibration windows."),
+    click.option("--length", type=int, default=None,
+                 help="Tokens per window.  [default: 2048, or the model's context]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the windows' offsets."),
+    click.option("--propagate", type=click.Choice(["compressed", "dense"]), default="compressed",
+                 show_default=True, help="Outputs that the next block is calibrated on."),
+    click.option("--true-sequential", is_flag=True,
+                 help="Solve each block in waves that see their compressed predecessors."),
+    click.option("--batch", type=int, default=8, show_default=True, help="Windows run at once."),
+    click.option("--budget-ram", type=Size(), default="4GiB", show_default=True,
+                 help="Memory for the Hessians of one wave."),
+    click.option("--trust-remote-code", is_flag=True,
+                 help="Run modelling code that lies in the model's folder."),
+]  # fmt: skip
+
+
+def _shared(command: F) -> F:
+    made: Any = command
+    for option in reversed(_SHARED):
+        made = option(made)
+    return made
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    from ..api import Settings
+
+    return Settings(
+        given["samples"], given["length"], given["seed"], given["propagate"],
+        given["true_sequential"], given["batch"], given["budget_ram"],
+    )  # fmt: skip
+
+
+def _plan(model: str, given: dict[str, Any], out: Out) -> tuple[Plan, Settings]:
+    """Recipe first, then the model: a wrong flag is refused before anything is captured."""
+    from .. import api
+
+    passes = list(given["passes"]) or None
+    recipe = api.read_recipe(passes, given["recipe"])
+    settings = _settings(given)
+    with waiting(f"capturing {model}", out):
+        program = api.capture(model, trust_remote_code=given["trust_remote_code"])
+    settings = settings.for_program(program)
+    return api.make_plan(program, recipe), settings
+
+
+def _plan_json(planned: Plan, settings: Settings) -> dict[str, Any]:
+    from ..api import needs_data
+
+    assert settings.length is not None
+    tokens = settings.samples * settings.length if needs_data(planned) else 0
+    return planned.to_json(tokens, settings.length)
+
+
+@click.command(epilog=examples(
+    "llmc plan ./model --passes smooth,w4,prune24",
+    "llmc plan ./model --passes prune24 --passes w4 -v",
+    "llmc plan ./model --recipe recipe.yaml --json",
+))  # fmt: skip
+@_shared
+@output_options
+def plan_command(model: str, out: Out, **given: Any) -> None:
+    """Say what compiling MODEL would do: order, sites, refusals, bytes. Loads no weight."""
+    from ..report.planned import plan_tables, totals
+
+    planned, settings = _plan(model, given, out)
+    data = _plan_json(planned, settings)
+    for table in plan_tables(data, out.verbose):
+        out.table(table)
+    for line in totals(data):
+        out.text(line)
+    out.data("plan", {"model": model, "plan": data})
+
+
+@click.command(epilog=examples(
+    "llmc compile ./model --passes smooth,w4,prune24 -o out",
+    "llmc compile ./model --passes w4:group=64,solver=rtn -o out",
+    "llmc compile ./model --passes prune24 --passes w4 --calibration text.txt -o out --force",
+    "llmc compile ./model --recipe recipe.yaml -o out --json",
+))  # fmt: skip
+@_shared
+@click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path),
+              help="The artefact folder to write.")  # fmt: skip
+@click.option("--calibration", type=click.Path(), default=None,
+              help="Text (.txt, .jsonl) or tokens (.npy, .safetensors).  "
+              "[default: the installed Python standard library]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace an existing artefact.")
+@click.option("--strict", is_flag=True, help="A solve that fell back is an error (exit 4).")
+@output_options
+def compile_command(
+    model: str, folder: Path, calibration: str | None, force: bool, strict: bool, out: Out,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Compress MODEL, a folder or a hub id, into an artefact.
+
+    The plan is printed first; nothing is written before the end, and then whole or not at all.
+    """
+    check_target(folder, force)
+    from .. import api
+    from ..report.planned import plan_tables, totals
+
+    planned, settings = _plan(model, given, out)
+    data = _plan_json(planned, settings)
+    check_disk(folder, data["predicted"]["bytes_after"])
+    tokenizer = api.find_tokenizer(model, planned.source)
+    windows = api.calibrate(planned, calibration, tokenizer, settings)
+    for table in plan_tables(data, out.verbose):
+        out.table(table, err=True)
+    for line in totals(data):
+        out.note(line)
+    if windows is not None:
+        record = windows.record
+        out.note(f"calibration data {record['data']} ({record['sha256'][:12]})")
+    with Solving("solving", out) as progress:
+        made = api.carry_out(
+            planned, windows, settings, tokenizer=tokenizer, strict=strict, listener=progress
+        )
+    with waiting(f"writing {folder}", out):
+        made.save(folder, force=force)
+    _result(made, folder, data, out)
+
+
+def check_target(folder: Path, force: bool) -> None:
+    """Refuse an output that exists before any work is done.
+
+    Raises:
+        UsageError: it exists without ``force``, or is no folder, or its parent cannot be one.
+    """
+    if os.path.lexists(folder):
+        if not folder.is_dir() or folder.is_symlink():
+            raise UsageError(f"expected a folder to write, found a file or a link at {folder}")
+        if not force:
+            raise UsageError(f"expected a new folder, found {folder}", hint="--force replaces it")
+    for parent in folder.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise UsageError(f"expected a folder at {parent}, found a file")
+            return
+
+
+def check_disk(folder: Path, weights: int) -> None:
+    """Refuse when the disk cannot hold the predicted artefact and 5 % more.
+
+    Raises:
+        ResourceError: naming the bytes needed and found.
+    """
+    import shutil
+
+    place = next(p for p in folder.absolute().parents if p.exists())
+    needed = weights + weights // 20 + _OVERHEAD
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ResourceError(
+            f"expected {needed} free bytes for {folder}, found {free}",
+            hint="free some space or choose another folder",
+        )
+
+
+def _result(made: Model, folder: Path, plan: dict[str, Any], out: Out) -> None:
+    from ..report.data import report, result_table, summary
+
+    assert made.solved is not None
+    told = report(made.solved)
+    out.table(result_table(told, out.verbose))
+    for line in summary(told):
+        out.text(line)
+    out.text(f"wrote {folder}")
+    out.data("compile", {"out": str(folder), "plan": plan, "report": told})

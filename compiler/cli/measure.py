@@ -1,0 +1,192 @@
+"""``llmc eval``: how good, how big, how fast."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..ir.errors import GateError, UsageError
+from .output import Out, examples, output_options
+from .progress import Progress, waiting
+from .use import TARGETS
+
+if TYPE_CHECKING:
+    from ..model import Model
+    from ..pipeline.data import Stream
+    from ..runtime.evaluate import Comparison, Evaluation
+
+DEFAULT_WINDOW = 2048
+
+
+@click.command(epilog=examples(
+    "llmc eval out --data text.txt",
+    "llmc eval out --data text.txt --baseline ./model",
+    "llmc eval out --data text.txt --baseline ./model --min-recovery 0.95 --json",
+))  # fmt: skip
+@click.argument("source", metavar="ARTEFACT_OR_MODEL")
+@click.option("--data", required=True, type=click.Path(),
+              help="Held-out text (.txt, .jsonl) or tokens (.npy, .safetensors).")  # fmt: skip
+@click.option("--baseline", default=None, help="The model to compare with, usually the original.")
+@click.option("--window", type=int, default=None,
+              help="Tokens per window.  [default: 2048, or the model's context]")  # fmt: skip
+@click.option("--max-windows", type=int, default=None, help="Only the first windows.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Windows run at once.")
+@click.option("--min-recovery", type=float, default=None,
+              help="Exit 4 when baseline perplexity / perplexity is below this.")  # fmt: skip
+@click.option("--speed/--no-speed", default=True, show_default=True,
+              help="Time prefill and decode as well.")  # fmt: skip
+@click.option("--prompt-tokens", type=int, default=128, show_default=True,
+              help="Tokens of the timed prefill.")  # fmt: skip
+@click.option("--new-tokens", type=int, default=32, show_default=True,
+              help="Tokens of the timed decode.")  # fmt: skip
+@click.option("--target", type=click.Choice(TARGETS), default="reference", show_default=True,
+              help="What the graph is lowered for.")  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True,
+              help="Run modelling code that lies in the model's folder.")  # fmt: skip
+@output_options
+def eval_command(
+    source: str, data: str, baseline: str | None, window: int | None, max_windows: int | None,
+    batch: int, min_recovery: float | None, speed: bool, prompt_tokens: int, new_tokens: int,
+    target: str, trust_remote_code: bool, out: Out,
+) -> None:  # fmt: skip
+    """Perplexity by the papers' protocol, divergence from a baseline, size, speed and memory.
+
+    One token stream, windows that do not overlap, the tail dropped. Two models are compared by a
+    paired bootstrap over the same windows.
+    """
+    if min_recovery is not None and baseline is None:
+        raise UsageError("--min-recovery: expected a --baseline to recover, found none")
+    for name, value in (("--batch", batch), ("--prompt-tokens", prompt_tokens),
+                        ("--new-tokens", new_tokens), ("--max-windows", max_windows)):  # fmt: skip
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: expected at least 1, found {value}")
+    from .. import api
+    from ..pipeline.data import read_stream
+    from ..runtime.evaluate import compare, peak_rss
+
+    with waiting(f"loading {source}", out):
+        model = api.open_any(source, target=target, trust_remote_code=trust_remote_code)
+    stream = read_stream(data, model.tokenizer)
+    size = window or _window(model)
+    other: Model | None = None
+    if baseline is not None:
+        with waiting(f"loading {baseline}", out):
+            other = api.open_any(baseline, target="reference", trust_remote_code=trust_remote_code)
+        _same_tokens(model, other)
+    mine = _evaluate(model, stream, size, batch, max_windows, out, other)
+    result: dict[str, Any] = {"source": source, "target": target, "quality": mine.to_json()}
+    result["size"] = _size(model)
+    versus: Comparison | None = None
+    theirs: Evaluation | None = None
+    if other is not None:
+        theirs = _evaluate(other, stream, size, batch, max_windows, out, None)
+        versus = compare(mine, theirs)
+        recovery = theirs.perplexity / mine.perplexity
+        result["baseline"] = {
+            "source": baseline, "quality": theirs.to_json(), "size": _size(other),
+            "comparison": versus.to_json(), "recovery": recovery,
+        }  # fmt: skip
+    if speed:
+        result["speed"] = _speed(model, stream, prompt_tokens, new_tokens)
+        if other is not None:
+            result["baseline"]["speed"] = _speed(other, stream, prompt_tokens, new_tokens)
+    result["peak_rss_bytes"] = peak_rss()
+    _tell(result, mine, out)
+    out.data("eval", result)
+    if min_recovery is not None:
+        found = result["baseline"]["recovery"]
+        # Not "found < wanted": a perplexity that is not a number must fail the gate too.
+        if not found >= min_recovery:
+            raise GateError(
+                f"expected a recovery of at least {min_recovery:g}, found {found:.4f}",
+                where=source, hint="more bits, smaller groups or fewer zeros",
+            )  # fmt: skip
+
+
+def _window(model: Model) -> int:
+    context = model.program.facts.get("context")
+    return min(DEFAULT_WINDOW, context) if isinstance(context, int) else DEFAULT_WINDOW
+
+
+def _same_tokens(a: Model, b: Model) -> None:
+    """The two must read one and the same token stream."""
+    if a.tokenizer is None or b.tokenizer is None or a.tokenizer.sha256 == b.tokenizer.sha256:
+        return
+    raise UsageError(
+        "expected a baseline with the same tokenizer.json, found another one",
+        hint="perplexities of different tokens cannot be compared",
+    )
+
+
+def _evaluate(
+    model: Model, stream: Stream, window: int, batch: int, limit: int | None, out: Out,
+    other: Model | None,
+) -> Evaluation:  # fmt: skip
+    from ..runtime.evaluate import evaluate
+
+    with Progress("evaluating", out) as progress:
+
+        def step(done: int, total: int) -> None:
+            if not progress.total:
+                progress.steps(total)
+            progress.at(done, "windows")
+
+        return evaluate(
+            model.runner, stream, window, baseline=None if other is None else other.runner,
+            batch=batch, limit=limit, progress=step,
+        )  # fmt: skip
+
+
+def _size(model: Model) -> dict[str, Any]:
+    from ..runtime.sizes import sizes
+
+    memory = model.runner.memory_report()
+    return sizes(model.program).to_json() | {"resident_bytes": memory.total}
+
+
+def _speed(model: Model, stream: Stream, prompt: int, new: int) -> dict[str, Any] | None:
+    from ..runtime.evaluate import speed
+
+    if not model.generator.cached:
+        return None
+    return speed(model.generator, stream.tokens, prompt=prompt, new=new).to_json()
+
+
+def _tell(result: dict[str, Any], mine: Evaluation, out: Out) -> None:
+    from ..report.text import Table, number, size
+
+    base = result.get("baseline")
+    table = Table("", ("", result["source"], *([base["source"]] if base else [])))
+    sides = [result, *([base] if base else [])]
+
+    def row(name: str, cells: list[str]) -> None:
+        table.rows.append((name, *cells))
+
+    row("perplexity", [number(s["quality"]["perplexity"], 5) for s in sides])
+    row("weights", [size(s["size"]["total"]) for s in sides])
+    row("bits per linear weight", [number(s["size"]["bits_per_linear_weight"]) for s in sides])
+    row("resident", [size(s["size"]["resident_bytes"]) for s in sides])
+    if all(s.get("speed") for s in sides):
+        for key, name in (("prefill", "prefill tokens/s"), ("decode", "decode tokens/s")):
+            row(name, [number(s["speed"][f"{key}_tokens_per_second"], 4) for s in sides])
+    out.table(table)
+    q = result["quality"]
+    out.text(
+        f"{q['windows']} windows of {q['window']} tokens ({q['tokens']:,}) of {q['data']} "
+        f"({q['sha256'][:12]}), no overlap, tail dropped"
+    )
+    if base:
+        c = base["comparison"]
+        low, high = math.exp(c["low"]), math.exp(c["high"])
+        out.text(
+            f"perplexity x{c['perplexity_ratio']:.4f} of the baseline "
+            f"(95 % {low:.4f}..{high:.4f}, paired bootstrap over {c['windows']} windows, "
+            f"p {c['p']:.2g}); recovery {base['recovery']:.4f}"
+        )
+        out.text(
+            f"KL to the baseline {q['kl_to_baseline']:.4g} nats per token, "
+            f"top-1 agreement {q['top1_agreement']:.2%}"
+        )
+    out.text(f"peak memory {size(result['peak_rss_bytes'])}")
