@@ -108,9 +108,32 @@ def attention(
     return (weights.to(q.dtype) @ values).transpose(1, 2)
 
 
-def _ties(
-    out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any, **attrs: Any
-) -> list[Tie]:
+def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
+          **attrs: Any) -> list[Tie]:  # fmt: skip
+    q_pos, k_pos, k_valid, bias, sinks = [*rest, None, None, None, None, None][:5]
+    return [
+        *_core_ties(q, k),
+        *_token_ties(3, q_pos, 1),
+        *_token_ties(4, k_pos, None),
+        *_token_ties(5, k_valid, None),
+        *_score_ties(6, out, bias),
+        *([Tie("same", ((7, 0),), (2,))] if sinks is not None else []),
+    ]
+
+
+def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
+                 **attrs: Any) -> list[Tie]:  # fmt: skip
+    q_pos, k_valid, bias, sinks = [*rest, None, None, None, None][:4]
+    return [
+        *_core_ties(q, k),
+        *_token_ties(3, q_pos, 1),
+        *_token_ties(4, k_valid, None),
+        *_score_ties(5, out, bias),
+        *([Tie("same", ((6, 0),), (2,))] if sinks is not None else []),
+    ]
+
+
+def _core_ties(q: TensorType, k: TensorType) -> list[Tie]:
     repeat = divide(q.shape[1], k.shape[1]) or 1
     return [
         Tie("same", ((0, 0), (1, 0), (2, 0)), (0,)),
@@ -122,6 +145,26 @@ def _ties(
         Tie("contract", ((0, 3), (1, 3))),
         Tie("same", ((2, 3),), (3,)),
     ]
+
+
+def _token_ties(arg: int, part: TensorType | None, length: int | None) -> list[Tie]:
+    """Ties of positions or validity [B, S] whose length is an axis of the result, or the keys'."""
+    if part is None:
+        return []
+    along = Tie("mix", ((arg, 1),)) if length is None else Tie("same", ((arg, 1),), (length,))
+    return [Tie("same", ((arg, 0),), (0,)), along]
+
+
+def _score_ties(arg: int, out: TensorType, bias: TensorType | None) -> list[Tie]:
+    """Ties of a bias that broadcasts to the scores [B, H, S, T]."""
+    if bias is None:
+        return []
+    ties = [Tie("mix", ((arg, bias.rank - 1),))]
+    for axis, place in enumerate((0, 2, 1)):
+        at = axis - (4 - bias.rank)
+        if at >= 0 and same(bias.shape[at], out.shape[place]):
+            ties.append(Tie("same", ((arg, at),), (place,)))
+    return ties
 
 
 def _flops(
@@ -193,7 +236,7 @@ llmc_op(
     f"Tensor? sinks=None, *, {_SCHEMA_TAIL}, str state) -> Tensor",
     _infer,
     cached_attention,
-    ties=_ties,
+    ties=_cached_ties,
     flops=_flops,
     stateful=True,
 )

@@ -55,8 +55,12 @@ def dequantize(
     return ((q - offset) * scale.to(wide)[..., which]).to(dtype)
 
 
-def _rows_same(out: TensorType, first: TensorType, *rest: Any, **attrs: Any) -> list[Tie]:
-    return [Tie("same", tuple((i, a) for i in range(1)), (a,)) for a in range(out.rank - 1)]
+def _rows_same(out: TensorType, *types: Any, **attrs: Any) -> list[Tie]:
+    """Rows are rows of every part; within a row packed words cannot be cut."""
+    last = out.rank - 1
+    parts = [i for i, t in enumerate(types) if isinstance(t, TensorType)]
+    ties = [Tie("same", tuple((i, a) for i in parts), (a,)) for a in range(last)]
+    return [*ties, Tie("mix", tuple((i, last) for i in parts), (last,))]
 
 
 def _codes_sample() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -129,6 +133,11 @@ def _expand_bitmap(values: torch.Tensor, bitmap: torch.Tensor, *, columns: int) 
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
+def _bitmap_ties(out: TensorType, *types: Any, **attrs: Any) -> list[Tie]:
+    # The values lie in row order, so that no row can go without counting the bits before it.
+    return [Tie("mix", ((0, 0), *((1, a) for a in range(out.rank))), tuple(range(out.rank)))]
+
+
 def _bitmap_sample() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]])
     values = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
@@ -140,7 +149,7 @@ llmc_op(
     "(Tensor values, Tensor bitmap, *, int columns) -> Tensor",
     _expand_bitmap_type,
     _expand_bitmap,
-    ties=lambda out, *rest, **attrs: [Tie("same", ((1, a),), (a,)) for a in range(out.rank - 1)],
+    ties=_bitmap_ties,
     samples=_bitmap_sample,
 )
 
@@ -199,8 +208,16 @@ def _fused_flops(out: TensorType, *rest: Any, columns: int, **attrs: Any) -> Dim
 
 def _fused_ties(out: TensorType, x: TensorType, *rest: Any, **attrs: Any) -> list[Tie]:
     last = out.rank - 1
-    ties = [Tie("same", ((0, a),), (a,)) for a in range(last)]
-    return [*ties, Tie("same", ((1, 0), (2, 0)), (last,))]
+    codes, scale, zero, meta, bias, residual, gain = [*rest, *([None] * 7)][:7]
+    rows = [(i, 0) for i, t in ((1, codes), (2, scale), (3, zero), (4, meta), (5, bias)) if t]
+    inner = [(i, 1) for i, t in ((1, codes), (2, scale), (3, zero), (4, meta)) if t]
+    ties = []
+    for a in range(last):
+        tokens = ((0, a), (6, a)) if residual is not None else ((0, a),)
+        ties.append(Tie("same", tokens, (a,)))
+    rows += [(6, last)] if residual is not None else []
+    inner += [(0, last)] + ([(7, 0)] if gain is not None else [])
+    return [*ties, Tie("same", tuple(rows), (last,)), Tie("mix", tuple(inner))]
 
 
 def _fused_sample() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -97,6 +97,11 @@ def _index_put_ties(
         if b >= 0 and values.shape[b] != 1:
             ins.append((1 + len(indices), b))
         ties.append(Tie("same", tuple(ins), (a,)))
+    for s in range(len(shape)):
+        pairs = [(1 + a, s - (len(shape) - indices[a].rank)) for a in used]
+        ins = [(i, b) for i, b in pairs if b >= 0]
+        ins += [(1 + len(indices), at + s - lead)] if at + s >= lead else []
+        ties.append(Tie("same", tuple(ins)))
     return ties + [Tie("mix", ((0, a),), (a,)) for a in used]
 
 

@@ -188,6 +188,9 @@ def _experts_ties(out: TensorType, *types: Any, **attrs: Any) -> list[Tie]:
         Tie("contract", ((0, 1), (3, 2))),
         Tie("same", ((4, 1),), (1,)),
         Tie("same", ((3, 0), (4, 0))),
+        # A channel is a gate row, an up row half-way down, and a column: no tie has that form.
+        Tie("mix", ((3, 1), (4, 2))),
+        Tie("mix", ((1, 1), (2, 1))),
     ]
 
 

@@ -13,6 +13,7 @@ from .rules import (
     Samples,
     axes,
     axis,
+    broadcast_ties,
     factor_ties,
     kept,
     randn,
@@ -183,7 +184,7 @@ _row(
     _expand_ties,
     lambda: [((randn(2, 1, 3), [4, 2, 5, -1]), {}), ((randn(1, 3), [2, 3]), {})],
 )
-_row("expand_as.default", _expand_as, _expand_ties, lambda: [((randn(1, 3), randn(2, 3)), {})])
+_row("expand_as.default", _expand_as, broadcast_ties, lambda: [((randn(1, 3), randn(2, 3)), {})])
 _row("repeat.default", _repeat, _repeat_ties, lambda: [((randn(2, 3), [2, 1, 2]), {})])
 _row(
     "repeat_interleave.self_int", _interleave, _interleave_ties, lambda: [((randn(2, 3), 2, 1), {})]
