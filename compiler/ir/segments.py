@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from .errors import ModelError
-from .graph import Segment
+from .graph import Program, Segment
 
 
 def make_segments(graph: fx.Graph, cuts: Sequence[tuple[str, int]]) -> list[Segment]:
@@ -39,3 +39,21 @@ def segment_of(name: str, mine: Sequence[fx.Node], order: Sequence[fx.Node]) -> 
         tuple(n.name for n in sorted(live_in, key=rank.__getitem__)),
         tuple(n.name for n in mine if any(u not in here for u in n.users)),
     )
+
+
+def refresh_segments(program: Program) -> None:
+    """Fit a program's segments to its rewritten graph, keeping their names.
+
+    A new node belongs to the segment of the first older node behind it, which is where
+    ``Program.emit`` put it.
+    """
+    owner = {n: s.name for s in program.segments for n in s.nodes}
+    order = list(program.graph.nodes)
+    members: dict[str, list[fx.Node]] = {s.name: [] for s in program.segments}
+    home = program.segments[-1].name if program.segments else ""
+    for node in reversed(order):
+        home = owner.get(node.name, home)
+        members[home].append(node)
+    program.segments = [
+        segment_of(name, mine[::-1], order) for name, mine in members.items() if mine
+    ]

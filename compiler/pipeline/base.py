@@ -78,7 +78,8 @@ class Knob:
             UsageError: wrong type, out of range, or not a choice; names pass and knob.
         """
         where = f"{owner}:{self.name}"
-        if raw is None or (isinstance(raw, str) and raw.lower() in ("none", "row", "null")):
+        empty = raw is None or (isinstance(raw, str) and raw.lower() in ("none", "row", "null"))
+        if empty and raw not in self.choices:
             if self.optional:
                 return None
             raise UsageError(f"{where}: expected {self.range_text()}, found {raw!r}")

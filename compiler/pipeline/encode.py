@@ -32,10 +32,14 @@ def _weight_of(program: Program, linear: fx.Node) -> tuple[fx.Node, Param, str]:
     while source.op == "call_function":
         source = source.all_input_nodes[0]
     param = program.params[str(source.target)]
-    base = param.name
+    return weight, param, _base(param.name)
+
+
+def _base(name: str) -> str:
+    """The weight's name behind that of one of its packed parts."""
     for suffix in _SUFFIXES:
-        base = base.removesuffix(f".{suffix}")
-    return weight, param, base
+        name = name.removesuffix(f".{suffix}")
+    return name
 
 
 def _columns(node: fx.Node) -> int:
@@ -46,7 +50,9 @@ def _new(
     program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Param,
     before: fx.Node, keep: bool = True,
 ) -> fx.Node:  # fmt: skip
-    param = Param(name, shape, dtype, like.names, trained=True, keep=keep)
+    suffix = name.rsplit(".", 1)[1]
+    names = tuple(f"{_base(n)}.{suffix}" for n in like.names)
+    param = Param(name, shape, dtype, names, trained=True, keep=keep)
     return program.add_param(param, None, before=before)
 
 

@@ -19,6 +19,7 @@ from ..ir.graph import Program, info
 from ..ir.ops.base import cost
 from ..ir.refusal import Refusal
 from ..ir.scheme import Scheme, View
+from ..ir.segments import refresh_segments
 from ..ir.serial import to_json
 from ..ir.verifier import verify
 from . import order
@@ -211,6 +212,7 @@ def make_plan(program: Program, recipe: Recipe, *, allow_dense: bool = True) -> 
                 here += 1
                 rewrote += own.made.rewrite(final, site)
                 _state(plan, stage, own, site)
+            refresh_segments(final)
             if checks_on():
                 verify(final)
             touched += here

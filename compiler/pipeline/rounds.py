@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import DictWeights, Program, Segment
-from ..ir.interpret import run_nodes
+from ..ir.interpret import Fetch, run_nodes
 from . import encode
 from .events import Event, Listener, silent
 from .plan import Decision, Migration, Plan, Stage
@@ -133,19 +133,15 @@ class _Round:
 
     def _waves(
         self, folds: list[Migration], solves: list[Decision]
-    ) -> Iterator[tuple[list[Migration], list[Decision]]]:
-        """Split a block's work: folds go with the first wave; Hessians fit the budget."""
+    ) -> Iterator[tuple[list[Migration], list[list[Decision]]]]:
+        """A block's waves, each in parts whose Hessians fit the budget; folds go with the first."""
         ordered = sorted(solves, key=lambda d: d.site.wave)
-        waves = (
-            [list(g) for _, g in groupby(ordered, key=lambda d: d.site.wave)]
-            if self.options.true_sequential
-            else ([solves] if solves else [])
-        )
-        parts = [part for wave in waves for part in self._fitting(wave)]
-        if folds and not parts:
-            parts = [[]]
-        for i, part in enumerate(parts):
-            yield (folds if i == 0 else []), part
+        if self.options.true_sequential:
+            waves = [list(g) for _, g in groupby(ordered, key=lambda d: d.site.wave)]
+        else:
+            waves = [solves] if solves or folds else []
+        for i, wave in enumerate(waves):
+            yield (folds if i == 0 else []), list(self._fitting(wave)) or [[]]
 
     def _fitting(self, wave: list[Decision]) -> Iterator[list[Decision]]:
         held: list[Decision] = []
@@ -161,22 +157,31 @@ class _Round:
         if held:
             yield held
 
-    def _wave(self, segment: Segment, folds: list[Migration], solves: list[Decision]) -> None:
-        stats = Collection()
-        for m in folds:
-            for need in m.call.made.needs:
-                stats.want(m.site.value, need)
-        for d in solves:
-            if d.needs_gram:
-                stats.want(d.site.reads, "gram")
-        if stats.data:
-            self._collect(segment, stats)
-        for m in folds:
-            record = fold(self.work, m, stats)
-            self.out.folds.append({**record, "round": self.index})
-            self.listener(Event("fold", record))
+    def _wave(self, segment: Segment, folds: list[Migration], parts: list[list[Decision]]) -> None:
+        # Every part measures the block as it stood when the wave began, so that the budget
+        # changes memory and never the answer.
+        fetch = self.work.fetch
+        for i, part in enumerate(parts):
+            stats = Collection()
+            for m in folds if i == 0 else []:
+                for need in m.call.made.needs:
+                    stats.want(m.site.value, need)
+            for d in part:
+                if d.needs_gram:
+                    stats.want(d.site.reads, "gram")
+            if stats.data:
+                self._collect(segment, stats, fetch)
+            for m in folds if i == 0 else []:
+                record = fold(self.work, m, stats)
+                self.out.folds.append({**record, "round": self.index})
+                self.listener(Event("fold", record))
+            if i == 0 and len(parts) > 1:
+                fetch = self.work.frozen()
+            self._solve(part, stats)
+
+    def _solve(self, part: list[Decision], stats: Collection) -> None:
         groups: dict[tuple[Any, ...], list[Decision]] = {}
-        for d in solves:
+        for d in part:
             key = (d.site.reads, repr(d.scheme.codes), repr(d.scheme.mask), repr(d.options))
             groups.setdefault(key, []).append(d)
         for members in groups.values():
@@ -184,7 +189,7 @@ class _Round:
                 self.out.records.append({**record, "round": self.index})
                 self.listener(Event("site", record))
 
-    def _collect(self, segment: Segment, stats: Collection) -> None:
+    def _collect(self, segment: Segment, stats: Collection, fetch: Fetch) -> None:
         wanted = {self.nodes[v] for v in stats.values()}
         outside = {n for n in wanted if n.name not in set(segment.nodes)}
 
@@ -198,7 +203,7 @@ class _Round:
         for env in self.envs:
             for n in outside:
                 observe(n, env[n])
-            run_nodes(nodes[: last + 1], dict(env), self.work.fetch, observe=observe, keep=())
+            run_nodes(nodes[: last + 1], dict(env), fetch, observe=observe, keep=())
             self.listener(Event("tick", {"segment": segment.name}))
 
     def _dense_outputs(self, segment: Segment, solved: bool) -> list[Env] | None:

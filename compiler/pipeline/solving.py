@@ -12,6 +12,7 @@ from torch import Tensor
 from ..analysis.migrate import migrated
 from ..ir.errors import ModelError
 from ..ir.graph import Program
+from ..ir.interpret import Fetch
 from ..ir.scheme import Codes, Mask
 from ..ir.types import DTYPES
 from ..solvers import Factor, Grid, MaskRule, Solution, prepare, solve
@@ -41,8 +42,16 @@ class Work:
         if name in self.dense:
             return self.dense[name]
         if name not in self._loaded:
-            self._loaded[name] = self.program.fetch(name).to(self.device)
+            self._loaded[name] = self._source(name)
         return self._loaded[name]
+
+    def frozen(self) -> Fetch:
+        """``fetch`` of this moment, whatever is replaced later."""
+        held = dict(self.dense)
+        return lambda name: held[name] if name in held else self._source(name)
+
+    def _source(self, name: str) -> Tensor:
+        return self.program.fetch(name).to(self.device)
 
     def load(self, name: str) -> Tensor:
         """The same, so that the working copy is itself a source of weights."""
