@@ -15,6 +15,9 @@ from ..compiler.pipeline.encode import encode_mask
 from ..compiler.pipeline.sites import BLOCK_WEIGHT
 
 
+_SHARED = ("damp", "act_order", "sweeps", "mask_search")
+
+
 def _blocks_fit(made: Any, site: LinearSite) -> str | None:
     if made.m and site.in_features % made.m:
         return f"{site.in_features} inputs do not divide into blocks of {made.m}"
@@ -48,6 +51,8 @@ class Prune(Pass):
     sparsity: float = knob(0.5, "share of zeros when n and m are 0", lo=0.0, hi=0.99)
     damp: float = knob(0.01, "damping relative to the mean diagonal of XᵀX", lo=0.0, hi=10.0)
     act_order: bool = knob(False, "most important inputs first, inside the solver")
+    sweeps: int = knob(0, "further sweeps of coordinate descent, never uphill", lo=0, hi=100)
+    mask_search: bool = knob(False, "let the further sweeps move the mask too")
 
     def check(self) -> None:
         if (self.n > 0) != (self.m > 0) or (self.m and self.n >= self.m):
@@ -63,7 +68,7 @@ class Prune(Pass):
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         out: dict[str, Any] = {"mask_solver": self.solver}
-        return out | {k: getattr(self, k) for k in ("damp", "act_order") if self.explicit(k)}
+        return out | {k: getattr(self, k) for k in _SHARED if self.explicit(k)}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
         return encode_mask(program, site.node, self.facts(site)["mask"], made_by="prune")

@@ -15,6 +15,9 @@ from ..compiler.pipeline.encode import encode_codes
 from ..compiler.pipeline.sites import BLOCK_WEIGHT
 
 
+_SHARED = ("damp", "act_order", "sweeps", "refit")
+
+
 def _group_divides(made: Any, site: LinearSite) -> str | None:
     """An explicit group must divide; the default one ends in a shorter group instead."""
     g, n = made.group, site.in_features
@@ -60,6 +63,8 @@ class QuantizeWeights(Pass):
     clip: str = knob("absmax", "how the range is fitted", choices=("absmax", "mse"))
     damp: float = knob(0.01, "damping relative to the mean diagonal of XᵀX", lo=0.0, hi=10.0)
     act_order: bool = knob(False, "most important inputs first, inside the solver")
+    sweeps: int = knob(0, "further sweeps of coordinate descent, never uphill", lo=0, hi=100)
+    refit: bool = knob(True, "let the further sweeps move the scales too")
 
     def facts(self, site: LinearSite) -> dict[str, Any]:
         group = None if self.group is None or self.group >= site.in_features else self.group
@@ -67,7 +72,7 @@ class QuantizeWeights(Pass):
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         out: dict[str, Any] = {"grid_solver": self.solver, "clip": self.clip}
-        return out | {k: getattr(self, k) for k in ("damp", "act_order") if self.explicit(k)}
+        return out | {k: getattr(self, k) for k in _SHARED if self.explicit(k)}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
         return encode_codes(program, site.node, self.facts(site)["codes"], made_by=f"w{self.bits}")

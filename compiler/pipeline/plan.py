@@ -50,6 +50,8 @@ class Decision:
     def needs_gram(self) -> bool:
         """Whether the solve reads XᵀX (rtn and magnitude alone do not)."""
         o = self.options
+        if o.get("sweeps"):
+            return True
         calibrated = o.get("mask_solver") in ("sparsegpt", "wanda")
         return calibrated or o.get("grid_solver") == "gptq" or o.get("clip") == "mse"
 

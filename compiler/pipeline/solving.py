@@ -152,6 +152,9 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
         act_order=o.get("act_order", False),
         factor=factor,
         keep=frozen,
+        sweeps=o.get("sweeps", 0),
+        refit=o.get("refit", True),
+        mask_search=o.get("mask_search", False),
     )
     stored = work.program.params[param].dtype
     for name in [n for n in work.packed if n == param or n.startswith(param + ".")]:

@@ -204,3 +204,15 @@ def test_an_override_that_names_nothing_is_refused():
     )
     with pytest.raises(UsageError, match=r"overrides\.0"):
         make_plan(zoo.decoder(), r)
+
+
+def test_more_sweeps_lower_the_loss():
+    once = compiled([f"{W4},prune24"])
+    more = compiled([f"{W4},prune24,sweeps=3,mask_search=true"])
+    first = {r["site"]: r["loss"] for r in once.records}["block0/linear0"]
+    assert {r["site"]: r["loss"] for r in more.records}["block0/linear0"] < first
+
+
+def test_two_passes_cannot_set_one_option_differently():
+    with pytest.raises(UsageError, match="one value of sweeps"):
+        compiled(["w4:group=8,sweeps=2,prune24:sweeps=3"])
