@@ -14,7 +14,6 @@ from ..compiler.pipeline.base import Example, Lossy, Pass, Precondition, knob
 from ..compiler.pipeline.encode import encode_mask
 from ..compiler.pipeline.sites import BLOCK_WEIGHT
 
-
 _SHARED = ("damp", "act_order", "sweeps", "mask_search")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from llmc.compiler.capture import capture
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.interpret import run
