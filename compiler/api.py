@@ -92,7 +92,7 @@ def capture(source: Any, *, trust_remote_code: bool = False) -> Program:
     """A model as a program: graph, parameters (lazy) and facts.
 
     Args:
-        source: a model folder, a hub id, an ``nn.Module``, or a program, which is returned as it is.
+        source: a model folder, a hub id, an ``nn.Module``, or a program (returned as it is).
     Raises:
         ModelError, CaptureError: no such model, a checkpoint that is not sound, or a model that
             cannot be expressed without guessing.
@@ -302,13 +302,10 @@ def open_any(
     Raises:
         ModelError: neither.
     """
+    from .runtime.artefact import is_artefact
+
     if is_artefact(path):
         return load(path, target=target)
     program = capture(path, trust_remote_code=trust_remote_code)
     own = find_tokenizer(path, program)
     return Model(program, None, {"passes": "dense"}, own, target)
-
-
-def is_artefact(path: str | Path) -> bool:
-    """Whether a folder says that it is an artefact; it may still be damaged."""
-    return (Path(path).expanduser() / "manifest.json").is_file()

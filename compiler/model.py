@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .ir.errors import UsageError
 from .ir.graph import Program
+from .ir.serial import to_json
 from .pipeline.data import Tokenizer
 from .pipeline.plan import Plan
 from .pipeline.rounds import Compiled
+from .report.data import report, times
 from .runtime.cache import add_cache, cache_refusals
 from .runtime.executor import Runner
 from .runtime.generate import Sampling
 from .runtime.generate import generate as run_generation
+
+if TYPE_CHECKING:
+    from .runtime.artefact import Contents, Loaded
+    from .runtime.manifest import Manifest
 
 
 class Model(torch.nn.Module):
@@ -27,8 +33,7 @@ class Model(torch.nn.Module):
         program: the rewritten graph with its tensors; ``graph`` is another name of it.
         plan: what was planned; None for a loaded artefact.
         record: what decided the result: recipe, calibration data, settings.
-        records: one row per solved weight (loss, damping, tokens, fallbacks).
-        folds: one row per migrated scale.
+        loaded: the artefact that it came from, if it came from one.
         tokenizer: of the model, None where it has none.
         target: what the graph is lowered for.
     """
@@ -42,8 +47,10 @@ class Model(torch.nn.Module):
         target: str = "reference",
         *,
         seconds: float = 0.0,
+        loaded: Loaded | None = None,
     ) -> None:
         super().__init__()
+        self.loaded = loaded
         self.program, self.solved, self.record = program, solved, record
         self.tokenizer, self.target, self.seconds = tokenizer, target, seconds
         self.eval()
@@ -57,13 +64,22 @@ class Model(torch.nn.Module):
     def plan(self) -> Plan | None:
         return None if self.solved is None else self.solved.plan
 
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Sites with error, bits, bytes and tokens, folds, fallbacks, refusals, totals, record."""
+        if self.solved is not None:
+            return report(self.solved) | {"record": self.record}
+        return dict(self.loaded.report) if self.loaded is not None else {}
+
     @property
     def records(self) -> list[dict[str, Any]]:
-        return [] if self.solved is None else self.solved.records
+        """One row per compressed weight."""
+        return self.solved.records if self.solved is not None else self.report.get("sites", [])
 
     @property
     def folds(self) -> list[dict[str, Any]]:
-        return [] if self.solved is None else self.solved.folds
+        """One row per migrated scale."""
+        return self.solved.folds if self.solved is not None else self.report.get("folds", [])
 
     @cached_property
     def runner(self) -> Runner:
@@ -144,19 +160,63 @@ class Model(torch.nn.Module):
             )
         return [self.tokenizer.encode(r) for r in rows], True
 
-    def save(self, path: str | Path, *, force: bool = False) -> None:
+    def save(
+        self, path: str | Path, *, force: bool = False, command: Sequence[str] = ()
+    ) -> Manifest:
         """Write an artefact folder, whole or not at all.
 
+        Args:
+            force: replace an existing folder once the new one is complete.
+            command: what was typed, for run.json, which is outside the content hash.
         Raises:
             UsageError: the folder exists and ``force`` is not given, or nothing was compiled.
-            ResourceError: no space.
+            ResourceError: no space; nothing was changed.
         """
-        raise UsageError("expected a compiled model; saving is not built yet")
+        from .runtime import artefact
+
+        return artefact.save(path, self._contents(command), force=force)
+
+    def _contents(self, command: Sequence[str]) -> Contents:
+        from .runtime.artefact import Contents, versions
+
+        folder = None if self.tokenizer is None else self.tokenizer.folder
+        if self.loaded is not None:
+            a = self.loaded
+            graphs = [(n.partition("-")[2], to_json(a.graph(n))) for n in a.graphs]
+            return Contents(
+                self.program, a.schemes, a.plan, a.report, a.run, a.manifest.passes,
+                a.manifest.fallbacks, graphs, folder,
+            )  # fmt: skip
+        if self.solved is None:
+            raise UsageError("expected a compiled model to save, found a dense one")
+        plan = self.solved.plan
+        data = self.record["calibration"] or {"samples": 0, "length": 0}
+        run = {
+            "command": list(command), "seconds": self.seconds, "host": host(),
+            "versions": versions(), "times": times(self.solved),
+        }  # fmt: skip
+        return Contents(
+            self.program,
+            {name: scheme.to_json() for name, scheme in sorted(plan.schemes.items())},
+            plan.to_json(data["samples"] * data["length"], data["length"]),
+            self.report,
+            run,
+            [{"pass": c.name, "stage": i, "knobs": c.made.values()}
+             for i, s in enumerate(plan.stages) for c in s.calls],
+            self.solved.fallbacks,
+            [(s.name, s.graph) for s in plan.snapshots],
+            folder,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: str | Path, *, target: str = "reference") -> Model:
         """See :func:`llmc.load`."""
-        raise UsageError("loading is not built yet")
+        from .runtime import artefact
+
+        found = artefact.load(Path(path).expanduser())
+        tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer)
+        record = found.report.get("record", {}) if isinstance(found.report, dict) else {}
+        return cls(found.program, None, record, tokenizer, target, loaded=found)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -172,3 +232,14 @@ def lowered(program: Program, target: str) -> Runner:
     if target != "reference":
         raise UsageError(f"expected target reference, found {target!r}")
     return Runner(program)
+
+
+def host() -> dict[str, Any]:
+    """Where it ran, without names: system, processors, torch threads."""
+    import os
+    import platform
+
+    return {
+        "system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,7 @@ _OVERHEAD = 1 << 20
 _SHARED = [
     click.argument("model"),
     click.option("-p", "--passes", "passes", multiple=True, metavar="LIST",
-                 help="Passes with knobs, e.g. smooth,w4:group=64,prune24. Order inside one LIST is "
+                 help="Passes with knobs, e.g. smooth,w4:group=64,prune24. Order in one LIST is "
                  "free; a repeated --passes is a barrier whose order is kept. See: llmc passes."),
     click.option("--recipe", type=click.Path(), help="A YAML recipe instead of --passes."),
     click.option("--samples", type=int, default=128, show_default=True,
@@ -145,7 +146,7 @@ def compile_command(
             planned, windows, settings, tokenizer=tokenizer, strict=strict, listener=progress
         )
     with waiting(f"writing {folder}", out):
-        made.save(folder, force=force)
+        made.save(folder, force=force, command=sys.argv[1:])
     _result(made, folder, data, out)
 
 
@@ -186,10 +187,9 @@ def check_disk(folder: Path, weights: int) -> None:
 
 
 def _result(made: Model, folder: Path, plan: dict[str, Any], out: Out) -> None:
-    from ..report.data import report, result_table, summary
+    from ..report.data import result_table, summary
 
-    assert made.solved is not None
-    told = report(made.solved)
+    told = made.report
     out.table(result_table(told, out.verbose))
     for line in summary(told):
         out.text(line)

@@ -1,4 +1,4 @@
-"""Progress of long work: one bar with the time left on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with the time left on a terminal, now and then a line elsewhere."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ HEARTBEAT = 30.0
 class Progress(AbstractContextManager["Progress"]):
     """One piece of long work with a known number of steps.
 
-    On a terminal it is a rich bar with the time left; elsewhere, a line every ``heartbeat`` seconds;
-    with --quiet or --json on no terminal, nothing. Every line goes to stderr.
+    On a terminal it is a rich bar with the time left; elsewhere, a line every ``heartbeat``
+    seconds; with --quiet, nothing. Every line goes to stderr.
     """
 
     def __init__(self, title: str, out: Out, *, heartbeat: float = HEARTBEAT) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..ir.errors import UsageError
+from ..ir.errors import ModelError, UsageError
 from .output import Out, examples, output_options
 from .progress import waiting
 
@@ -99,5 +99,19 @@ def run_command(
 @click.argument("folder", metavar="ARTEFACT", type=click.Path(path_type=Path))
 @output_options
 def verify_command(folder: Path, out: Out) -> None:
-    """Check an artefact: every hash, shape, op and number. Exit 3 with the findings if one is wrong."""
-    raise UsageError("verify is not built yet")
+    """Check an artefact: every hash, shape, op and number; exit 3 with the findings."""
+    from ..runtime.verify import verify
+
+    with waiting(f"verifying {folder}", out):
+        found = verify(folder)
+    for finding in found:
+        out.text(str(finding))
+    if not found:
+        out.text(f"{folder} is sound")
+    out.data("verify", {
+        "folder": str(folder), "sound": not found,
+        "findings": [{"check": f.check, "message": f.message} for f in found],
+    })  # fmt: skip
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ModelError(f"expected a sound artefact at {folder}, found: {found[0]}{more}")
