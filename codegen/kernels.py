@@ -105,7 +105,7 @@ class Argument:
     flag: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelRow:
     """One kernel: the op it implements, its template, arguments, requirements and costs.
 
@@ -114,8 +114,9 @@ class KernelRow:
         choices: allowed values of the string and flag fields of `Problem`.
         moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
             activation), tiles (N and K rounded up to whole tiles: Np, Kp, Gp).
-        tiles, stages: the tuning space, (BM, BN) pairs that compile without spills, and pipeline
-            depths. rtol: expected relative error of an fp16 or bf16 call.
+        tiles, stages: the tuning space: (BM, BN) pairs and pipeline depths. fits: predicates over
+            BM, BN and the problem (`wide`: fp32 activations) that keep a tile free of spills. rtol: expected relative
+            error of an fp16 or bf16 call.
     """
 
     name: str
@@ -129,6 +130,7 @@ class KernelRow:
     moves: str
     tiles: tuple[tuple[int, int], ...]
     stages: tuple[int, ...]
+    fits: tuple[str, ...]
     targets: tuple[str, ...] = ("sm_80", "sm_90")
     rtol: float = 1e-2
 
@@ -160,17 +162,9 @@ class KernelRow:
         }
         return int(_evaluate(self.moves, values))
 
-    def configs(self, problem: Problem) -> list[TileConfig]:
+    def configs(self, problem: Problem) -> tuple[TileConfig, ...]:
         """The tuning grid for `problem`; BN divides the padded rows, as codes have no row guard."""
-        # fp32 products take three tf32 ones: tiles of more tokens spill registers.
-        widest = 16 if problem.x_dtype == "fp32" else 64
-        rows = _up(problem.N, TILE_ROWS)
-        return [
-            TileConfig(BM, BN, stages=stages)
-            for BM, BN in self.tiles
-            for stages in self.stages
-            if widest >= BM and rows % BN == 0
-        ]
+        return _configs(self, problem)
 
     def default_config(self, problem: Problem, M: int, processors: int = 132) -> TileConfig:
         """The untuned choice: the smallest BM that covers M, the widest BN that fills the GPU."""
@@ -187,6 +181,19 @@ class KernelRow:
         if target == "sm_90" and config.BM >= 16 and config.BN >= 64:
             return f"HGMMA.64x{config.BM}x{8 if x_dtype == 'fp32' else 16}.F32{tail}"
         return f"HMMA.{1688 if x_dtype == 'fp32' else 16816}.F32{tail}"
+
+
+@functools.lru_cache(4096)
+def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
+    padded = _up(problem.N, TILE_ROWS)
+    known = {**_integers(problem), "wide": int(problem.x_dtype == "fp32")}
+    tiles = [
+        (BM, BN)
+        for BM, BN in row.tiles
+        if padded % BN == 0
+        and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
+    ]
+    return tuple(TileConfig(BM, BN, stages) for BM, BN in tiles for stages in row.stages)
 
 
 def packed_groups(row: KernelRow, problem: Problem) -> int:
@@ -216,7 +223,7 @@ def _integers(problem: Problem) -> dict[str, int]:
 @functools.cache
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
-    names = [f.name for f in fields(Problem)] + ["M", "xb", "Np", "Kp", "Gp"]
+    names = [f.name for f in fields(Problem)] + ["M", "xb", "Np", "Kp", "Gp", "BM", "BN", "wide"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 
 
@@ -283,6 +290,7 @@ W4A16 = KernelRow(
         (64, 64),
     ),
     stages=(3, 4, 6),
+    fits=("Eq(wide, 0) | (BM <= 16)", "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"),
 )
 
 W4A16_24 = KernelRow(
@@ -306,8 +314,9 @@ W4A16_24 = KernelRow(
         Requirement("K", "(K >= 16) & Eq(Mod(K, 4), 0)", "at least 16, a multiple of 4"),
     ),
     moves=f"3*Np*Kp/8 + {_SIDES}",
-    tiles=((16, 64), (16, 128), (32, 64), (64, 64)),
+    tiles=((16, 64), (16, 128), (32, 64)),
     stages=(2, 3),
+    fits=("Eq(wide, 0) | (BM * BN <= 1024)", "Eq(norm, 0) | (BN <= 64)"),
 )
 
 ROWS: tuple[KernelRow, ...] = (W4A16, W4A16_24)

@@ -69,6 +69,7 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     return "_".join([row.name, group, zero, problem.x_dtype, f"s{problem.scale_dtype}", *flags])
 
 
+@functools.lru_cache(4096)
 def render(row: KernelRow, problem: Problem, *, interpret: bool = False) -> Rendered:
     """The Triton source of `row` for `problem`.
 
