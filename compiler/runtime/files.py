@@ -22,7 +22,7 @@ from typing import Any
 
 from ..ir.errors import LlmcError, ModelError, ResourceError, UsageError
 
-JSON_BYTES = 256 << 20
+JSON_BYTES = 64 << 20
 JSON_DEPTH = 64
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}){0,2}")
 
@@ -274,7 +274,8 @@ def parse_json(data: bytes, name: str) -> Any:
         raise ModelError(f"expected JSON, found ({str(e)[:120]})", where=name) from None
 
 
-_TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+# A string that never ends matches up to the end, so no text is scanned twice.
+_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
 
 
 def _depth(text: str) -> int:

@@ -116,9 +116,12 @@ def make_builder() -> type[Builder]:
 @pytest.fixture(scope="session")
 def pylm_program(pylm: Path) -> Program:
     """The demo model, captured once; nobody may change it."""
+    from llmc.compiler.analysis.blocks import apply_segments
     from llmc.compiler.capture import capture
 
-    return capture(pylm)
+    program = capture(pylm)
+    apply_segments(program)
+    return program
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,10 @@ def stream_of(length: int, top: int = 32) -> Stream:
     return read_stream(torch.randint(0, top, (length,), generator=generator), None)
 
 
-def result(nll: list[float], **changes: Any) -> Evaluation:
-    given: dict[str, Any] = {"sha256": "s", "window": 8, "windows": len(nll), "nll": tuple(nll)}
+def result(losses: list[float], **changes: Any) -> Evaluation:
+    given: dict[str, Any] = {
+        "sha256": "s", "window": 8, "windows": len(losses), "nll": tuple(losses),
+    }  # fmt: skip
     return Evaluation("d", **(given | changes))
 
 
@@ -141,7 +143,7 @@ def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
 def test_other_windows_are_not_compared() -> None:
     for changes in ({"sha256": "t"}, {"window": 9}, {"windows": 4, "nll": (1.0,) * 4}):
         with pytest.raises(UsageError, match="same windows"):
-            compare(result([1.0] * 3), result([1.0] * 3, **changes))  # type: ignore[arg-type]
+            compare(result([1.0] * 3), result([1.0] * 3, **changes))
 
 
 def test_speed_of_prefill_and_decode(make_tiny: Make) -> None:

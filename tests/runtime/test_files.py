@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,15 @@ def test_bad_json_is_refused(data: bytes, message: str) -> None:
         files.parse_json(data, "plan.json")
     assert "plan.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_depth_is_found_in_one_scan() -> None:
+    text = b'"' + b'\\"' * 3_000_000
+    start = time.perf_counter()
+    for data in (text, text + b'"', b"[" + b'"[",' * 1_000_000 + b"0]"):
+        with suppress(ModelError):
+            files.parse_json(data, "f")
+    assert time.perf_counter() - start < 20
 
 
 def test_brackets_in_strings_do_not_count() -> None:
