@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TypeAlias
@@ -84,32 +85,61 @@ def evaluate(d: Dim, values: Mapping[str, int]) -> int:
     return int(d.subs({s: values[s.name] for s in d.free_symbols}))
 
 
+_MAX_TEXT, _MAX_INT, _MAX_POWER, _MAX_TERMS = 4096, 1 << 63, 8, 64
+_FUNCTIONS = {"floor": (sympy.floor, 1), "ceiling": (sympy.ceiling, 1), "Mod": (sympy.Mod, 2)}
+
+
 def parse(text: str) -> Dim:
-    """Inverse of :func:`show` for arithmetic of symbols and integers; never evaluates code."""
-    import ast
+    """Inverse of :func:`show`: sums, products, quotients and small powers of symbols and integers.
 
-    def walk(node: ast.expr) -> Dim:
-        match node:
-            case ast.Constant(value=int() as v):
-                return v
-            case ast.Name(id=name):
-                return symbol(name)
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return walk(left) + walk(right)
-            case ast.BinOp(left=left, op=ast.Sub(), right=right):
-                return walk(left) - walk(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return walk(left) * walk(right)
-            case ast.BinOp(left=left, op=ast.Pow(), right=right):
-                return walk(left) ** walk(right)
-            case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
-                return sympy.floor(sympy.sympify(walk(left)) / walk(right))
-            case ast.BinOp(left=left, op=ast.Div(), right=right):
-                return sympy.sympify(walk(left)) / walk(right)
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return -walk(operand)
-            case ast.Call(func=ast.Name(id="floor"), args=[arg]):
-                return sympy.floor(walk(arg))
-        raise ValueError(f"expected a dimension, found {text!r}")
+    Never evaluates code, and bounds what it builds.
+    Raises:
+        ValueError: another text, or one that is too long or holds too large a number.
+    """
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"expected a dimension of at most {_MAX_TEXT} characters")
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"expected a dimension, found {text[:80]!r}") from None
+    return dim(_walk(tree))
 
-    return dim(walk(ast.parse(text, mode="eval").body))
+
+def _product(a: Dim, b: Dim) -> Dim:
+    # Multiplying out sums can explode; what show() writes is multiplied out already.
+    terms = [len(sympy.Add.make_args(sympy.sympify(v))) for v in (a, b)]
+    if terms[0] * terms[1] > _MAX_TERMS:
+        raise ValueError(f"expected a dimension of at most {_MAX_TERMS} terms")
+    return dim(a * b)
+
+
+def _walk(node: ast.expr) -> Dim:
+    match node:
+        case ast.Constant(value=int() as v) if type(v) is int and v < _MAX_INT:
+            return v
+        case ast.Name(id=name):
+            return symbol(name)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as v)):
+            if type(v) is int and 0 <= v <= _MAX_POWER:
+                out: Dim = 1
+                for _ in range(v):
+                    out = _product(out, _walk(left))
+                return out
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _walk(left) + _walk(right)
+        case ast.BinOp(left=left, op=ast.Sub(), right=right):
+            return _walk(left) - _walk(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _product(_walk(left), _walk(right))
+        case ast.BinOp(left=left, op=ast.FloorDiv() | ast.Div() as op, right=right):
+            divisor = _walk(right)
+            if divisor != 0:
+                quotient = sympy.sympify(_walk(left)) / divisor
+                return sympy.floor(quotient) if isinstance(op, ast.FloorDiv) else quotient
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_walk(operand)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            function, arity = _FUNCTIONS[name]
+            if len(args) == arity:
+                return function(*map(_walk, args))
+    raise ValueError(f"expected a dimension, found {ast.unparse(node)[:80]!r}")
