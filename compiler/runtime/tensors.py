@@ -77,7 +77,7 @@ def tensor_sha256(tensor: torch.Tensor) -> str:
     flat = tensor.contiguous().reshape(-1)
     if not flat.numel():
         return hashlib.sha256(b"").hexdigest()
-    return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def _check(
