@@ -174,7 +174,8 @@ def calibration(
                 f"expected calibration tokens [{samples}, {length}], found {list(source.shape)}"
             )
         stream = _stream_of_tokens(source, "tokens in memory", None)
-        return Calibration(source.long(), stream.to_json() | {"drawn": "as given"})
+        drawn = {"samples": samples, "length": length, "drawn": "as given"}
+        return Calibration(source.long(), stream.to_json() | drawn)
     stream = read_stream(source, tokenizer)
     found = int(stream.tokens.numel())
     if found < length:
