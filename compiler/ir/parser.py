@@ -69,13 +69,13 @@ def _comments(text: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string
 
 
-def _place(at: Any) -> str:
-    column = getattr(at, "col_offset", None)
-    return f"line {at.lineno} column {(at.offset or 1) if column is None else column + 1}"
+def _place(at: ast.stmt | ast.expr | SyntaxError) -> str:
+    column = (at.offset or 1) if isinstance(at, SyntaxError) else at.col_offset + 1
+    return f"line {at.lineno} column {column}"
 
 
 @contextmanager
-def _located(at: ast.AST) -> Iterator[None]:
+def _located(at: ast.stmt | ast.expr) -> Iterator[None]:
     """Errors from within get the line and column of ``at``, unless they have one."""
     try:
         yield

@@ -258,6 +258,16 @@ def _segment(data: Any, known: set[str]) -> Segment:
     return Segment(check_text(f["name"], "a name"), *lists)
 
 
+def _float(text: str) -> float:
+    try:
+        found = float.fromhex(text)
+    except (ValueError, OverflowError):
+        raise ModelError(f"expected a float in hex, found {text!r}") from None
+    if found.hex() != text:
+        raise ModelError(f"expected the one spelling {found.hex()!r} of a float, found {text!r}")
+    return found
+
+
 class _Nodes:
     """Reads nodes in order; a reference to a node that is not there yet is refused."""
 
@@ -333,10 +343,7 @@ class _Nodes:
                     raise ModelError(f"expected an earlier node, found {inner[:80]!r}")
                 return self.nodes[inner]
             case "float", str() if len(inner) <= 40:
-                try:
-                    return float.fromhex(inner)
-                except (ValueError, OverflowError):
-                    raise ModelError(f"expected a float in hex, found {inner!r}") from None
+                return _float(inner)
             case "tuple", list():
                 return tuple(self.decode(v, depth + 1) for v in _bounded(inner, "tuple"))
             case "dict", dict() if len(inner) <= MAX_LIST:
