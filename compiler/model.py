@@ -201,8 +201,7 @@ class Model(torch.nn.Module):
             plan.to_json(data["samples"] * data["length"], data["length"]),
             self.report,
             run,
-            [{"pass": c.name, "stage": i, "knobs": c.made.values()}
-             for i, s in enumerate(plan.stages) for c in s.calls],
+            applied(plan),
             self.solved.fallbacks,
             [(s.name, s.graph) for s in plan.snapshots],
             folder,
@@ -221,6 +220,30 @@ class Model(torch.nn.Module):
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self.record.get('passes', 'dense')}, target={self.target}"
+
+
+def applied(plan: Plan) -> list[dict[str, Any]]:
+    """The passes in applied order: knobs, effect, number of sites, and what each rewrote.
+
+    ``folds`` names the parameters that each scale migration of the pass rescales.
+    """
+    out = []
+    snapshots = iter(plan.snapshots[1:])
+    for i, stage in enumerate(plan.stages):
+        for call in stage.calls:
+            snapshot = next(snapshots)
+            folds = {
+                m.site.id: sorted({c[1] for c in m.site.consumers}
+                                  | {a.param for a in m.site.absorbers})
+                for m in stage.migrations if m.call.name == call.name
+            }  # fmt: skip
+            out.append({
+                "pass": call.name, "stage": i, "knobs": call.made.values(),
+                "given": {k: v for k, v in call.made.values().items() if call.made.explicit(k)},
+                "effect": snapshot.effect, "sites": snapshot.sites,
+                "new_params": list(snapshot.rewrote), "folds": folds,
+            })  # fmt: skip
+    return out
 
 
 def lowered(program: Program, target: str) -> Runner:

@@ -1,0 +1,286 @@
+"""``llmc inspect`` and ``llmc diff``: headers and graphs, no tensor is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..ir.errors import ModelError, UsageError, nearest
+from .output import Out, examples, output_options
+
+if TYPE_CHECKING:
+    from ..ir.graph import Program
+    from ..runtime.artefact import Loaded
+
+
+def open_headers(source: str, trust_remote_code: bool = False) -> tuple[Program, Loaded | None]:
+    """The program of an artefact (headers alone) or of a model folder."""
+    from .. import api
+    from ..runtime.artefact import is_artefact, load
+
+    if is_artefact(source):
+        found = load(Path(source).expanduser(), verify=False)
+        return found.program, found
+    program = api.capture(source, trust_remote_code=trust_remote_code)
+    if not program.segments:
+        from ..analysis.blocks import apply_segments
+
+        apply_segments(program)
+    return program, None
+
+
+@click.command(epilog=examples(
+    "llmc inspect out",
+    "llmc inspect out --block 0",
+    "llmc inspect out --path model.layers.3.mlp",
+    'llmc inspect out --where "op=linear,input.users>1"',
+    "llmc inspect out --python > program.py",
+))  # fmt: skip
+@click.argument("source", metavar="ARTEFACT_OR_MODEL")
+@click.option("--block", type=int, default=None, help="The nodes of one block.")
+@click.option("--path", "prefix", default=None, help="The nodes under one module path.")
+@click.option("--python", "as_python", is_flag=True, help="The graph as runnable Python.")
+@click.option("--where", "text", default=None, metavar="QUERY",
+              help="Nodes that meet FIELD=VALUE,...; also != ~ > >= < <=, and input.FIELD for what "
+              "a node reads.")  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True,
+              help="Run modelling code that lies in the model's folder.")  # fmt: skip
+@output_options
+def inspect_command(
+    source: str, block: int | None, prefix: str | None, as_python: bool, text: str | None,
+    trust_remote_code: bool, out: Out,
+) -> None:  # fmt: skip
+    """Show program, segments, sites, schemes and bytes. Reads headers, never a tensor."""
+    if sum(x is not None for x in (block, prefix, text)) + as_python > 1:
+        raise UsageError("expected one of --block, --path, --where and --python, found several")
+    program, artefact = open_headers(source, trust_remote_code)
+    if as_python:
+        python = program.print_python(source)
+        out.text(python, newline=False)
+        out.data("inspect", {"source": source, "python": python})
+        return
+    if block is not None or prefix is not None or text is not None:
+        _nodes(program, source, block, prefix, text, out)
+        return
+    _overview(program, artefact, source, out)
+
+
+def _nodes(
+    program: Program, source: str, block: int | None, prefix: str | None, text: str | None,
+    out: Out,
+) -> None:  # fmt: skip
+    from ..report.nodes import nodes_table, query, rows
+
+    found = query(program, text) if text is not None else rows(program)
+    if block is not None:
+        names = [s.name for s in program.segments if s.name.startswith("block")]
+        if not 0 <= block < len(names):
+            raise UsageError(f"--block: expected 0..{len(names) - 1}, found {block}")
+        found = [r for r in found if r["segment"] == names[block]]
+    if prefix is not None:
+        under = prefix.rstrip(".") + "."
+        found = [r for r in found if (r["path"] + ".").startswith(under)]
+        if not found:
+            known = {info_path for r in rows(program) if (info_path := r["path"])}
+            raise UsageError(
+                f"--path: expected a module path of the program, found {prefix!r}",
+                hint=nearest(prefix, known),
+            )
+    table = nodes_table(found)
+    out.table(table)
+    out.text(f"{len(found)} nodes")
+    out.data("inspect", {"source": source, "nodes": found})
+
+
+def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) -> None:
+    from ..report.text import Table, size
+    from ..runtime.sizes import sizes
+
+    total = sizes(program)
+    about: dict[str, Any] = {
+        "source": source,
+        "inputs": {n.name: str(n.meta["llmc"].type) for n in program.inputs},
+        "nodes": len(program.graph.nodes),
+        "facts": {k: v for k, v in program.facts.items() if k not in ("config", "tokenizer")},
+        "size": total.to_json(),
+        "segments": segments_of(program),
+    }
+    out.text(f"{source}: {about['nodes']} nodes, {len(program.params)} parameters, "
+             f"{size(total.total)}")  # fmt: skip
+    if artefact is not None:
+        m = artefact.manifest
+        about |= {"content_hash": m.content_hash, "passes": m.passes, "versions": m.versions,
+                  "fallbacks": m.fallbacks, "graphs": list(artefact.graphs),
+                  "record": artefact.report.get("record", {})}  # fmt: skip
+        out.text(f"passes   {about['record'].get('passes', '')}")
+        out.text(f"content  {m.content_hash}")
+        out.text(f"graphs   {' '.join(artefact.graphs)}")
+        data = about["record"].get("calibration")
+        if data:
+            out.text(
+                f"data     {data['data']} ({data['sha256'][:12]}), {data['samples']} x "
+                f"{data['length']} tokens, seed {data['seed']}"
+            )
+    out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
+    if total.bits_per_weight is not None:
+        out.text(f"linears  {total.bits_per_weight:.3f} bits per weight (head left out)")
+    out.text("")
+    table = Table("Bytes by role", ("role", "bytes"), right=("bytes",))
+    table.rows = [(k, size(v)) for k, v in sorted(total.by_role.items(), key=lambda i: -i[1])]
+    out.table(table)
+    table = Table("Segments", ("segment", "nodes", "linears", "params", "bytes", "reads", "gives"),
+                  right=("nodes", "linears", "params", "bytes"))  # fmt: skip
+    table.rows = [
+        (s["name"], str(s["nodes"]), str(s["linears"]), str(s["params"]), size(s["bytes"]),
+         " ".join(s["reads"]), " ".join(s["gives"]))
+        for s in about["segments"]
+    ]  # fmt: skip
+    out.table(table)
+    if artefact is not None:
+        from ..report.data import folds_table, result_table
+
+        out.table(result_table(artefact.report, out.verbose))
+        if out.verbose:
+            out.table(folds_table(artefact.report["folds"]))
+        about["sites"] = artefact.report["sites"]
+        about["schemes"] = artefact.schemes
+    out.data("inspect", about)
+
+
+def segments_of(program: Program) -> list[dict[str, Any]]:
+    """Segments with their nodes, linears, parameters and bytes, counted from the graph."""
+    from ..ir.ops import row_of
+
+    nodes = {n.name: n for n in program.graph.nodes}
+    out = []
+    for s in program.segments:
+        mine = [nodes[n] for n in s.nodes]
+        params = [p for n in mine if (p := program.param_of(n)) is not None]
+        linears = sum(n.op == "call_function" and "linear" in row_of(n).name for n in mine)
+        out.append({
+            "name": s.name, "nodes": len(mine), "linears": linears, "params": len(params),
+            "bytes": sum(p.bytes for p in params), "reads": list(s.live_in),
+            "gives": list(s.live_out),
+        })  # fmt: skip
+    return out
+
+
+@click.command(epilog=examples(
+    "llmc diff out --pass w4",
+    "llmc diff out --pass smooth",
+    "llmc diff out --pass prune24 --side-by-side --all",
+    "llmc diff out --json",
+))  # fmt: skip
+@click.argument("folder", metavar="ARTEFACT")
+@click.option("--pass", "name", default=None, metavar="NAME",
+              help="One pass.  [default: everything from capture to the end]")  # fmt: skip
+@click.option("--side-by-side", is_flag=True, help="Before and after in two columns.")
+@click.option("--all", "everything", is_flag=True, help="Blocks that changed alike too.")
+@output_options
+def diff_command(
+    folder: str, name: str | None, side_by_side: bool, everything: bool, out: Out
+) -> None:
+    """Show what one pass changed: nodes with shapes, dtypes and bytes, and rescaled parameters."""
+    from ..report.difference import changes, hunks, totals, unified
+    from ..report.difference import side_by_side as columns
+    from ..report.text import size
+
+    artefact = open_artefact(folder)
+    before, after = _pair(artefact, name)
+    found = changes(graph_of(artefact, before), graph_of(artefact, after))
+    out.text(f"{before} -> {after}")
+    for hunk in hunks(found, collapse=not everything):
+        if side_by_side:
+            out.table(columns(hunk))
+        else:
+            out.text(unified(hunk) + "\n")
+    t = totals(found)
+    out.text(
+        f"{t['added']} added, {t['removed']} removed, {t['changed']} changed; parameters "
+        f"{size(t['bytes_before'])} -> {size(t['bytes_after'])}"
+    )
+    folds = [f for f in artefact.report["folds"] if name in (None, f["pass"])]
+    scaled = _rescaled(artefact, folds)
+    if folds:
+        _tell_folds(folds, scaled, artefact.program, out)
+    out.data("diff", {
+        "folder": folder, "before": before, "after": after, "totals": t,
+        "changes": [c.to_json() for c in found], "folds": folds, "rescaled": scaled,
+    })  # fmt: skip
+
+
+def _tell_folds(
+    folds: list[dict[str, Any]], scaled: dict[str, list[str]], program: Program, out: Out
+) -> None:
+    from ..report.data import folds_table
+    from ..report.text import Table
+
+    out.table(folds_table(folds))
+    table = Table("Parameters rescaled", ("site", "parameter", "names in the model"))
+    for site, params in scaled.items():
+        for p in params:
+            known = next(
+                (q.names for n, q in program.params.items() if n == p or n.startswith(p + ".")), ()
+            )
+            table.rows.append((site, p, " ".join(known)))
+    out.table(table)
+
+
+def _rescaled(artefact: Loaded, folds: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Parameters that each fold rescaled, by site."""
+    wanted = {f["site"] for f in folds}
+    return {
+        site: params
+        for p in artefact.manifest.passes
+        for site, params in p.get("folds", {}).items()
+        if site in wanted
+    }
+
+
+def open_artefact(folder: str) -> Loaded:
+    """An artefact by its headers.
+
+    Raises:
+        ModelError: it is none.
+    """
+    from ..runtime.artefact import is_artefact, load
+
+    path = Path(folder).expanduser()
+    if not is_artefact(path):
+        found = "a folder without manifest.json" if path.is_dir() else "no folder"
+        raise ModelError(
+            f"expected an artefact, found {found} at {folder}", hint="llmc compile makes one"
+        )
+    return load(path, verify=False)
+
+
+def graph_of(artefact: Loaded, name: str) -> Program:
+    """A per-pass graph with module paths, source lines and segments where they are known."""
+    from dataclasses import replace
+
+    from ..ir.graph import info
+
+    program = artefact.graph(name)
+    known = {n.name: info(n) for n in artefact.program.graph.nodes}
+    for node in program.graph.nodes:
+        origin = known.get(node.name)
+        if origin is not None:
+            node.meta["llmc"] = replace(info(node), path=origin.path, source=origin.source)
+    return program
+
+
+def _pair(artefact: Loaded, name: str | None) -> tuple[str, str]:
+    """Names of the graphs before and after a pass."""
+    graphs = artefact.graphs
+    if name is None:
+        return graphs[0], graphs[-1]
+    passes = [g.partition("-")[2] for g in graphs]
+    if name not in passes[1:]:
+        raise UsageError(
+            f"--pass: expected one of {', '.join(passes[1:])}, found {name!r}",
+            hint=nearest(name, passes[1:]),
+        )
+    at = passes.index(name, 1)
+    return graphs[at - 1], graphs[at]
