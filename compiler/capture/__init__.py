@@ -1,7 +1,11 @@
-"""Capture: from a model folder, a hub id or a module to a normalised program. Nothing else knows transformers."""
+"""Capture: from a model folder, a hub id or a module to a normalised program.
+
+Nothing else in llmc knows transformers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,23 +17,54 @@ if TYPE_CHECKING:
 __all__ = ["capture"]
 
 
-def capture(source: str | Path | torch.nn.Module, *, trust_remote_code: bool = False) -> Program:
+def capture(
+    source: str | Path | torch.nn.Module,
+    *,
+    inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | None = None,
+    axes: Mapping[str, Sequence[str | None]] | None = None,
+    trust_remote_code: bool = False,
+) -> Program:
     """Capture a model as a normalised program.
 
     Args:
-        source: a folder as ``save_pretrained`` writes it, a hub id, or a live module of transformers.
-            From a folder no tensor is read before it is asked for; a module is never modified.
+        source: a folder as ``save_pretrained`` writes it, a hub id, or a live module. From a folder
+            no tensor is read before it is asked for; a module is never modified.
+        inputs: example inputs, for a module that is not one of transformers.
+        axes: symbols of their axes (see :func:`.module.capture_module`).
         trust_remote_code: run modelling code that lies in the model's repository.
     Returns:
-        A program in fp32 with inputs ``input_ids``, ``position_ids`` (int64 [B, S]) and
-        ``attention_mask`` (bool [B, S]); all three exist even where the model reads fewer.
+        A program that computes in fp32. A transformers model has the inputs ``input_ids``,
+        ``position_ids`` (int64 [B, S]) and ``attention_mask`` (bool [B, S]); all three exist even
+        where the model reads fewer, and the result is its logits (else its first output).
+        ``facts["refusals"]`` lists what nearly was a semantic op and was left as it is.
     Raises:
         ModelError: no such model, or a checkpoint that is not sound.
         CaptureError: a model that cannot be expressed without guessing.
     """
-    from .huggingface import capture_folder, find
+    import torch
+
+    from ..ir.errors import CaptureError
+
+    if isinstance(source, torch.nn.Module):
+        from transformers import PreTrainedModel
+
+        if inputs is not None:
+            from .module import capture_module
+
+            return capture_module(source, inputs, axes)
+        if not isinstance(source, PreTrainedModel):
+            raise CaptureError(
+                f"expected example inputs for a {type(source).__name__}, found none",
+                hint="pass inputs={name: tensor}",
+            )
+        from .huggingface import capture_model
+
+        program = capture_model(source)
+    else:
+        from .huggingface import capture_folder, find
+
+        program = capture_folder(find(source), trust_remote_code)
     from .normalise import normalise
 
-    program = capture_folder(find(source), trust_remote_code)
-    normalise(program)
+    program.facts["refusals"] = [r.to_json() for r in normalise(program)]
     return program

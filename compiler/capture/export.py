@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..ir.errors import CaptureError, LlmcError
+from .importer import Traced, symbols_of
+from .sources import Leaf, constant
 
 # Two unlike sizes above 1, so that neither is specialised nor taken for the other.
 TRACE_BATCH, TRACE_SEQ = 2, 12
@@ -31,14 +33,12 @@ def trace(
         CaptureError: the module cannot be traced with symbolic sizes.
     """
     limits = limits or {}
-    dims: dict[str, Any] = {}
-    for names in axes.values():
-        for name in names:
-            if name is not None and name not in dims:
-                low = 1 if name == "B" else 2
-                dims[name] = torch.export.Dim(name, min=low, max=limits.get(name, 1 << 30))
+
+    def dynamic(name: str) -> Any:
+        return torch.export.Dim.DYNAMIC(min=1 if name == "B" else 2, max=limits.get(name))
+
     shapes = {
-        key: {i: dims[n] for i, n in enumerate(axes.get(key, ())) if n is not None}
+        key: {i: dynamic(n) for i, n in enumerate(axes.get(key, ())) if n is not None}
         for key in inputs
     }
     try:
@@ -58,6 +58,41 @@ def trace(
             cause = cause.__cause__ or cause.__context__
         text = " ".join(str(e).split())[:300]
         raise CaptureError(
-            f"expected a module that exports with symbolic {sorted(dims)}, found {type(e).__name__}: {text}",
+            f"expected a module that exports with symbolic sizes, found {type(e).__name__}: {text}",
             where=type(module).__name__,
         ) from e
+
+
+def traced(
+    exported: torch.export.ExportedProgram,
+    leaves: Mapping[str, Leaf],
+    names: Mapping[str, str],
+    axes: Mapping[str, Sequence[str | None]],
+    prefix: str = "",
+) -> Traced:
+    """The exported graph with its placeholders told apart.
+
+    Args:
+        leaves: by the exported module's parameter and buffer names, without ``prefix``.
+        names: public input names by placeholder name.
+        axes: as in :func:`trace`, by public name.
+    Raises:
+        CaptureError: the module writes to its buffers or inputs.
+    """
+    signature = exported.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise CaptureError(f"expected a module that writes nothing, found it writing {written[0]!r}")
+    by_node: dict[str, Leaf] = {}
+    start = prefix + "." if prefix else ""
+    for table in (signature.inputs_to_parameters, signature.inputs_to_buffers):
+        for node, name in table.items():
+            by_node[node] = leaves[name.removeprefix(start)]
+    for node, name in signature.inputs_to_lifted_tensor_constants.items():
+        value = exported.constants[name]
+        if type(value) is not torch.Tensor:
+            raise CaptureError(f"expected a constant tensor, found {type(value).__name__}", where=name)
+        by_node[node] = constant(name, value)
+    shapes = {node: tuple(axes[name]) for node, name in names.items() if name in axes}
+    symbols = symbols_of(exported.graph, shapes)
+    return Traced(exported.graph, by_node, dict(names), symbols, prefix)

@@ -14,10 +14,11 @@ from ..ir.errors import CaptureError, ModelError
 from ..ir.graph import Program
 from . import interface
 from .checkpoint import Checkpoint, read_json
-from .export import TRACE_BATCH, TRACE_SEQ, trace
-from .importer import Traced, import_graph, symbols_of
+from .export import TRACE_BATCH, TRACE_SEQ, trace, traced
+from .importer import import_graph
 from .keys import leaves_by_name
-from .sources import Leaf, constant
+from .sources import Leaf
+from .twin import live_leaves, weightless_copy
 
 # What attention is built with, best first: one node, then aten's own op, then written out.
 _ATTENTION = (interface.NAME, "sdpa", "eager")
@@ -258,26 +259,8 @@ def trace_model(
     session.check()
     if attention == interface.NAME and session.attentions == 0:
         raise CaptureError("expected attention through transformers' interface, found none")
-    return import_graph(traced(exported, leaves), facts)
-
-
-def traced(exported: torch.export.ExportedProgram, leaves: dict[str, Leaf]) -> Traced:
-    """The exported graph with its placeholders told apart."""
-    signature = exported.graph_signature
-    by_node: dict[str, Leaf] = {}
-    for table in (signature.inputs_to_parameters, signature.inputs_to_buffers):
-        for node, name in table.items():
-            by_node[node] = leaves[name.removeprefix(_PREFIX + ".")]
-    for node, name in signature.inputs_to_lifted_tensor_constants.items():
-        value = exported.constants[name]
-        if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
-            raise CaptureError(
-                f"expected a constant tensor, found {type(value).__name__}", where=name
-            )
-        by_node[node] = constant(name, value)
-    names = {n: n for n in signature.user_inputs if isinstance(n, str) and n in _AXES}
-    symbols = symbols_of(exported.graph, {n: _AXES[n] for n in names})
-    return Traced(exported.graph, by_node, names, symbols, _PREFIX)
+    names = {n: n for n in exported.graph_signature.user_inputs if n in _AXES}
+    return import_graph(traced(exported, leaves, names, _AXES, _PREFIX), facts)
 
 
 def capture_folder(folder: Path, trust_remote_code: bool = False) -> Program:
@@ -293,6 +276,23 @@ def capture_folder(folder: Path, trust_remote_code: bool = False) -> Program:
     leaves = leaves_by_name(model, checkpoint)
     fake(model)
     return trace_model(model, leaves, facts_of(config, model, folder), attention)
+
+
+def capture_model(model: Any) -> Program:
+    """Capture a live transformers model; it is not modified, its tensors are referred to.
+
+    Raises:
+        CaptureError: it cannot be copied, traced or expressed.
+    """
+    interface.register()
+    twin = weightless_copy(model)
+    set_attention = getattr(twin, "set_attn_implementation", None)
+    if set_attention is not None and twin._can_set_attn_implementation():  # type: ignore[operator]
+        set_attention(interface.NAME)
+    if twin._can_set_experts_implementation():  # type: ignore[operator]
+        twin.set_experts_implementation(interface.NAME)  # type: ignore[operator]
+    attention = str(twin.config._attn_implementation)  # type: ignore[union-attr]
+    return trace_model(twin, live_leaves(model), facts_of(model.config, model, None), attention)
 
 
 def fake(model: torch.nn.Module) -> None:

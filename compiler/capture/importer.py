@@ -73,21 +73,26 @@ def symbols_of(graph: fx.Graph, axes: Mapping[str, tuple[str | None, ...]]) -> d
     return out
 
 
-def import_graph(traced: Traced, facts: dict[str, Any] | None = None) -> Program:
+def import_graph(
+    traced: Traced, facts: dict[str, Any] | None = None, compute: torch.dtype = torch.float32
+) -> Program:
     """A program with the traced graph's meaning; not normalised yet.
 
+    Args:
+        facts: of the new program.
+        compute: floating dtype in which the traced graph computes.
     Raises:
         CaptureError: an op without a row, a size that depends on data, or a row whose shape rule
             disagrees with what torch computed.
     """
-    return _Importer(traced, facts or {}).run()
+    return _Importer(traced, facts or {}, compute).run()
 
 
 class _Importer:
-    def __init__(self, traced: Traced, facts: dict[str, Any]) -> None:
+    def __init__(self, traced: Traced, facts: dict[str, Any], compute: torch.dtype) -> None:
         self.traced = traced
         self.weights = LeafWeights()
-        self.program = Program(fx.Graph(), {}, self.weights, facts=facts)
+        self.program = Program(fx.Graph(), {}, self.weights, compute, facts=facts)
         self.graph = self.program.graph
         self.env: dict[fx.Node, Any] = {}
         self.params: dict[int, fx.Node] = {}
@@ -167,6 +172,8 @@ class _Importer:
         if isinstance(value, (torch.SymBool, torch.SymFloat, bool)):
             return None
         target = node.target
+        if target is torch._C._set_grad_enabled:
+            return None
         if isinstance(target, torch._ops.OpOverload):
             base = target.overloadpacket.__name__
             if base in _DROPPED:

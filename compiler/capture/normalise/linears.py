@@ -11,15 +11,13 @@ from ...ir.graph import Info, Param, Program, tensor_type
 from ..sources import LeafWeights, transposed
 from .matching import Either, Lift, Match, Tensor, Var, call, emit
 
-_W = Var("w")
+_W = Tensor("w", 2)
 _TURNED = call("transpose.int", _W, 0, 1, bind="turn", free=True)
 
 
 def _weight(program: Program, found: Match) -> Any:
     """The weight as [out, in]: what was turned, or the parameter stored turned; else a reason."""
     w = found.bound["w"]
-    if tensor_type(w).rank != 2:
-        return f"expected a weight of rank 2, found {tensor_type(w)}"
     if "turn" in found.bound:
         return w
     param = program.param_of(w)

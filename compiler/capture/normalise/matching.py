@@ -209,6 +209,8 @@ class Lift:
                     found_one
                     or Refusal(f"normalise.{self.name}", node.name, "no known form", "form", path)
                 )
+        alive = {n.name for n in program.graph.nodes}
+        out += [r for r in refused.values() if r.node in alive]
         return list(dict.fromkeys(out))
 
     def _apply(self, program: Program, found: Match) -> Refusal | None:

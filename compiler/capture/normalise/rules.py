@@ -41,8 +41,10 @@ _INDEX_OPS = {
     "aten.sym_size.int", "aten.masked_fill.Scalar", "aten.where.ScalarOther", "aten.where.Scalar",
     "aten.where.self",
 }  # fmt: skip
-_SIZES = (1, 2, 3, 7, 40)
+_SIZES, _LAST = (1, 2, 3, 7), 40
 _LITERAL = 16
+# Added to a score, this leaves a weight of 0 in every floating dtype that models use.
+_LOW = -1e4
 
 
 def rule_of(program: Program, mask: fx.Node, *, inverted: bool = False) -> MaskRule | str:
@@ -90,7 +92,7 @@ def _number(program: Program, value: Any) -> float | None:
 
 
 def _is_low(value: float | None) -> bool:
-    return value is not None and value <= -1e4
+    return value is not None and value <= _LOW
 
 
 def _proved(program: Program, mask: fx.Node, inverted: bool) -> MaskRule | str:
@@ -98,29 +100,31 @@ def _proved(program: Program, mask: fx.Node, inverted: bool) -> MaskRule | str:
     nodes = _ancestors(program, mask)
     if isinstance(nodes, str):
         return nodes
-    found: set[int | None] = set()
-    for size in _SIZES:
+    sides = [min(t.shape[-2:]) for t in _matrices(program, nodes)]
+    last = min([_LAST, *sides])
+    width = last
+    for size in sorted({n for n in _SIZES if n < last} | {last}):
         value = _evaluate(program, nodes, mask, size)
         if value is None:
-            continue
+            return "expected a mask that can be evaluated"
         allowed = value == 0 if value.is_floating_point() else value.bool()
-        if value.is_floating_point() and not bool((value[~allowed] <= -1e4).all()):
+        if value.is_floating_point() and not bool((value[~allowed] <= _LOW).all()):
             return "expected 0 or very low values in the mask"
         allowed = ~allowed if inverted else allowed
-        if allowed.ndim < 2 or tuple(allowed.shape[-2:]) != (size, size):
-            return f"expected a mask [S, S], found {tuple(allowed.shape)}"
-        if allowed.numel() != size * size:
-            return "expected one mask for all heads and rows"
+        if allowed.ndim < 2 or allowed.numel() != size * size or allowed.shape[-1] != size:
+            return f"expected one mask [S, S], found {tuple(allowed.shape)}"
         band = allowed.reshape(size, size)
         width = int(band[-1].sum())
         back = torch.arange(size)[:, None] - torch.arange(size)[None]
         if not torch.equal(band, (back >= 0) & (back < width)):
             return "expected a causal band, found another mask"
-        if size > _LITERAL:
-            found.add(None if width == size else width)
-    if len(found) != 1:
-        return "expected a mask that depends on the length alone"
-    return MaskRule(True, found.pop())
+    return MaskRule(True, None if width == last else width)
+
+
+def _matrices(program: Program, nodes: list[fx.Node]) -> list[torch.Tensor]:
+    """Constant matrices among the nodes; their pattern holds up to their own size only."""
+    found = [constant_of(program, n) for n in nodes if n.op == "get_attr"]
+    return [t for t in found if t is not None and t.ndim >= 2]
 
 
 def _ancestors(program: Program, mask: fx.Node) -> list[fx.Node] | str:

@@ -13,8 +13,8 @@ from ...ir.ops import row_of
 from ..sources import LeafWeights
 
 _MADE_BY = "normalise.views"
-# Constants above this are not looked at; index lists in models are short.
-_SMALL = 4096
+# Constants above this are not looked at; a mask of 4096 tokens still is.
+_SMALL = 1 << 24
 
 
 def simplify_views(program: Program) -> None:
@@ -111,7 +111,7 @@ def _index(program: Program, node: fx.Node) -> fx.Node | None:
 def constant_of(program: Program, node: object) -> torch.Tensor | None:
     """The small constant tensor that a node reads, where it lies in memory; never a checkpoint's."""
     param = program.param_of(node)
-    if param is None or param.trained or not param.keep:
+    if param is None or param.trained:
         return None
     weights = program.weights
     if not isinstance(weights, LeafWeights) or torch.Size(param.shape).numel() > _SMALL:

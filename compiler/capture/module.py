@@ -1,0 +1,249 @@
+"""Capturing live modules: plain ones by example inputs, and the graphs that Dynamo hands a backend."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..ir.errors import CaptureError
+from ..ir.graph import Program
+from .export import trace, traced
+from .importer import Traced, import_graph
+from .normalise import normalise
+from .sources import Leaf, constant
+from .twin import live_leaf, live_leaves, storage_key, weightless_copy
+
+Axes = Mapping[str, Sequence[str | None]]
+
+
+def named_inputs(
+    module: torch.nn.Module, inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Example inputs by the names of ``forward``.
+
+    Raises:
+        CaptureError: they do not fit the signature, or are not tensors.
+    """
+    given = dict(inputs) if isinstance(inputs, Mapping) else {}
+    rest = () if isinstance(inputs, Mapping) else tuple(inputs)
+    try:
+        bound = inspect.signature(module.forward).bind(*rest, **given).arguments
+    except TypeError as e:
+        raise CaptureError(
+            f"expected inputs that forward takes: {e}", where=type(module).__name__
+        ) from None
+    if not bound or not all(isinstance(v, torch.Tensor) for v in bound.values()):
+        raise CaptureError("expected example inputs that are tensors", where=type(module).__name__)
+    return dict(bound)
+
+
+def default_axes(inputs: Mapping[str, torch.Tensor]) -> dict[str, tuple[str | None, ...]]:
+    """B for each first axis; S for the second axis of integer and bool inputs and of rank 3 and more."""
+    return {
+        name: tuple(
+            "B" if i == 0
+            else "S" if i == 1 and (t.ndim >= 3 or not t.is_floating_point())
+            else None
+            for i in range(t.ndim)
+        )
+        for name, t in inputs.items()
+    }  # fmt: skip
+
+
+def capture_module(
+    module: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor],
+    axes: Axes | None = None,
+) -> Program:
+    """Capture a plain module; it is not modified, and its tensors are referred to, not copied.
+
+    Args:
+        module: any module whose ``forward`` takes and returns tensors.
+        inputs: example inputs, by name or in order; sizes of symbolic axes must be above 1.
+        axes: per input the symbol of each axis (None: fixed); default as in :func:`default_axes`.
+    Raises:
+        CaptureError: it does not trace, or holds an op that llmc does not know.
+    """
+    examples = named_inputs(module, inputs)
+    names = dict(axes) if axes is not None else default_axes(examples)
+    exported = trace(weightless_copy(module), examples, names)
+    user = [n for n in exported.graph_signature.user_inputs if isinstance(n, str)]
+    given = traced(exported, live_leaves(module), dict(zip(user, examples, strict=True)), names)
+    program = import_graph(given, empty_facts(type(module).__name__))
+    program.facts["refusals"] = [r.to_json() for r in normalise(program)]
+    return program
+
+
+def empty_facts(name: str) -> dict[str, Any]:
+    """Facts of a model that has no config."""
+    return {
+        "model_type": name, "architecture": name, "vocab": None, "context": None, "bos": [],
+        "eos": [], "pad": [], "tokenizer": None, "config": {},
+    }  # fmt: skip
+
+
+@dataclass
+class DynamoCapture:
+    """A Dynamo graph as a program.
+
+    Attributes:
+        program: normalised; its result is one tensor or a tuple.
+        order: per example input the program's input name, None for a weight or an unused size.
+        sources: per parameter the example input it was, so that recompiles reuse what was solved.
+    """
+
+    program: Program
+    order: list[str | None]
+    sources: dict[str, torch.Tensor]
+
+
+def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapture:
+    """Capture the graph that Dynamo hands a backend, at the same op level as :func:`capture_module`.
+
+    Args:
+        gm: Dynamo's graph module; parameters are placeholders.
+        example_inputs: real parameters, tensors and symbolic ints in placeholder order.
+    Raises:
+        CaptureError: gradients are needed, or an op that llmc does not know.
+    """
+    if torch.is_grad_enabled() and any(
+        isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs
+    ):
+        raise CaptureError(
+            "expected a graph for inference, found one that requires grad",
+            hint="call under torch.no_grad() or torch.inference_mode()",
+        )
+    aten, fakes = _retrace(gm, example_inputs)
+    places = [n for n in aten.graph.nodes if n.op == "placeholder"]
+    floats = [
+        e.dtype for e in example_inputs if isinstance(e, torch.nn.Parameter) and e.is_floating_point()
+    ]
+    compute = max(set(floats), key=floats.count) if floats else torch.float32
+    leaves: dict[str, Leaf] = {}
+    shared: dict[Any, Leaf] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    inputs: dict[str, str] = {}
+    for place, outer, example in zip(places, _placeholders(gm), example_inputs, strict=True):
+        if isinstance(example, torch.nn.Parameter) or _is_buffer(outer, example):
+            leaf = shared.setdefault(
+                storage_key(example), live_leaf(outer.name, example, True, compute)
+            )
+            leaf.keep = leaf.keep or example.dtype != compute
+            leaves[place.name] = leaf
+            tensors[id(leaf)] = example
+        elif isinstance(example, (torch.Tensor, torch.SymInt)):
+            inputs[place.name] = f"x{len(inputs)}"
+        elif not isinstance(example, int) or place.users:
+            raise CaptureError(f"expected tensors and sizes, found {type(example).__name__}")
+    for node in aten.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(aten, str(node.target), None), torch.Tensor):
+            leaves[node.name] = constant(str(node.target), getattr(aten, str(node.target)))
+    symbols, dropped = _symbols(places, inputs)
+    for name in dropped:
+        del inputs[name]
+    program = import_graph(
+        Traced(aten.graph, leaves, inputs, symbols), empty_facts("dynamo"), compute
+    )
+    before = {name: leaf for name, leaf in program.weights.leaves.items()}  # type: ignore[attr-defined]
+    program.facts["refusals"] = [r.to_json() for r in normalise(program)]
+    by_names = {leaf.names: tensors[id(leaf)] for leaf in before.values() if id(leaf) in tensors}
+    sources = {p.name: by_names[p.names] for p in program.params.values() if p.names in by_names}
+    order = [inputs.get(place.name) for place in places]
+    return DynamoCapture(program, order, sources)
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _is_buffer(node: fx.Node, example: Any) -> bool:
+    """Whether Dynamo read the placeholder off a module rather than off the call's arguments.
+
+    Raises:
+        CaptureError: a Python number that Dynamo made a tensor, whose value is not fixed.
+    """
+    if not isinstance(example, torch.Tensor):
+        return False
+    given = node.meta.get("grapharg")
+    if getattr(given, "pass_arg_as_tensor", False):
+        raise CaptureError(
+            f"expected fixed numbers, found {node.name} as an input",
+            hint="compile with dynamic=None or dynamic=False",
+        )
+    source = getattr(node, "_dynamo_source", None)
+    kind = getattr(source, "guard_source", None)
+    return kind is not None and bool(
+        kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
+    )
+
+
+def _retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """The same graph in aten, before dispatch, on Dynamo's own fake tensors and symbols."""
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta, set_current_meta
+
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    mode = mode if mode is not None else FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: list[Any] = []
+    for example, node in zip(example_inputs, _placeholders(gm), strict=True):
+        if isinstance(example, torch.Tensor):
+            # Dynamo may have started over since it noted the example: only this mode's symbols count.
+            known = context.tensor_to_context.get(example) if context is not None else None
+            source = known.tensor_source if known is not None else None
+            fakes.append(
+                mode.from_tensor(example, static_shapes=False, symbolic_context=known, source=source)
+                if known is not None
+                else mode.from_tensor(example, static_shapes=True)
+            )
+        else:
+            fakes.append(node.meta.get("example_value", example))
+
+    class Run(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with set_current_meta(n):
+                return super().run_node(n)
+
+    def call(*args: Any) -> Any:
+        return Run(gm).run(*args)
+
+    try:
+        with preserve_node_meta(), mode, torch.no_grad():
+            out = make_fx(
+                call, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+            )(*fakes)
+    except Exception as e:  # retracing runs arbitrary fake kernels
+        text = " ".join(str(e).split())[:200]
+        raise CaptureError(f"expected a graph that retraces, found {type(e).__name__}: {text}") from e
+    return out, fakes
+
+
+def _symbols(
+    places: Sequence[fx.Node], inputs: Mapping[str, str]
+) -> tuple[dict[sympy.Symbol, str], list[str]]:
+    """Names for Dynamo's symbols, and the size inputs that a tensor's shape already tells."""
+    names = iter(["B", "S", *(f"D{i}" for i in range(64))])
+    out: dict[sympy.Symbol, str] = {}
+    tensors = [p for p in places if p.name in inputs and isinstance(p.meta["val"], torch.Tensor)]
+    for place in tensors:
+        for size in place.meta["val"].shape:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                if size.node.expr not in out:
+                    out[size.node.expr] = next(names)
+    dropped = []
+    for place in places:
+        value = place.meta.get("val")
+        if place.name in inputs and isinstance(value, torch.SymInt):
+            if value.node.expr in out:
+                dropped.append(place.name)
+            elif value.node.expr.is_Symbol:
+                out[value.node.expr] = next(names)
+    return out, dropped
