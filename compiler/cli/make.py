@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..ir.errors import ResourceError, UsageError
-from .output import Out, Size, examples, output_options
+from .output import Out, examples, output_options, size
 from .progress import Solving, waiting
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _SHARED = [
     click.option("--true-sequential", is_flag=True,
                  help="Solve each block in waves that see their compressed predecessors."),
     click.option("--batch", type=int, default=8, show_default=True, help="Windows run at once."),
-    click.option("--budget-ram", type=Size(), default="4GiB", show_default=True,
+    click.option("--budget-ram", type=size, default="4GiB", show_default=True,
                  help="Memory for the Hessians of one wave."),
     click.option("--trust-remote-code", is_flag=True,
                  help="Run modelling code that lies in the model's folder."),
@@ -64,6 +64,7 @@ def _settings(given: dict[str, Any]) -> Settings:
 def _plan(model: str, given: dict[str, Any], out: Out) -> tuple[Plan, Settings]:
     """Recipe first, then the model: a wrong flag is refused before anything is captured."""
     from .. import api
+    from ..pipeline.plan import make_plan
 
     passes = list(given["passes"]) or None
     recipe = api.read_recipe(passes, given["recipe"])
@@ -71,7 +72,7 @@ def _plan(model: str, given: dict[str, Any], out: Out) -> tuple[Plan, Settings]:
     with waiting(f"capturing {model}", out):
         program = api.capture(model, trust_remote_code=given["trust_remote_code"])
     settings = settings.for_program(program)
-    return api.make_plan(program, recipe), settings
+    return make_plan(program, recipe), settings
 
 
 def _plan_json(planned: Plan, settings: Settings) -> dict[str, Any]:

@@ -95,23 +95,19 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-class Size(click.ParamType):
-    """Bytes, with an optional suffix: 4GB, 512MiB."""
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "KB": 10**3, "KIB": 1 << 10, "M": 1 << 20, "MB": 10**6,
+          "MIB": 1 << 20, "G": 1 << 30, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
 
-    name = "size"
-    _units = {"": 1, "B": 1, "K": 1 << 10, "KB": 10**3, "KIB": 1 << 10, "M": 1 << 20, "MB": 10**6,
-              "MIB": 1 << 20, "G": 1 << 30, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value).strip()
-        digits = text.rstrip("BbKkMmGgIi ")
-        unit = text[len(digits) :].strip().upper()
-        try:
-            found = int(float(digits) * self._units[unit])
-        except (KeyError, ValueError, OverflowError):
-            self.fail(f"expected bytes such as 4GB or 512MiB, found {value!r}", param, ctx)
-        if found < 1:
-            self.fail(f"expected at least 1 byte, found {value!r}", param, ctx)
-        return found
+def size(value: str) -> int:
+    """Bytes, with an optional suffix: 4GB, 512MiB. Click calls it to convert an option."""
+    text = str(value).strip()
+    digits = text.rstrip("BbKkMmGgIi ")
+    unit = text[len(digits) :].strip().upper()
+    try:
+        found = int(float(digits) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise click.BadParameter(f"expected bytes such as 4GB or 512MiB, found {value!r}") from None
+    if found < 1:
+        raise click.BadParameter(f"expected at least 1 byte, found {value!r}")
+    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Self
 
 import click
 
@@ -16,7 +16,7 @@ from .output import Out
 HEARTBEAT = 30.0
 
 
-class Progress(AbstractContextManager["Progress"]):
+class Progress:
     """One piece of long work with a known number of steps.
 
     On a terminal it is a rich bar with the time left; elsewhere, a line every ``heartbeat``
@@ -30,7 +30,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._began = self._last = time.monotonic()
         if not self.out.quiet and sys.stderr.isatty():
             self._bar = _rich_bar()

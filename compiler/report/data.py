@@ -100,6 +100,7 @@ def _totals(done: Compiled, sites: list[dict[str, Any]]) -> dict[str, Any]:
 def result_table(told: dict[str, Any], full: bool = False) -> Table:
     """What became of the weights: one row each when ``full``, else one per role and scheme."""
     right = ("sites", "loss", "worst", "zeros", "ends", "bits", "bytes", "tokens", "damp")
+    head: tuple[str, ...]
     if full:
         head = ("site", "role", "scheme", "loss", "damp", "tokens", "zeros", "ends", "bits",
                 "bytes", "fallback")  # fmt: skip
