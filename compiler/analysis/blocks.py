@@ -16,6 +16,7 @@ import networkx as nx
 from torch import fx
 
 from ..ir.graph import Program, Segment, info
+from ..ir.segments import segment_of
 from ..ir.types import SymType
 from .canon import chunk_label
 from .ties import ATTENTION, WHOLE_ATTENTION, constants, op_name, shape_of
@@ -194,21 +195,9 @@ def segment(program: Program) -> list[Segment]:
     if seg is None:
         return [Segment(MAIN, tuple(n.name for n in nodes), (), ())]
     names = _names(max(seg.values()))
-    rank = {n: i for i, n in enumerate(nodes)}
     out = []
     for k, name in enumerate(names):
-        mine = [n for n in nodes if seg[n] == k]
-        here = set(mine)
-        live_in = {i for n in mine for i in n.all_input_nodes} - here
-        live_out = [n for n in mine if any(u not in here for u in n.users)]
-        out.append(
-            Segment(
-                name,
-                tuple(n.name for n in mine),
-                tuple(n.name for n in sorted(live_in, key=rank.__getitem__)),
-                tuple(n.name for n in live_out),
-            )
-        )
+        out.append(segment_of(name, [n for n in nodes if seg[n] == k], nodes))
     return out
 
 

@@ -72,7 +72,7 @@ class CostModel:
         self.program = program
         self.values = {"B": batch, "S": length}
         self.by_name = {n.name: n for n in program.graph.nodes}
-        self._known: dict[str, tuple[int, int]] = {}
+        self._known: dict[str, int] = {}
         self._bytes: dict[fx.Node, int] = {}
 
     def number(self, d: Dim) -> int:
@@ -100,11 +100,11 @@ class CostModel:
             return Row(node.name, op, 0, 0, 0, 0)
         types = ",".join(show_type(info(i).type) for i in node.all_input_nodes)
         rest = [a for a in node.args if not isinstance(a, fx.Node)]
-        key = f"{op}({types};{rest};{sorted(node.kwargs)}){show_type(info(node).type)}"
+        key = f"{op}({types};{rest};{sorted(node.kwargs.items())}){show_type(info(node).type)}"
         if key not in self._known:
-            self._known[key] = (self.number(cost(node)[0]), 0)
+            self._known[key] = self.number(cost(node)[0])
         moved = size + sum(self.bytes_of(i) for i in node.all_input_nodes)
-        return Row(node.name, op, self._known[key][0], moved, 0, size)
+        return Row(node.name, op, self._known[key], moved, 0, size)
 
     def segment(self, segment: Segment) -> Row:
         """Cost of one segment."""

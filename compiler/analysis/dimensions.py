@@ -1,8 +1,8 @@
 """Dimension classes: which axes of which values and parameters are one and the same dimension.
 
-Ties of the op rows are followed with a union-find. ``same`` and ``contract`` ties join axes; splits,
-merges, repeats, concatenations and slices are kept as relations with index maps; what mixes an axis,
-or says nothing about it, blocks its class from being cut.
+Ties of the op rows are followed with a union-find. ``same`` and ``contract`` ties join axes;
+splits, merges, repeats, concatenations and slices are kept as relations with index maps; what mixes
+an axis, or says nothing about it, blocks its class from being cut.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DimClass:
 
 @dataclass(frozen=True)
 class Relation:
-    """How the classes ``ins`` become the classes ``outs`` at one node, see :class:`ir.ops.base.Tie`."""
+    """How the classes ``ins`` become the classes ``outs`` at one node (kinds: see ``Tie``)."""
 
     kind: str
     node: str

@@ -10,8 +10,8 @@ from .dimensions import Dimensions
 def parameter_groups(dimensions: Dimensions) -> nx.Graph:
     """Graph whose nodes are (parameter name, axis); its connected components are the groups.
 
-    Two axes of one class are joined by an edge ``kind="same"``, axes of classes that a relation ties
-    by an edge of that relation's kind. Each node carries ``size``, ``dim`` (the class id) and
+    Axes of one class are joined by an edge ``kind="same"``, axes of classes that a relation ties by
+    an edge of that relation's kind. Each node carries ``size``, ``dim`` (the class id) and
     ``blocked`` (why its class may not be cut, empty where nothing forbids it).
     """
     g = nx.Graph()

@@ -13,7 +13,7 @@ from torch import fx
 from ..ir.graph import Param, Program, info
 from ..ir.refusal import Refusal
 from .blocks import segments_of
-from .flow import CHOOSE, EXPERTS, LINEAR, NONLINEAR, forward, is_cut, is_move, origin
+from .flow import CHOOSE, EXPERTS, LINEAR, NONLINEAR, forward, is_cut, is_move
 from .ties import ATTENTION, constants, op_name
 
 
@@ -197,12 +197,12 @@ class _Look:
             return "".join(c for c in "qkv" if c in seen), False, False
         if seen & {"gate", "up"}:
             return "_".join(c for c in ("gate", "up") if c in seen), False, False
-        made_by = op_name(origin(value, lambda n: is_move(n) or is_cut(n)))
-        if made_by in ATTENTION:
+        made_by = _makers(value)
+        if made_by & ATTENTION:
             return "o", False, False
-        if made_by == "llmc.gated":
+        if "llmc.gated" in made_by:
             return "down", False, False
-        if made_by in NONLINEAR:
+        if made_by & NONLINEAR:
             return "fc2", False, False
         return ("fc1" if "fc1" in seen else "linear"), False, False
 
@@ -214,6 +214,22 @@ class _Look:
         if name == "aten.add.Tensor":
             return any(v not in reached and v not in self.fixed for v in user.all_input_nodes)
         return False
+
+
+def _makers(value: fx.Node) -> set[str]:
+    """Ops that make a value, looking through moves, cuts and products."""
+    found: set[str] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        name = op_name(node)
+        if is_move(node) or is_cut(node):
+            todo += node.all_input_nodes[:1]
+        elif name == "aten.mul.Tensor":
+            todo += node.all_input_nodes
+        else:
+            found.add(name)
+    return found
 
 
 def site_segments(sites: list[LinearSite | ExpertSite | Refusal]) -> dict[str, list[Site]]:

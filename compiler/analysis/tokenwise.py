@@ -26,13 +26,7 @@ _SPREAD = frozenset({
     "aten.scalar_tensor.default",
 })  # fmt: skip
 
-_ROLES = {
-    "llmc.attention": ("q", "k", "v", "q_pos", "k_pos", "k_valid", "bias", "sinks"),
-    "llmc.cached_attention": ("q", "k", "v", "q_pos", "k_valid", "bias", "sinks"),
-}
-
-# Arguments of attention that belong to the keys, along which it mixes by design.
-_KEYS = ("k", "v", "k_pos", "k_valid")
+_BIAS = {"llmc.attention": 6, "llmc.cached_attention": 5}
 
 
 def _axes(node: fx.Node) -> list[Axis]:
@@ -55,6 +49,20 @@ def _dim(a: Axis) -> Dim:
     return shape[a.axis]
 
 
+def _attention(node: fx.Node, name: str, outs: list[Axis]) -> tuple[str, str] | None:
+    """Attention is token-wise in q by its definition; only q's length may reach its result."""
+    place = _BIAS[name]
+    bias = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
+    if isinstance(bias, fx.Node) and _axes(bias):
+        return "bias_free_of_sequence", f"{name} adds a bias that depends on the sequence"
+    query = node.args[0]
+    if not isinstance(query, fx.Node) or [a.axis for a in _axes(query)] != [2]:
+        return "sequence_kept", f"{name} reads a query without the sequence on axis 2"
+    if [a.axis for a in outs] != [1]:
+        return "sequence_kept", f"{name} gives the sequence on another axis than 1"
+    return None
+
+
 def _check(node: fx.Node) -> tuple[str, str] | None:
     """(predicate, reason) why a call is not token-wise, or None."""
     name = op_name(node)
@@ -64,20 +72,13 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
     outs = _axes(node)
     if not ins and not outs:
         return None
+    if name in ATTENTION:
+        return _attention(node, name, outs)
     for part in range(parts_of(node)):
         if sum(a.part == part for a in outs) > 1:
             return "one_sequence_axis", f"{name} pairs tokens with tokens in one value"
-    keys: set[fx.Node] = set()
     if name.endswith(GETITEM):
         ins = [a for a in ins if a.part == node.args[1]]
-    if name in ATTENTION:
-        named = [*zip(_ROLES[name], node.args, strict=False), *node.kwargs.items()]
-        given = {k: v for k, v in named if isinstance(v, fx.Node)}
-        if "bias" in given and _axes(given["bias"]):
-            return "bias_free_of_sequence", f"{name} adds a bias that depends on the sequence"
-        keys = {given[r] for r in _KEYS if r in given} - {given["q"]}
-        # Query positions are tied by the op's definition; ties list only what can be cut.
-        ins = [a for a in ins if a.node not in keys and a.node is not given.get("q_pos")]
     ties = ties_of(node)
     if ties is None:
         return "has_ties", f"{name} has no rule for how its axes are tied"
@@ -96,7 +97,7 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
         ):
             kept.update(mine)
             made.update(theirs)
-        elif mine and not all(a.node in keys for a in mine):
+        elif mine:
             what = {"contract": "sums over", "norm": "normalises over", "mix": "mixes"}.get(
                 tie.kind, f"applies {tie.kind} to"
             )
