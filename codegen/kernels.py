@@ -12,12 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import sympy
+import torch
 
 from ..compiler.ir.errors import UsageError, nearest
 
 # Two blocks of four warps fit a multiprocessor at this many; left alone, ptxas spills to fit six.
 MAX_REGISTERS = 255
 TILE_ROWS = 64  # output features of one prepacked weight tile; every BN divides it or is a multiple
+
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "fp16", "bf16" or "fp32"; another dtype by torch's own name (which every row refuses)."""
+    names = {v: k for k, v in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -114,9 +124,10 @@ class KernelRow:
         choices: allowed values of the string and flag fields of `Problem`.
         moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
             activation), tiles (N and K rounded up to whole tiles: Np, Kp, Gp).
-        tiles, stages: the tuning space: (BM, BN) pairs and pipeline depths. fits: predicates over
-            BM, BN and the problem (`wide`: fp32 activations) that keep a tile free of spills. rtol: expected relative
-            error of an fp16 or bf16 call.
+        tiles, stages: the tuning space: (BM, BN) pairs and pipeline depths.
+        fits: predicates over BM, BN and the problem (`wide`: fp32 activations) that keep a tile
+            free of register spills.
+        rtol: expected relative error of an fp16 or bf16 call.
     """
 
     name: str

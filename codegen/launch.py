@@ -18,17 +18,9 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
-from .kernels import MAX_REGISTERS, KernelRow, Problem, TileConfig
+from .kernels import DTYPES, MAX_REGISTERS, KernelRow, Problem, TileConfig, dtype_name
 from .prepack import Packed
 from .render import Rendered, render
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "fp16", "bf16" or "fp32"; another dtype by torch's own name (which every row refuses)."""
-    names = {v: k for k, v in DTYPES.items()}
-    return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def unavailable() -> str | None:

@@ -161,7 +161,7 @@ def _weights(case: Case) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from llmc.codegen.kernels import Problem, row
-    from llmc.codegen.launch import DTYPES
+    from llmc.codegen.kernels import DTYPES
     from llmc.compiler.ir import packing
 
     g = torch.Generator().manual_seed(len(case.label) + case.N)
@@ -189,7 +189,7 @@ def _weights(case: Case) -> tuple[Any, dict[str, Any]]:
 def _inputs(case: Case) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from llmc.codegen.launch import DTYPES
+    from llmc.codegen.kernels import DTYPES
 
     g = torch.Generator().manual_seed(case.M)
     dtype = DTYPES[case.dtype]

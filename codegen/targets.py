@@ -1,0 +1,244 @@
+"""Lowering for a target: which implementation each node gets, and tensors laid out for it.
+
+    reference   every op row's own reference in torch, the oracle
+    cpu         torch's own int4 and int8 kernels where they realise the scheme, else the reference
+    triton      the kernel rows; needs a CUDA device or the Triton interpreter
+
+Kernel names are for reports only; an artefact never holds them, nor any packed tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from ..compiler.ir.errors import ResourceError, UsageError, nearest
+from ..compiler.ir.graph import Program
+from ..compiler.ir.refusal import Refusal
+from . import cpu
+from .fuse import Fused, FusePlan, fuse
+from .kernels import KernelRow, Problem, choose
+from .prepack import Packed, prepack
+
+Canonical = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Target = Literal["reference", "cpu", "triton"]
+TARGETS: tuple[Target, ...] = ("reference", "cpu", "triton")
+BANDWIDTH = 4.3e12  # bytes per second of an H200 copy, read and written; the default of floors
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One lowered node: what was fused into it and which kernel runs it.
+
+    Attributes:
+        bytes: moved by one call at one token, every operand once.
+        resident: bytes of its weight in the kernel's layout. stored: of its canonical tensors.
+        note: what the kernel does differently from the reference.
+    """
+
+    fused: Fused
+    kernel: str
+    bytes: int
+    resident: int
+    stored: int
+    note: str = ""
+
+
+@dataclass
+class Lowered:
+    """A program ready for a runner.
+
+    Attributes:
+        program: rewritten; fused nodes keep the types of canonical storage while the tensors behind
+            their codes and scales are laid out for the target (those of zero and meta are empty).
+        implementations: callables by node name; other nodes run their row's reference.
+        resident_bytes: by name of the codes parameter, the bytes of the packed weight.
+    """
+
+    target: Target
+    program: Program
+    implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    placed: list[Placed] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    resident_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def lower(program: Program, target: str, *, device: torch.device | str = "cpu") -> Lowered:
+    """Lower a copy of `program`; the given one and its weights are not touched.
+
+    `device` is where packed tensors go (triton: a CUDA device, or "cpu" under the interpreter).
+    UsageError for an unknown target; ResourceError when this machine cannot run it.
+    """
+    if target == "reference":
+        return Lowered("reference", program)
+    if target == "cpu":
+        return _lower_cpu(program.clone())
+    if target == "triton":
+        return _lower_triton(program.clone(), torch.device(device))
+    hint = nearest(target, TARGETS)
+    raise UsageError(f"expected a target of {', '.join(TARGETS)}, found {target!r}", hint=hint)
+
+
+def _lower_cpu(program: Program) -> Lowered:
+    plan = fuse(program, lambda p: cpu.choose(p)[1] or None, norm=False, residual=False)
+    lowered = _start("cpu", program, plan)
+    for fused in plan.fused:
+        problem = fused.problem
+        kernel, _ = cpu.choose(problem)
+        assert kernel is not None
+        codes, scale = kernel.pack(problem, *_load(program, fused, torch.device("cpu")))
+        note = "scales and activations in bf16"
+        if problem.m:
+            note += f"; {problem.n}:{problem.m} spread to dense codes"
+        traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K)
+        _place(lowered, fused, kernel.name, codes, scale, traffic, note)
+        lowered.implementations[fused.node] = cpu.implementation(kernel, problem)
+    return lowered
+
+
+def _lower_triton(program: Program, device: torch.device) -> Lowered:
+    from . import launch
+
+    why = launch.unavailable()
+    if why is not None:
+        raise ResourceError(
+            f"cannot lower for triton: {why}", hint="use target cpu or reference on this machine"
+        )
+    if device.type == "cpu" and not launch.interpreting():
+        raise UsageError(
+            "expected a CUDA device for target triton, found cpu", hint="pass device='cuda'"
+        )
+
+    def accept(problem: Problem) -> str | None:
+        chosen, misfits = choose(problem)
+        return None if chosen else "; ".join(str(m) for m in misfits)
+
+    plan = fuse(program, accept)
+    lowered = _start("triton", program, plan)
+    for fused in plan.fused:
+        row, _ = choose(fused.problem)
+        assert row is not None
+        packed = prepack(row, fused.problem, *_load(program, fused, device))
+        traffic = row.bytes_moved(fused.problem, 1)
+        _place(lowered, fused, row.name, packed.codes, packed.scale, traffic, "")
+        lowered.implementations[fused.node] = _triton_implementation(row, fused.problem)
+    return lowered
+
+
+def _triton_implementation(row: KernelRow, problem: Problem) -> Callable[..., torch.Tensor]:
+    """`llmc.fused_linear` over prepacked tensors; columns of x and residual are made contiguous."""
+    from . import launch
+
+    def call(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None = None,
+        meta: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        *,
+        eps: float = 0.0,
+        **attrs: Any,
+    ) -> torch.Tensor:
+        return launch.fused_linear(
+            Packed(row, problem, codes, scale), _columns(x), bias=bias,
+            residual=None if residual is None else _columns(residual), gain=gain, eps=eps,
+        )  # fmt: skip
+
+    return call
+
+
+def _columns(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _start(target: Target, program: Program, plan: FusePlan) -> Lowered:
+    return Lowered(target, program, refused=list(plan.refused))
+
+
+def _names(program: Program, fused: Fused) -> list[str | None]:
+    """Names of the parameters behind codes, scale, zero and meta."""
+    node = program.node(fused.node)
+    params = [program.param_of(a) for a in node.args[1:5]]
+    return [None if p is None else p.name for p in params]
+
+
+def _load(program: Program, fused: Fused, device: torch.device) -> list[torch.Tensor | None]:
+    """Canonical codes, scale, zero and meta on `device`."""
+    return [
+        None if name is None else program.weights.load(name).to(device)
+        for name in _names(program, fused)
+    ]
+
+
+def _place(
+    lowered: Lowered,
+    fused: Fused,
+    kernel: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    traffic: int,
+    note: str,
+) -> None:
+    """Put packed tensors behind a fused node's parameters; the canonical ones are let go."""
+    program = lowered.program
+    names = _names(program, fused)
+    stored = sum(program.params[n].bytes for n in names if n is not None)
+    empty = codes.new_empty(0, dtype=torch.uint8)
+    for name, tensor in zip(names, (codes, scale, empty, empty.to(torch.int32)), strict=True):
+        if name is not None:
+            program.set_tensor(name, tensor)
+            program.params[name] = replace(program.params[name], keep=True)
+    resident = codes.nbytes + scale.nbytes
+    lowered.resident_bytes[str(names[0])] = resident
+    lowered.placed.append(Placed(fused, kernel, traffic, resident, stored, note))
+
+
+def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any]:
+    """The lowering as plain values, for `llmc kernels`.
+
+    Per fused node: kernel, parts, shape, scheme, bytes of a one-token call and its floor in
+    microseconds at `bandwidth` bytes per second; then what was not fused, with node and reason.
+    """
+    rows = []
+    for p in lowered.placed:
+        scheme = asdict(p.fused.problem)
+        rows.append({
+            "node": p.fused.node, "path": p.fused.path, "kernel": p.kernel,
+            "parts": list(p.fused.parts), "problem": scheme, "bytes": p.bytes,
+            "floor_us": round(1e6 * p.bytes / bandwidth, 3), "resident_bytes": p.resident,
+            "stored_bytes": p.stored, "note": p.note,
+        })  # fmt: skip
+    return {
+        "target": lowered.target,
+        "fused": rows,
+        "not_fused": [r.to_json() for r in lowered.refused],
+        "resident_bytes": sum(lowered.resident_bytes.values()),
+    }
+
+
+def aot_report(
+    targets: tuple[str, ...] = ("sm_80", "sm_90"), *, N: int = 4096, K: int = 4096
+) -> list[dict[str, Any]]:
+    """Machine-code facts of each row's main variants at one token and at sixteen.
+
+    Needs no GPU. ResourceError under the interpreter, which cannot compile.
+    """
+    from .aot import compile_variant
+    from .kernels import ROWS, TileConfig
+
+    facts = []
+    for row in ROWS:
+        n, m, group = (2, 4, 64) if row.step == 256 else (0, 0, 128)
+        for asym in (False, True):
+            problem = Problem(N, K, group=group, n=n, m=m, asym=asym)
+            small, wide = row.tiles[0], max(t for t in row.tiles if t[0] == 16)
+            for BM, BN in dict.fromkeys((small, wide)):
+                config = TileConfig(BM, BN, row.stages[1])
+                facts += [compile_variant(row, problem, config, t).json() for t in targets]
+    return facts
