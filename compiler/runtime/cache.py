@@ -110,12 +110,30 @@ def _kept(t: TensorType) -> TensorType:
     return t.with_shape(t.shape[0], t.shape[1], PAST, t.shape[3])
 
 
+class Step:
+    """One forward of a batch, shared by all layers: what is costly to ask is asked once."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[torch.Tensor, bool]] = []
+
+    def padded(self, valid: torch.Tensor) -> bool:
+        """Whether any of these tokens is padding; waits for the device once per tensor."""
+        for tensor, answer in self._seen:
+            if tensor is valid:
+                return answer
+        self._seen.append((valid, not bool(valid.all())))
+        return self._seen[-1][1]
+
+
 class KVState:
     """One layer's keys and values in buffers that grow by doubling, with positions and validity.
 
     Args:
         state: the declared state: k [B, KV, P, D] and v [B, KV, P, E].
         batch: rows; capacity: tokens to make room for at first.
+    Attributes:
+        pending: validity of the next tokens where the graph carries none.
+        step: the running forward, None outside of ``Cache.begin``.
     """
 
     def __init__(
@@ -126,6 +144,7 @@ class KVState:
         self._shapes = [(batch, int(t.shape[1]), int(t.shape[3]), t.dtype) for t in (k, v)]
         self.batch = batch
         self.pending: torch.Tensor | None = None
+        self.step: Step | None = None
         self._allocate(capacity)
 
     def _allocate(self, capacity: int) -> None:
@@ -177,7 +196,7 @@ class KVState:
         self._pos[:, start:end] = pos
         if valid is not None:
             self._valid[:, start:end] = valid
-            self._padded = self._padded or not bool(valid.all())
+            self._padded = self._padded or (self.step or Step()).padded(valid)
         else:
             self._valid[:, start:end] = True
         self.length = end
@@ -248,10 +267,11 @@ class Cache:
             s.reset()
 
     def begin(self, valid: torch.Tensor | None) -> None:
-        """Say which of the next tokens are real: bool [B, S], None for all."""
-        padded = valid is not None and not bool(valid.all())
+        """Start a step: which of the next tokens are real, bool [B, S], None for all."""
+        step = Step()
+        pending = valid if valid is not None and step.padded(valid) else None
         for s in self.states.values():
-            s.pending = valid if padded else None
+            s.pending, s.step = pending, step
 
     def tokens(self) -> torch.Tensor:
         """int64 [B]: real tokens kept in each row, which is the next token's position."""

@@ -1,0 +1,103 @@
+"""Cached attention for speed: masks made once per step for all layers, none where none is needed.
+
+The same function as the op row's reference. Lowered targets use it; the reference target does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..ir.graph import Program
+from ..ir.ops.attention import allowed, attention
+from .cache import Step
+
+
+@dataclass
+class _Mask:
+    """What one step's attention needs, for one window: ``mask`` bool [B, 1, S, T] or None.
+
+    ``step`` is the step that it was made in, ``given`` the arguments that it was made from.
+
+    ``dead`` marks queries that may read nothing; ``causal`` says that a plain triangle will do.
+    """
+
+    step: Step | None
+    given: tuple[Any, ...]
+    mask: torch.Tensor | None
+    dead: torch.Tensor | None
+    causal: bool
+
+
+class Attend:
+    """The callable for every cached attention of one program; layers share the masks of a step."""
+
+    def __init__(self) -> None:
+        self._masks: dict[int | None, _Mask] = {}
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_pos: torch.Tensor,
+        k_valid: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        state: Any,
+    ) -> torch.Tensor:
+        """See ``llmc.cached_attention``: q [B, H, S, D], k and v [B, KV, S, D] -> [B, S, H, D]."""
+        keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid)
+        if softcap is not None or sinks is not None or bias is not None or not causal:
+            return attention(
+                q, keys, values, q_pos, k_pos, valid, bias, sinks,
+                scale=scale, causal=causal, window=window, softcap=softcap,
+            )  # fmt: skip
+        given = (q_pos, k_valid)
+        made = self._masks.get(window)
+        # All layers of a step hold the same tokens, so they share one mask.
+        step = state.step
+        if step is None or made is None or made.step is not step or not _same(made.given, given):
+            made = self._masks[window] = _make(step, given, k_pos, valid, window)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=made.mask, is_causal=made.causal, scale=scale,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )  # fmt: skip
+        if made.dead is not None:
+            out = out.masked_fill(made.dead, 0.0)
+        return out.transpose(1, 2)
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _make(
+    step: Step | None,
+    given: tuple[torch.Tensor, torch.Tensor | None],
+    k_pos: torch.Tensor,
+    valid: torch.Tensor | None,
+    window: int | None,
+) -> _Mask:
+    ok = allowed(given[0], k_pos, valid, True, window)
+    # The tests wait for the device, but once per step, not once per layer.
+    if bool(ok.all()):
+        return _Mask(step, given, None, None, False)
+    if ok.shape[-2] == ok.shape[-1] and bool((ok == torch.ones_like(ok[:1]).tril()).all()):
+        return _Mask(step, given, None, None, True)
+    dead = ~ok.any(-1, keepdim=True)
+    return _Mask(step, given, ok | dead, dead if bool(dead.any()) else None, False)
+
+
+def attention_implementations(program: Program) -> dict[str, Callable[..., Any]]:
+    """One shared callable for all cached attention, by node name, for a ``Runner``."""
+    shared = Attend()
+    return {node.name: shared for node in program.calls("llmc.cached_attention")}
