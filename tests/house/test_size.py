@@ -47,13 +47,14 @@ def test_every_module_says_what_it_is(repo: Path, kept_files: list[Path]) -> Non
 
 def test_no_machine_paths(repo: Path, kept_files: list[Path]) -> None:
     """Committed text names no folder of the machine that it was written on."""
+    # Tests name somebody's home on purpose, to prove that such a path is not kept.
     marks = [f"/{name}/" for name in ("work/main", "work/shared", "work/env", "root", "home")]
     text = {".py", ".md", ".toml", ".yaml", ".j2", ".json", ".txt", ""}
     found = [
         f"{name}: {mark}"
         for name in kept_files
         if name.suffix in text and name.name != "tokenizer.json"
-        for mark in marks
+        for mark in (marks[:4] if name.parts[0] == "tests" else marks)
         if mark in (repo / name).read_text(encoding="utf-8")
     ]
     assert not found, "\n".join(found)
