@@ -100,11 +100,11 @@ class Grower:
                 self.results.append(m.call("aten.ge.Scalar", x, 0))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_graph_through_every_form(maker: Any, data: st.DataObject) -> None:
     grower = Grower(maker(), data)
-    for kind in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=10)):
+    for kind in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=14)):
         grower.step(kind)
     results = [grower.values[-1], *grower.results]
     program = grower.m.output(results[0] if len(results) == 1 else tuple(results))
@@ -134,11 +134,11 @@ def test_random_graph_through_every_form(maker: Any, data: st.DataObject) -> Non
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_recorded_types_are_the_real_ones(maker: Any, data: st.DataObject) -> None:
     grower = Grower(maker(), data)
-    for kind in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=10)):
+    for kind in data.draw(st.lists(st.sampled_from(STEPS), min_size=1, max_size=14)):
         grower.step(kind)
     program = grower.m.output(grower.values[-1])
 
