@@ -26,7 +26,7 @@ from ..ir.errors import UsageError
 
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
 
-SHRINKS = tuple(1.0 - 0.04 * i for i in range(1, 13))  # candidates of the searched clip
+_CHUNK = 1 << 18  # weights
 _FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
 
 
@@ -139,7 +139,9 @@ class Grid:
             return full
         best, best_cost = full, self._cost(w, full, importance)
         top = self.implied_zero
-        for shrink in ((top - 0.5) / (top - 1), *SHRINKS):
+        stride = 0.04 if self.bits > 3 else 0.05  # coarse grids clip harder
+        shrinks = (1.0 - stride * i for i in range(1, 13))
+        for shrink in ((top - 0.5) / (top - 1), *shrinks):
             trial = self._from_range(low * shrink, high * shrink, unit)
             cost = self._cost(w, trial, importance)
             better = cost < best_cost
@@ -158,10 +160,11 @@ class Grid:
         return Fit(scale, torch.round(-low / scale).clamp_(0, 2**self.bits - 1))
 
     def _cost(self, w: Tensor, fit: Fit, importance: Tensor | None) -> Tensor:
-        e = self.centred(w, fit).mul_(fit.scale.unsqueeze(-2)).sub_(w).square_()
-        if importance is not None:
-            e = e.mul_(importance)
-        return e.sum(-2)
+        c = self.centred(w, fit)
+        e = torch.addcmul(w, c, fit.scale.unsqueeze(-2), value=-1, out=c).square_()
+        if importance is None:
+            return e.sum(-2)
+        return (importance.mT @ e).squeeze(-2)
 
     def centred(self, w: Tensor, fit: Fit) -> Tensor:
         """Centred codes (as floats) of w ``[..., g, m]``, rounded half to even."""
@@ -202,7 +205,13 @@ def rtn_t(
 
     w = folded(wt if keep is None else wt * keep)
     weights = None if importance is None else folded(importance[:, None])
-    fit = grid.fit(w, importance=weights, unit=unit)
+    some = max(1, _CHUNK // (g * m))  # groups at a time, so that the search stays in the cache
+    fits = []
+    for a in range(0, count, some):
+        part = None if weights is None else weights[a : a + some]
+        fits.append(grid.fit(w[a : a + some], importance=part, unit=unit))
+    zeros = [f.zero for f in fits if f.zero is not None]
+    fit = Fit(torch.cat([f.scale for f in fits]), torch.cat(zeros) if zeros else None)
     c = grid.centred(w, fit)
     value = (c * fit.scale.unsqueeze(1)).view(-1, m)[:n]
     return value, c.view(-1, m)[:n], fit
