@@ -54,6 +54,12 @@ ENCODERS = ("bert",)
 DECODERS = tuple(name for name in ZOO if name not in ENCODERS)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``arch`` runs over all architectures."""
+    if "arch" in metafunc.fixturenames:
+        metafunc.parametrize("arch", list(ZOO))
+
+
 def config_of(name: str, **over: Any) -> Any:
     """The tiny config of an architecture."""
     from transformers import AutoConfig
@@ -69,7 +75,7 @@ def make(name: str, **over: Any) -> Any:
     auto = AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM
     model = auto.from_config(config_of(name, **over), attn_implementation="eager").eval()
     with torch.no_grad():
-        for name_, p in model.named_parameters():
+        for p in model.parameters():
             # Gains and biases off their trivial start, so that a lost one shows.
             if p.ndim == 1:
                 p.add_(0.1 * torch.randn_like(p))
@@ -89,6 +95,7 @@ class Case:
         self.folder = folder
         self.model.save_pretrained(folder)
         self.program = capture(folder)
+        self.loads_to_capture = self.program.weights.loads
 
     def eager(self, **inputs: torch.Tensor) -> torch.Tensor:
         import inspect
@@ -120,7 +127,19 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return get
 
 
-def tokens(batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Any]:
+    """``build(name, **config)``: a tiny random model."""
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Callable[..., dict[str, torch.Tensor]]:
+    """``tokens(batch, length, seed)``: inputs of a whole batch."""
+    return random_tokens
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random ids with positions 0 … and all tokens valid."""
     g = torch.Generator().manual_seed(seed)
     return {

@@ -12,21 +12,21 @@ from .matching import Either, Lift, Match, Number, Var, call, emit
 _X = Var("x")
 
 
-def _named(act: str) -> Lift:
-    patterns = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu": _RELU}
+def _named(act: str, *patterns: object) -> Lift:
+    """A lift of ``act``, in any of the ways it is written."""
 
     def build(program: Program, found: Match) -> fx.Node | str:
-        if "gelu" in found.bound:
-            how = found.bound["gelu"].kwargs.get("approximate", "none")
-            if {"none": "gelu", "tanh": "gelu_tanh"}.get(str(how)) != act:
-                return f"expected {act}, found approximate={how}"
-        if any(a is not None for a in found.root.args[1:] if found.root.target == "elu"):
-            return "expected no further arguments"
         return emit(
             program, found, f"activation.{act}", "llmc.activation", found.bound["x"], act=act
         )
 
-    return Lift(f"activation.{act}", (patterns[act],), build)
+    return Lift(f"activation.{act}", patterns, build)
+
+
+def _gelu(program: Program, found: Match) -> fx.Node | str:
+    how = str(found.root.kwargs.get("approximate", "none"))
+    act = {"none": "gelu", "tanh": "gelu_tanh"}[how]
+    return emit(program, found, f"activation.{act}", "llmc.activation", found.bound["x"], act=act)
 
 
 _MUL = "mul.Tensor"
@@ -43,7 +43,6 @@ _ERF = call(
         )
     ),
 )
-_GELU_OP = call("gelu.default", _X, bind="gelu")
 
 
 def _half_times(inner: object) -> Either:
@@ -58,12 +57,13 @@ def _half_times(inner: object) -> Either:
     )
 
 
-_SILU = Either((call("silu.default", _X), call(_MUL, _X, call("sigmoid.default", _X))))
-_RELU = call("relu.default", _X)
-_GELU = Either((_GELU_OP, _half_times(_ERF)))
-_GELU_TANH = Either((_GELU_OP, _half_times(_TANH)))
-
-ACTIVATIONS = tuple(_named(act) for act in ("silu", "gelu", "gelu_tanh", "relu"))
+ACTIVATIONS = (
+    _named("silu", call("silu.default", _X), call(_MUL, _X, call("sigmoid.default", _X))),
+    _named("relu", call("relu.default", _X)),
+    Lift("activation.gelu", (call("gelu.default", _X),), _gelu),
+    _named("gelu", _half_times(_ERF)),
+    _named("gelu_tanh", _half_times(_TANH)),
+)
 
 
 def _gated(program: Program, found: Match) -> fx.Node | str:

@@ -72,7 +72,10 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
     x = _input(node)
     if same_shape(tensor_type(x).shape, tensor_type(node).shape):
         return x
-    if x.op == "call_function" and row_of(x).name == "aten.reshape.default":
+    inner = x.op == "call_function" and row_of(x).name == "aten.reshape.default"
+    # Flattening tokens only is what the lift of linears undoes; it needs the reshape before it.
+    flattens = tensor_type(node).rank == 2 and tensor_type(x).shape[-1] == tensor_type(node).shape[-1]
+    if inner and not flattens:
         node.args = (x.args[0], *node.args[1:])
     return None
 
