@@ -168,12 +168,15 @@ def _names(program: Program, fused: Fused) -> list[str | None]:
     return [None if p is None else p.name for p in params]
 
 
-def _load(program: Program, fused: Fused, device: torch.device) -> list[torch.Tensor | None]:
+def _load(program: Program, fused: Fused, device: torch.device) -> Canonical:
     """Canonical codes, scale, zero and meta on `device`."""
-    return [
+    codes, scale, zero, meta = (
         None if name is None else program.weights.load(name).to(device)
         for name in _names(program, fused)
-    ]
+    )
+    assert codes is not None
+    assert scale is not None
+    return codes, scale, zero, meta
 
 
 def _place(

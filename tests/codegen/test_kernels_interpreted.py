@@ -153,6 +153,21 @@ def test_no_tokens(answers: dict[str, dict[str, Any]]) -> None:
     assert answers["empty"]["shape"] == [0, 70]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("scheme", ["dense", "asym", "sparse"])
+def test_a_lowered_program_computes_the_same(
+    scheme: str, dtype: str, answers: dict[str, dict[str, Any]]
+) -> None:
+    """Norm, two linears, gate, linear and residual through the triton target."""
+    answer = answers["lowered"][f"{scheme}-{dtype}"]
+    fp32 = dtype == "float32"
+    assert answer["kernels"] == ["w4a16_24" if scheme == "sparse" else "w4a16"] * 3
+    assert answer["joined"] == [fp32, fp32, False], "fp16 norms stay out, for range"
+    # Relative to the reference program in the same dtype, over three linears deep in fp32 sums.
+    assert answer["error"] < (1e-6 if fp32 else 2e-3)
+    assert answer["resident"] == answer["held"], "something beside the packed weights is resident"
+
+
 # ** the child process **
 
 
@@ -160,8 +175,7 @@ def _weights(case: Case) -> tuple[Any, dict[str, Any]]:
     """The prepacked weight of a case, and the canonical tensors for the reference."""
     import torch
 
-    from llmc.codegen.kernels import Problem, row
-    from llmc.codegen.kernels import DTYPES
+    from llmc.codegen.kernels import DTYPES, Problem, row
     from llmc.compiler.ir import packing
 
     g = torch.Generator().manual_seed(len(case.label) + case.N)
@@ -286,6 +300,36 @@ def _refusals() -> dict[str, str]:
     return texts
 
 
+def _lowered() -> dict[str, Any]:
+    """A small program through the triton target, against its references."""
+    import torch
+    from lowering_programs import hidden, mlp
+
+    from llmc.codegen.targets import lower
+    from llmc.compiler.ir.interpret import run
+
+    found: dict[str, Any] = {}
+    schemes: dict[str, dict[str, Any]] = {
+        "dense": {}, "asym": {"asym": True}, "sparse": {"sparse": True, "group": 64}
+    }  # fmt: skip
+    for dtype in (torch.float32, torch.float16):
+        for name, scheme in schemes.items():
+            program, x = mlp(dtype, **scheme), hidden(dtype)
+            lowered = lower(program, "triton")
+            y = run(lowered.program, {"h": x}, implementations=lowered.implementations)
+            exact = run(program, {"h": x})
+            params = lowered.program.params.values()
+            dense = sum(p.bytes for p in params if p.name in ("gain", "up.bias"))
+            found[f"{name}-{str(dtype).removeprefix('torch.')}"] = {
+                "kernels": [p.kernel for p in lowered.placed],
+                "joined": [p.fused.problem.norm for p in lowered.placed],
+                "error": float((y - exact).float().norm() / exact.float().norm()),
+                "resident": sum(lowered.resident_bytes.values()),
+                "held": lowered.program.weight_bytes() - dense,
+            }
+    return found
+
+
 def main() -> None:
     """Answer all cases as JSON on stdout."""
     import torch
@@ -296,6 +340,7 @@ def main() -> None:
     torch.set_num_threads(1)
     answers: dict[str, Any] = {case.label: _answer(case) for case in CASES}
     answers["refusals"] = _refusals()
+    answers["lowered"] = _lowered()
     (row, problem, _), canonical = _weights(Case("w4a16", 1, 70, 256, 128))
     canonical.pop("attrs")
     empty = fused_linear(prepack(row, problem, **canonical), torch.zeros(0, 256).half())
