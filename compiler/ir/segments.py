@@ -47,6 +47,8 @@ def refresh_segments(program: Program) -> None:
     A new node belongs to the segment of the first older node behind it, which is where
     ``Program.emit`` put it.
     """
+    if not program.segments:
+        return
     owner = {n: s.name for s in program.segments for n in s.nodes}
     order = list(program.graph.nodes)
     members: dict[str, list[fx.Node]] = {s.name: [] for s in program.segments}

@@ -17,6 +17,7 @@ from ..ir.dims import BATCH, SEQ, symbol
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, info, tensor_type
 from ..ir.refusal import Refusal
+from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
 
 PAST = symbol("P")
@@ -91,8 +92,7 @@ def add_cache(program: Program) -> Program:
         node.replace_all_uses_with(cached)
         out.graph.erase_node(node)
         out.states[name] = State(name, "kv", tuple(_kept(tensor_type(t)) for t in (k, v)))
-    # Segments name nodes that are gone; whoever needs them analyses the new graph.
-    out.segments = []
+    refresh_segments(out)
     return out
 
 

@@ -11,6 +11,7 @@ import torch
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import Program, State
 from llmc.compiler.ir.types import TensorType
+from llmc.compiler.ir.verifier import verify
 from llmc.compiler.runtime.cache import Cache, KVState, add_cache, cache_refusals
 from llmc.compiler.runtime.executor import Runner
 
@@ -97,6 +98,11 @@ def test_state_is_declared(make_tiny: Make) -> None:
         program.states
     )
     assert not list(program.calls("llmc.attention"))
+
+
+def test_cached_program_obeys_the_laws(make_tiny: Make, pylm_program: Program) -> None:
+    for program in (make_tiny(), make_tiny(positions=False), pylm_program):
+        verify(add_cache(program))
 
 
 def test_program_without_positions_gets_them_as_input(make_tiny: Make) -> None:

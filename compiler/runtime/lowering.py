@@ -1,0 +1,160 @@
+"""From a program to a runner for a target: compute dtype, cache, kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+
+from ..ir.errors import ModelError, UsageError
+from ..ir.graph import Program, info
+from ..ir.ops import infer, row_of
+from ..ir.segments import refresh_segments
+from ..ir.types import TensorType, short
+from .attend import attention_implementations
+from .cache import add_cache
+from .executor import Runner
+
+if TYPE_CHECKING:
+    from ...codegen.targets import Lowered
+
+_COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
+# Ops whose floating arguments must have one dtype.
+_ONE_DTYPE = {
+    "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default",
+    "aten.addmm.default", "aten.baddbmm.default", "llmc.attention", "llmc.cached_attention",
+    "llmc.fused_linear", "llmc.experts", "aten.cat.default", "aten.index_add.default",
+}  # fmt: skip
+_KEPT_ARGUMENTS = {"llmc.fused_linear": {"codes", "scale", "zero", "meta", "gain"}}
+
+
+def runner_for(
+    program: Program,
+    target: str = "reference",
+    *,
+    cached: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    resident: Literal["packed", "dense"] = "packed",
+) -> Runner:
+    """A runner of a program, which stays as it is.
+
+    Args:
+        target: ``reference`` runs every op's own definition; ``cpu`` and ``triton`` use kernels.
+        cached: give it a KV cache first.
+        device: default: ``cuda`` for ``triton`` where there is one, else ``cpu``.
+        dtype: compute in another floating dtype than the program's own.
+    Raises:
+        UsageError: an unknown target. ResourceError: one that this machine cannot run.
+        ModelError: a program that cannot have a cache, or cannot compute in ``dtype``.
+    """
+    return runner_of(lowered(program, target, cached=cached, device=device, dtype=dtype),
+                     device=device, resident=resident)  # fmt: skip
+
+
+def lowered(
+    program: Program,
+    target: str,
+    *,
+    cached: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Lowered:
+    """The lowering alone, for ``llmc kernels``; see :func:`runner_for`."""
+    from ...codegen.targets import lower
+
+    if cached:
+        program = add_cache(program)
+    if dtype is not None and dtype != program.dtype:
+        program = recast(program, dtype)
+    return lower(program, target, device=device or default_device(target))
+
+
+def runner_of(
+    done: Lowered,
+    *,
+    device: torch.device | str | None = None,
+    resident: Literal["packed", "dense"] = "packed",
+) -> Runner:
+    """A runner of a lowered program."""
+    given = dict(done.implementations)
+    if done.target != "reference":
+        given = attention_implementations(done.program) | given
+    return Runner(
+        done.program, given, resident=resident, device=device or default_device(done.target)
+    )
+
+
+def default_device(target: str) -> torch.device:
+    """Where a target runs when nobody says."""
+    return torch.device("cuda" if target == "triton" and torch.cuda.is_available() else "cpu")
+
+
+def recast(program: Program, dtype: torch.dtype) -> Program:
+    """A clone that computes in ``dtype``: parameters, decoded weights and what flows from them.
+
+    Casts that the graph itself makes stay; where they leave an op with two floating dtypes, a cast
+    to ``dtype`` is put before it.
+    Raises:
+        UsageError: not a compute dtype. ModelError: an op that refuses the new types.
+    """
+    if dtype not in _COMPUTE:
+        raise UsageError(
+            f"expected a compute dtype of {[short(d) for d in _COMPUTE]}, found {dtype}"
+        )
+    out = program.clone()
+    old, out.dtype = out.dtype, dtype
+    for node in list(out.graph.nodes):
+        if node.op == "get_attr":
+            kind = out.param_type(out.params[str(node.target)])
+            node.meta["llmc"] = replace(info(node), type=kind)
+        elif node.op == "call_function":
+            if row_of(node).name == "llmc.dequantize" and node.kwargs.get("dtype", old) == old:
+                node.kwargs = {**node.kwargs, "dtype": dtype}
+            _unify(out, node, dtype)
+            node.meta["llmc"] = replace(info(node), type=infer(node))
+    result = out.output
+    result.meta["llmc"] = replace(info(result), type=_type(result.args[0]))
+    for name, state in out.states.items():
+        kept = tuple(t.with_dtype(dtype) for t in state.types)
+        out.states[name] = replace(state, types=kept)
+    refresh_segments(out)
+    return out
+
+
+def _type(value: Any) -> Any:
+    """Types in the shape of an argument."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_type(v) for v in value)
+    return info(value).type
+
+
+def _unify(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
+    name = row_of(node).name
+    if name not in _ONE_DTYPE:
+        return
+    kept = _KEPT_ARGUMENTS.get(name, set())
+    skip = {
+        a for a, part in zip(node.args, _schema(node), strict=False)
+        if part in kept and isinstance(a, fx.Node)
+    }  # fmt: skip
+
+    def one(value: fx.Node) -> fx.Node:
+        t = info(value).type
+        if not isinstance(t, TensorType) or value in skip:
+            return value
+        if not t.dtype.is_floating_point or t.dtype == dtype:
+            return value
+        return program.emit("aten.to.dtype", value, dtype, before=node, made_by="recast", like=node)
+
+    node.args = fx.map_arg(node.args, one)
+    node.kwargs = fx.map_arg(dict(node.kwargs), one)
+
+
+def _schema(node: fx.Node) -> list[str]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        raise ModelError(f"expected an op with a schema, found {row_of(node).name}")
+    return [a.name for a in schema.arguments]
