@@ -32,7 +32,11 @@ class Prune(Pass):
     are one joint solve, and the mask stays exact.
     """
 
-    variants = {"prune24": {"n": 2, "m": 4}, "prune48": {"n": 4, "m": 8}, "prune": {}}
+    variants = {
+        "prune24": {"n": 2, "m": 4, "sparsity": 0.5},
+        "prune48": {"n": 4, "m": 8, "sparsity": 0.5},
+        "prune": {},
+    }
     stage = "mask"
     effect = Lossy("perplexity")
     needs = ("gram",)
@@ -58,6 +62,10 @@ class Prune(Pass):
             raise UsageError(
                 f"prune: expected 0 < n < m, found n={self.n}, m={self.m}",
                 hint="for unstructured zeros give sparsity= alone",
+            )
+        if self.m and self.explicit("sparsity"):
+            raise UsageError(
+                f"prune: expected either sparsity or n and m, found both ({self.n}:{self.m})"
             )
 
     def facts(self, site: LinearSite) -> dict[str, Any]:
