@@ -126,7 +126,11 @@ class Builder:
     def param(
         self, value: object, reader: fx.Node, axis: int, index: torch.Tensor, offset: float = 0.0
     ) -> None:
-        """Divide a parameter along one axis."""
+        """Divide a parameter along one axis; ``offset`` is added to it before it is used."""
+        inner = _shifted(value, reader)
+        if inner is not None:
+            self.param(inner[0], inner[1], axis, index, offset + inner[2])
+            return
         found = sole_param(self.program, value, reader)
         if isinstance(found, tuple):
             raise No(found[0], found[1], self.program.node(found[2]))
@@ -228,6 +232,17 @@ class Builder:
             self.param(operand, node, axis, mine.flatten())
         else:
             self.upstream(operand, mine, node)
+
+
+def _shifted(value: object, reader: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    """(parameter, its reader, number) of a value that is parameter + number and only read here."""
+    if op_name(value) not in ("aten.add.Tensor", "aten.add.Scalar"):
+        return None
+    assert isinstance(value, fx.Node)
+    inner, number = value.args[0], value.args[1]
+    if isinstance(inner, fx.Node) and isinstance(number, (int, float)) and not value.kwargs:
+        return (inner, value, float(number)) if set(value.users) == {reader} else None
+    return None
 
 
 def _argument(node: fx.Node, place: int, name: str) -> object:

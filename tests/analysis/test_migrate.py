@@ -89,6 +89,16 @@ def test_one_plus_gain() -> None:
     assert sites[0].absorbers[0].offset == 1.0
 
 
+def test_a_gain_that_is_shifted_in_the_graph() -> None:
+    """layer_norm with 1 + g computed beside it, as some exports leave it."""
+    s = Stack()
+    gain = s.call("aten.add.Tensor", s.param(H, width=0.1), 1.0)
+    n = s.call("llmc.layer_norm", s.x, gain, s.param(H), eps=1e-5)
+    s.x = s.add(s.x, s.attention(n))
+    sites = exact(s.done())
+    assert [a.offset for a in sites[0].absorbers] == [1.0, 0.0]
+
+
 def test_router_and_experts_move_together() -> None:
     program = stack(["moe"])
     sites = exact(program)
