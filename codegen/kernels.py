@@ -257,7 +257,7 @@ def _linear_args(codes: str) -> tuple[Argument, ...]:
         Argument("scale", "[Np/64, Gp, 64]", ("i32",)),
         Argument("bias", "[N]", _FLOATS, "bias"),
         Argument("residual", "[M, N]", _FLOATS, "residual"),
-        Argument("gain", "[K]", ("fp32",), "norm"),
+        Argument("gain", "[K]", _FLOATS, "norm"),
         Argument("y", "[M, N]", _FLOATS),
     )
 
