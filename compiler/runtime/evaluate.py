@@ -107,29 +107,60 @@ def evaluate(
     Raises:
         UsageError: too little data, a token outside the vocabulary, or a window beyond the context.
     """
+    return _measure(runner, baseline, stream, window, batch, limit, progress)[0]
+
+
+def evaluate_pair(
+    runner: Runner,
+    baseline: Runner,
+    stream: Stream,
+    window: int,
+    *,
+    batch: int = 1,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, Evaluation]:
+    """The evaluation of a program against its baseline, and the baseline's own, in one run.
+
+    Arguments and errors as for :func:`evaluate`.
+    """
+    mine, theirs = _measure(runner, baseline, stream, window, batch, limit, progress)
+    assert theirs is not None
+    return mine, theirs
+
+
+def _measure(
+    runner: Runner,
+    baseline: Runner | None,
+    stream: Stream,
+    window: int,
+    batch: int,
+    limit: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Evaluation, Evaluation | None]:
     tokens = windows_of(stream, window, limit)
     for each in (runner, baseline):
         if each is not None:
             _checked(each, tokens, stream)
-    nll: list[float] = []
-    kl: list[float] = []
-    agree: list[float] = []
+    rows: list[_Score] = []
     for start in range(0, len(tokens), batch):
         ids = tokens[start : start + batch]
         logits = runner.forward(ids)
         other = None if baseline is None else baseline.forward(ids)
         for row in range(len(ids)):
-            against = None if other is None else other[row]
-            loss, divergence, same = _score(logits[row], ids[row], against)
-            nll.append(loss)
-            if other is not None:
-                kl.append(divergence)
-                agree.append(same)
+            rows.append(_score(logits[row], ids[row], None if other is None else other[row]))
         if progress is not None:
             progress(start + len(ids), len(tokens))
-    return Evaluation(
-        stream.name, stream.sha256, window, len(tokens), tuple(nll), tuple(kl), tuple(agree)
-    )
+    header = (stream.name, stream.sha256, window, len(tokens))
+    if baseline is None:
+        return Evaluation(*header, tuple(r.nll for r in rows)), None
+    return (
+        Evaluation(
+            *header, tuple(r.nll for r in rows), tuple(r.kl for r in rows),
+            tuple(r.agree for r in rows),
+        ),
+        Evaluation(*header, tuple(r.other for r in rows)),
+    )  # fmt: skip
 
 
 def _checked(runner: Runner, tokens: torch.Tensor, stream: Stream) -> None:
@@ -149,22 +180,31 @@ def _checked(runner: Runner, tokens: torch.Tensor, stream: Stream) -> None:
         )
 
 
-def _score(
-    logits: torch.Tensor, ids: torch.Tensor, other: torch.Tensor | None
-) -> tuple[float, float, float]:
-    """(mean NLL, mean KL, agreement) of one window; logits [S, vocabulary]."""
+@dataclass(frozen=True)
+class _Score:
+    """Means over one window's predicted tokens: own NLL, KL, agreement, the baseline's NLL."""
+
+    nll: float
+    kl: float
+    agree: float
+    other: float
+
+
+def _score(logits: torch.Tensor, ids: torch.Tensor, other: torch.Tensor | None) -> _Score:
+    """Scores of one window: logits [S, vocabulary], ids [S]."""
     count = len(ids) - 1
-    loss = divergence = same = 0.0
+    nll = kl = agree = theirs_nll = 0.0
     for at in range(0, count, _POSITIONS):
         stop = min(at + _POSITIONS, count)
         mine = torch.log_softmax(logits[at:stop].float(), -1)
-        target = ids[at + 1 : stop + 1].to(mine.device)
-        loss -= float(mine.gather(1, target[:, None]).double().sum())
+        target = ids[at + 1 : stop + 1].to(mine.device)[:, None]
+        nll -= float(mine.gather(1, target).double().sum())
         if other is not None:
             theirs = torch.log_softmax(other[at:stop].float().to(mine.device), -1)
-            divergence += float((theirs.exp() * (theirs - mine)).sum(-1).double().sum())
-            same += float((theirs.argmax(-1) == mine.argmax(-1)).sum())
-    return loss / count, max(divergence, 0.0) / count, same / count
+            theirs_nll -= float(theirs.gather(1, target).double().sum())
+            kl += float((theirs.exp() * (theirs - mine)).sum(-1).double().sum())
+            agree += float((theirs.argmax(-1) == mine.argmax(-1)).sum())
+    return _Score(nll / count, max(kl, 0.0) / count, agree / count, theirs_nll / count)
 
 
 @dataclass(frozen=True)

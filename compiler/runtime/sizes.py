@@ -12,7 +12,6 @@ from ..ir.dims import numel
 from ..ir.graph import Program, tensor_type
 from ..ir.ops import row_of
 
-_LINEAR = {"aten.linear.default": 1, "llmc.linear": 1}
 _PASSES_ON = ("aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.unsqueeze",
               "aten.expand", "aten.to", "aten._to_copy", "aten.alias", "aten.t")  # fmt: skip
 
@@ -24,7 +23,8 @@ class Sizes:
     Attributes:
         total: of all parameters.
         by_role: by what the tensors are for.
-        linear_weights: elements of the matrices that linears multiply with, the head left out.
+        linear_weights: elements of the matrices that linears multiply with, the head left out;
+            of a factored matrix the elements of its factors.
         linear_bytes: bytes that store them: codes, scales, positions and dense weights alike.
     """
 
@@ -115,8 +115,8 @@ def _head(program: Program) -> list[fx.Node]:
 def _matrices(node: fx.Node) -> list[tuple[int, list[fx.Node]]]:
     """(elements, values that encode them) of each matrix that a node multiplies with."""
     name = row_of(node).name
-    if name in _LINEAR:
-        weight = node.args[_LINEAR[name]]
+    if name == "aten.linear.default":
+        weight = node.args[1]
         if isinstance(weight, fx.Node) and _constant(weight):
             count = numel(tensor_type(weight).shape)
             return [(count, [weight])] if isinstance(count, int) else []

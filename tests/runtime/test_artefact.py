@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +150,32 @@ def test_saving_over_the_artefact_that_is_being_read(make_tiny: Make, tmp_path: 
     save(out, Contents(before), force=True)
     assert torch.equal(load(out).program.weights.load("p5"), want)
     assert verify(out) == []
+
+
+def test_killed_writers_leave_one_whole_artefact(make_tiny: Make, tmp_path: Path) -> None:
+    """SIGKILL at any moment of replacing an artefact: what is there is old or new, never less."""
+    out = tmp_path / "out"
+    pair = [Contents(make_tiny(layers=1)), Contents(make_tiny(layers=1, window=2))]
+    hashes = {save(out, c, force=True).content_hash for c in pair}
+    assert len(hashes) == 2
+    seen = set()
+    for turn in range(30):
+        child = os.fork()
+        if child == 0:
+            try:
+                while True:
+                    for contents in pair:
+                        save(out, contents, force=True)
+            finally:
+                os._exit(1)
+        time.sleep(0.001 + 0.0017 * turn)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert verify(out) == []
+        seen.add(load(out).manifest.content_hash)
+    assert seen <= hashes
+    save(out, pair[0], force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 7])

@@ -17,6 +17,7 @@ from llmc.compiler.runtime.evaluate import (
     Evaluation,
     compare,
     evaluate,
+    evaluate_pair,
     peak_rss,
     speed,
     windows_of,
@@ -83,6 +84,14 @@ def test_divergence_from_another(make_tiny: Make) -> None:
         float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
     )
     assert got.to_json()["kl_to_baseline"] > 0
+
+
+def test_a_pair_is_measured_in_one_run(make_tiny: Make) -> None:
+    runner, other, stream = Runner(make_tiny()), Runner(make_tiny(softcap=0.1)), stream_of(60)
+    mine, theirs = evaluate_pair(runner, other, stream, 8, batch=3)
+    assert mine == evaluate(runner, stream, 8, baseline=other, batch=3)
+    assert theirs == evaluate(other, stream, 8, batch=3)
+    assert compare(mine, theirs).windows == 7
 
 
 def test_too_little_data_is_said_with_both_counts(make_tiny: Make) -> None:

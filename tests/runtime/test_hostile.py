@@ -108,6 +108,27 @@ def test_single_bit_flips_are_detected(out: Path) -> None:
     load(out)
 
 
+@pytest.mark.slow
+def test_ten_thousand_bit_flips(out: Path) -> None:
+    """One flip at a time, spread over all files by their size: a load sees every one."""
+    rng = random.Random(1)
+    names = files.all_files(out)
+    sizes = [(out / n).stat().st_size for n in names]
+    for name in rng.choices(names, sizes, k=10_000):
+        with open(out / name, "r+b") as f:
+            at, bit = rng.randrange(os.path.getsize(out / name)), rng.randrange(8)
+            f.seek(at)
+            old = f.read(1)
+            f.seek(at)
+            f.write(bytes([old[0] ^ 1 << bit]))
+            f.flush()
+            with pytest.raises(ModelError):
+                load(out)
+            f.seek(at)
+            f.write(old)
+    load(out)
+
+
 def test_missing_and_extra_files(out: Path) -> None:
     (out / "evil.py").write_text("import os")
     refused(out, r"no file evil\.py")
