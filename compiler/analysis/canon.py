@@ -18,6 +18,23 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def _reading_order(starts: Iterable[fx.Node], inside: Collection[fx.Node]) -> list[fx.Node]:
+    """Nodes after what they read, in the order in which arguments are met from ``starts``."""
+    done: dict[fx.Node, None] = {}
+    for start in starts:
+        todo = [(start, False)]
+        while todo:
+            node, ready = todo.pop()
+            if node in done or node not in inside:
+                continue
+            if ready:
+                done[node] = None
+            else:
+                todo.append((node, True))
+                todo += [(i, False) for i in reversed(node.all_input_nodes)]
+    return list(done)
+
+
 def chunk_label(
     nodes: Iterable[fx.Node],
     start: fx.Node | None,
@@ -28,7 +45,8 @@ def chunk_label(
     """Label of a set of nodes by ops and data flow; names and parameter identities do not enter.
 
     Args:
-        nodes: the piece, in topological order.
+        nodes: the piece, in any topological order: the label does not depend on it, as long as one
+            value leaves the piece.
         start: the value that flows in, told apart from other outside values; None: outside values
             are told apart by the order in which they are first read.
         attributes: types, shapes and non-tensor arguments enter too. Without them parameters and
@@ -57,7 +75,8 @@ def chunk_label(
             return str(value) if attributes else "_"
         return repr(value) if attributes else "_"
 
-    for n in piece:
+    leaves = [n for n in piece if any(u not in inside for u in n.users)]
+    for n in _reading_order([*leaves, *reversed(piece)], inside):
         made_of = n.all_input_nodes
         if n.op == "get_attr" or (made_of and all(i in constant for i in made_of)):
             constant.add(n)
@@ -69,6 +88,6 @@ def chunk_label(
         args = ",".join(show(a) for a in n.args)
         kind = show_type(info(n).type) if attributes else ""
         label[n] = _digest(f"{op_name(n)}({args};{keys}){kind}")
-    leaving = sorted(label[n] for n in piece if any(u not in inside for u in n.users))
+    leaving = sorted(label[n] for n in leaves)
     weight = sum(n not in constant for n in piece)
     return _digest(f"{weight}|" + "|".join(leaving))

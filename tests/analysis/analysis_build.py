@@ -120,6 +120,26 @@ def logits(program: Program, values: dict[str, Any], dtype: torch.dtype) -> torc
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
+def reordered(program: Program, seed: int = 0) -> Program:
+    """The same program in another topological order."""
+    r = random.Random(seed)
+    new = program.clone()
+    first, *_ = [n for n in new.graph.nodes if n.op != "placeholder"]
+    rest = [n for n in new.graph.nodes if n.op not in ("placeholder", "output")]
+    placed = set(new.inputs)
+    cursor = first.prev
+    while rest:
+        ready = [n for n in rest if all(i in placed for i in n.all_input_nodes)]
+        node = r.choice(ready)
+        rest.remove(node)
+        placed.add(node)
+        if cursor.next is not node:
+            cursor.append(node)
+        cursor = node
+    new.graph.lint()
+    return new
+
+
 def scrambled(program: Program, seed: int = 0) -> tuple[Program, dict[str, str]]:
     """The same program with random parameter names and module paths; and old name by new name."""
     r = random.Random(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from analysis_build import HEADS, KV, D, H, Stack, inputs, scrambled, stack
+from analysis_build import HEADS, KV, D, H, Stack, inputs, reordered, scrambled, stack
 
 from llmc.compiler.analysis.blocks import apply_segments, block_classes, segment
 from llmc.compiler.ir.dims import BATCH, SEQ
@@ -176,6 +176,15 @@ def test_a_stray_order_is_put_right() -> None:
     check(program)
     sizes = [len(s.nodes) for s in program.segments[1:3]]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_the_graph_does_not_matter(seed: int) -> None:
+    program = stack(["silu", "moe", "silu"], tied=True)
+    other = reordered(program, seed)
+    assert [set(s.nodes) for s in segment(other)] == [set(s.nodes) for s in segment(program)]
+    assert block_classes(other) == block_classes(program) == {"block0": 0, "block1": 1, "block2": 0}
+    check(other)
 
 
 def test_names_do_not_matter() -> None:
