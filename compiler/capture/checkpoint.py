@@ -131,8 +131,14 @@ def _entry(path: Path, name: str, fields: Any, base: int, size: int) -> Entry:
             f"expected a dtype of {sorted(DTYPES)}, found {fields['dtype']!r}", where=where
         )
     need, have = torch.Size(shape).numel() * dtype.itemsize, offsets[1] - offsets[0]
-    if need != have or base + offsets[1] > size:
-        raise ModelError(f"expected {need} bytes inside the file, found {have}", where=where)
+    if need != have:
+        raise ModelError(f"expected {need} bytes for {shape}, found {have}", where=where)
+    if base + offsets[1] > size:
+        raise ModelError(
+            f"expected at least {base + offsets[1]} bytes in the file, found {size}",
+            where=where,
+            hint="the file is truncated; fetch it again",
+        )
     return Entry(path, tuple(shape), dtype, base + offsets[0], base + offsets[1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, pylm: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def captured_once(tiny: Path) -> Iterator[None]:
+    """The tiny model is captured for real once; after that each caller gets a clone."""
+    from llmc.compiler import api
+
+    real = api.capture
+    kept: list[Any] = []
+
+    def capture(source: Any, **more: Any) -> Any:
+        if not isinstance(source, (str, Path)) or Path(source) != tiny:
+            return real(source, **more)
+        if not kept:
+            kept.append(real(source, **more))
+        return kept[0].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "capture", capture)
+        yield
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text of some thousand tokens."""
@@ -93,9 +113,7 @@ def small_run(text: Path) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def artefact(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Path, small_run: list[object]
-) -> Path:
+def artefact(tmp_path_factory: pytest.TempPathFactory, tiny: Path, small_run: list[object]) -> Path:
     """``smooth,w4,prune24`` of the tiny model; read only."""
     out = tmp_path_factory.mktemp("artefacts") / "joint"
     done = call("compile", tiny, "--passes", "smooth,w4:group=32,prune24", "-o", out, *small_run)
