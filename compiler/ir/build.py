@@ -8,6 +8,7 @@ from torch import fx
 
 from .errors import ModelError
 from .graph import Program, info
+from .names import is_name, set_name
 from .types import ValueType
 
 
@@ -26,13 +27,12 @@ class Builder:
         Raises:
             ModelError: a name that is taken or not an identifier.
         """
-        if not name.isidentifier() or not name.isascii() or name in self.names:
+        if not is_name(name) or name in self.names:
             kind = "twice" if name in self.names else "which is not one"
             raise ModelError(f"expected a new identifier, found {name[:60]!r} {kind}")
         self.names.add(name)
         node = self.graph.create_node(op, target, args, kwargs or {}, name=name)
-        if node.name != name:
-            raise ModelError(f"expected a node name that Python leaves free, found {name!r}")
+        set_name(node, name)
         return node
 
 

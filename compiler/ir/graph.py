@@ -12,6 +12,7 @@ from torch import fx
 
 from .dims import Dim
 from .errors import ModelError
+from .names import set_names
 from .types import TensorType, ValueType
 
 
@@ -260,10 +261,7 @@ class Program:
             new = graph.node_copy(node, lambda n: mapping[n])
             new.meta = dict(node.meta)
             mapping[node] = new
-        names = {old.name: new.name for old, new in mapping.items()}
-        if any(old != new for old, new in names.items()):
-            for old, new in mapping.items():
-                new._rename(old.name) if new.name != old.name else None
+        set_names(graph, {new: old.name for old, new in mapping.items()})
         weights = (
             DictWeights(dict(self.weights.tensors), self.weights.base)
             if isinstance(self.weights, DictWeights)

@@ -12,9 +12,11 @@ from llmc.compiler.ir.dims import BATCH
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import Program, info
 from llmc.compiler.ir.interpret import run
+from llmc.compiler.ir.names import set_names
 from llmc.compiler.ir.parser import parse_python
 from llmc.compiler.ir.printer import print_python
-from llmc.compiler.ir.serial import to_json
+from llmc.compiler.ir.segments import make_segments
+from llmc.compiler.ir.serial import from_json, to_json
 from llmc.compiler.ir.verifier import verify
 
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 10], [3, 3, 0, 7]]),
@@ -120,4 +122,40 @@ def test_segments_out_of_order_are_not_printed(toy: Callable[..., Program]) -> N
     program = toy()
     program.segments = program.segments[::-1]
     with pytest.raises(ModelError, match="graph order"):
+        print_python(program)
+
+
+def test_names_that_are_python_builtins_survive(maker: Any) -> None:
+    m = maker()
+    x = m.input("x", BATCH, 4, dtype=torch.float32)
+    y = m.call("aten.slice.Tensor", x, 1, 0, 2)
+    z = m.call("aten.sum.dim_IntList", y, [1], True)
+    program = m.output(m.call("aten.mul.Tensor", y, z))
+    set_names(program.graph, {y: "slice", z: "sum"})
+    program.segments = make_segments(program.graph, [("main", 0)])
+    again = parse_python(print_python(program))
+    for p in (program.clone(), again, from_json(to_json(program), program.weights)):
+        assert [n.name for n in p.graph.nodes] == [n.name for n in program.graph.nodes]
+        new = p.emit("aten.sum.default", p.node("slice"), before=p.output, made_by="test")
+        assert sum(n.name == new.name for n in p.graph.nodes) == 1
+        verify_names(p)
+
+
+def verify_names(program: Program) -> None:
+    names = [n.name for n in program.graph.nodes]
+    assert len(set(names)) == len(names)
+
+
+def test_names_can_swap(toy: Callable[..., Program]) -> None:
+    program = toy()
+    a, b = program.node("gate"), program.node("up")
+    set_names(program.graph, {a: "up", b: "gate"})
+    assert (a.name, b.name) == ("up", "gate")
+    verify_names(program)
+
+
+def test_names_that_the_file_needs_are_refused(toy: Callable[..., Program]) -> None:
+    program = toy()
+    set_names(program.graph, {program.node("gate"): "torch"})
+    with pytest.raises(ModelError, match="torch"):
         print_python(program)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from ...ir.graph import Program, tensor_type
+from ...ir.names import set_names
 from ...ir.ops import row_of
 from ..sources import LeafWeights
 
@@ -121,7 +122,7 @@ def rename(program: Program) -> None:
                 counts[base] += 1
             taken.add(name)
             names[node] = name
-    _assign(program.graph, names)
+    set_names(program.graph, names)
 
 
 def _base(node: fx.Node) -> str:
@@ -135,22 +136,7 @@ def _renamed(param: Any, name: str) -> Any:
     return replace(param, name=name)
 
 
-def _assign(graph: fx.Graph, names: dict[fx.Node, str]) -> None:
-    # Through a name nobody has, so that swaps cannot collide.
-    for i, node in enumerate(names):
-        node._rename(f"llmc_tmp_{i}_")
-    for node, name in names.items():
-        node.name = name
-    # The graph's own table must know the new names, so that later nodes get fresh ones.
-    fresh = fx.graph._Namespace()
-    for node in graph.nodes:
-        fresh.associate_name_with_obj(node.name, node)
-    graph._graph_namespace = fresh
-
-
 def drop_marks(program: Program) -> None:
     """Remove the lifts' own bookkeeping from the nodes."""
     for node in program.graph.nodes:
         node.meta = {"llmc": node.meta["llmc"]}
-
-
