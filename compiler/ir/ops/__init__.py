@@ -18,5 +18,6 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "cost", "create", "elementwise", "flat",
-    "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of", "semantic", "shape",
+    "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of", "semantic",
+    "shape",
 ]  # fmt: skip

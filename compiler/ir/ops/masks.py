@@ -1,4 +1,4 @@
-"""Row of the attention mask by rule: which keys each query may read, from positions and validity."""
+"""Row of the attention mask by rule: which keys a query may read, from positions and validity."""
 
 from __future__ import annotations
 
