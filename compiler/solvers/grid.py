@@ -89,6 +89,12 @@ class Grid:
         """The zero point of a symmetric grid."""
         return int(2 ** (self.bits - 1))
 
+    @property
+    def floor(self) -> float:
+        """The smallest scale that is ever stored."""
+        info = torch.finfo(self.scale_dtype)
+        return max(info.tiny * info.eps, _FLOOR)
+
     def spans(self, n: int) -> list[tuple[int, int]]:
         """The groups of a row of n inputs, as half-open ranges."""
         g = n if self.group is None else self.group
@@ -105,9 +111,8 @@ class Grid:
         unit is a power of two that the solver took out of extreme weights; scales of
         all-zero groups become 1.
         """
-        info = torch.finfo(self.scale_dtype)
-        floor = max(info.tiny * info.eps, _FLOOR)
-        real = (scale.double() * unit).clamp(floor, float(info.max)).to(self.scale_dtype)
+        top = float(torch.finfo(self.scale_dtype).max)
+        real = (scale.double() * unit).clamp(self.floor, top).to(self.scale_dtype)
         real = torch.where(scale > 0, real, torch.ones_like(real))
         return (real.double() / unit).to(scale.dtype)
 

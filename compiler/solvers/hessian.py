@@ -58,15 +58,17 @@ class Factor:
         return self._roots.get(None)
 
     def root(self, order: Tensor | None = None) -> Tensor:
-        """Upper R ``[n, n]`` with ``H + ridge*I = R R^T`` for the inputs taken in
-        ``order`` (cached).
+        """Upper R ``[n, n]`` with ``H + ridge*I = R R^T`` for the inputs taken in ``order``.
 
-        Walks the fallback ladder on the first call; later orders reuse the damping that held.
+        Cached for the natural order and the last other one. Walks the fallback ladder on the first
+        call; later orders reuse the damping that held.
         """
         key = None if order is None else tuple(order.tolist())
         if key not in self._roots:
             root = self._factorise(order)
-            self._roots = {k: r for k, r in self._roots.items() if k is None} | {key: root}
+            for stale in [k for k in self._roots if k is not None]:
+                del self._roots[stale]
+            self._roots[key] = root
         return self._roots[key]
 
     def _factorise(self, order: Tensor | None) -> Tensor:

@@ -192,13 +192,16 @@ def _packed(task: Task, answer: Answer) -> Solution:
     zero = answer.zero
     shift = float(grid.implied_zero) if zero is None else grid.spread(zero, n)
     values = answer.centred.float() * grid.spread(scale.float(), n)
-    full = int((scale >= torch.finfo(grid.scale_dtype).max).sum())
-    note = f"grid: {full} scales saturate {grid.scale_dtype}"
+    info = torch.finfo(grid.scale_dtype)
+    notes = solution.fallbacks
+    for what, where in (("saturate", scale >= info.max), ("vanish in", scale <= grid.floor)):
+        if bool(where.any()):
+            notes += (f"grid: {int(where.sum())} scales {what} {grid.scale_dtype}",)
     return replace(
         solution,
         weight=values.t().contiguous(),
         codes=(answer.centred + shift).to(torch.uint8).t().contiguous(),
         scale=scale.t().contiguous(),
         zero=None if zero is None else zero.to(torch.uint8).t().contiguous(),
-        fallbacks=(*solution.fallbacks, note) if full else solution.fallbacks,
+        fallbacks=notes,
     )

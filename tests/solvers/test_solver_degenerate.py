@@ -160,6 +160,8 @@ def test_extreme_weights(size, task):
     assert s.loss < INF
     if "grid" in TASKS[task] and size > 1:
         assert any("saturate" in f for f in s.fallbacks)
+    if "grid" in TASKS[task] and size < 1:
+        assert any("vanish" in f for f in s.fallbacks)
     wide = dict(TASKS[task])
     if "grid" in wide and size > 1:
         g = wide["grid"]
