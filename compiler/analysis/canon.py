@@ -10,6 +10,7 @@ import sympy
 from torch import fx
 
 from ..ir.graph import info
+from ..ir.ops.base import row_of
 from ..ir.types import show_type
 from .ties import op_name
 
@@ -83,7 +84,13 @@ def chunk_label(
             if not attributes or n.op == "get_attr":
                 label[n] = f"param:{show_type(info(n).type)}" if attributes else "param"
                 continue
-        named = [k for k, v in sorted(n.kwargs.items()) if attributes or isinstance(v, fx.Node)]
+        # A state's name says which cache, not what is done with it.
+        skip = {"state"} if n.op == "call_function" and row_of(n).stateful else set()
+        named = [
+            k
+            for k, v in sorted(n.kwargs.items())
+            if k not in skip and (attributes or isinstance(v, fx.Node))
+        ]
         keys = ",".join(f"{k}={show(n.kwargs[k])}" for k in named)
         args = ",".join(show(a) for a in n.args)
         kind = show_type(info(n).type) if attributes else ""

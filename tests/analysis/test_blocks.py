@@ -7,8 +7,9 @@ import torch
 from analysis_build import HEADS, KV, D, H, Stack, inputs, reordered, scrambled, stack
 
 from llmc.compiler.analysis.blocks import apply_segments, block_classes, segment
+from llmc.compiler.analysis.tokenwise import prove_tokenwise
 from llmc.compiler.ir.dims import BATCH, SEQ
-from llmc.compiler.ir.graph import Program
+from llmc.compiler.ir.graph import Param, Program
 from llmc.compiler.ir.interpret import run, run_nodes
 from llmc.compiler.pipeline.zoo import Builder
 
@@ -176,6 +177,46 @@ def test_a_stray_order_is_put_right() -> None:
     check(program)
     sizes = [len(s.nodes) for s in program.segments[1:3]]
     assert sizes[0] == sizes[1]
+
+
+def test_a_compressed_weight_changes_no_cut() -> None:
+    """A block whose weight is decoded from codes is still a block of the same structure."""
+    program = stack(["silu"] * 3)
+    linear = list(program.calls("aten.linear.default"))[-2]
+    rows, columns = program.param_of(linear.args[1]).shape
+    codes = program.add_param(
+        Param("codes", (rows, columns // 8), torch.int32, keep=True),
+        torch.zeros(rows, columns // 8, dtype=torch.int32),
+        before=linear,
+    )
+    scale = program.add_param(
+        Param("scale", (rows, 1), torch.float32), torch.ones(rows, 1), before=linear
+    )
+    args = {"bits": 4, "group": columns, "columns": columns}
+    decoded = program.emit("llmc.dequantize", codes, scale, before=linear, made_by="test", **args)
+    linear.replace_input_with(linear.args[1], decoded)
+    program.prune()
+    assert names(program) == ["prologue", "block0", "block1", "block2", "epilogue"]
+    place = {n: s.name for s in segment(program) for n in s.nodes}
+    assert place["codes"] == place["scale"] == place[decoded.name] == "block2"
+    assert list(block_classes(program).values()) == [0, 0, 1]
+    assert list(block_classes(program, attributes=False).values()) == [0, 0, 0]
+    check(program)
+
+
+def test_cached_attention_starts_a_block_too() -> None:
+    s = Stack()
+    for i in range(2):
+        n = s.norm(s.x)
+        q = s.heads(s.linear(n, HEADS * D, H), HEADS)
+        k, v = (s.heads(s.linear(n, KV * D, H), KV) for _ in range(2))
+        a = s.call("llmc.cached_attention", q, k, v, s.pos, scale=0.5, state=f"kv{i}")
+        s.x = s.add(s.x, s.linear(s.reshape(a, HEADS * D), H, HEADS * D))
+        s.x = s.add(s.x, s.mlp(s.norm(s.x)))
+    program = s.done()
+    assert names(program) == ["prologue", "block0", "block1", "epilogue"]
+    assert prove_tokenwise(program) == []
+    assert list(block_classes(program).values()) == [0, 0]
 
 
 @pytest.mark.parametrize("seed", range(5))
