@@ -222,7 +222,7 @@ def json_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON."""
     import json
 
-    out: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    out: dict[str, Any] = json.loads(config.to_json_string())
     return out
 
 

@@ -133,13 +133,12 @@ class _Importer:
     def _leaf(self, node: fx.Node) -> None:
         if node in self.env:
             return
-        leaf = self.traced.leaves.get(node.name)
-        if leaf is None:
-            if node.users:
-                # Read only if a user needs it: a sub-graph of a higher-order op has no value.
-                self.env[node] = None
-            return
-        self.env[node] = leaf
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            self.env[node] = SymType(self._dim(node, value))
+        else:
+            # None is an error only where something reads it.
+            self.env[node] = self.traced.leaves.get(node.name)
 
     def _param(self, leaf: Leaf) -> fx.Node:
         found = self.params.get(id(leaf))
@@ -157,12 +156,11 @@ class _Importer:
         values = node.args[0]
         values = list(values) if isinstance(values, (tuple, list)) else [values]
         outs = [self._arg(node, v) for v in values]
-        tensors = [v for v in outs if isinstance(v, fx.Node)]
-        if len(tensors) != len(outs) or not tensors:
-            raise self._error(node, "expected tensor results only")
-        result: Any = tensors[0] if len(tensors) == 1 else tuple(tensors)
+        if not outs or not all(isinstance(v, fx.Node) for v in outs):
+            raise self._error(node, "expected results that are tensors or sizes")
+        result: Any = outs[0] if len(outs) == 1 else tuple(outs)
         out = self.graph.output(result)
-        types = tuple(t.meta["llmc"].type for t in tensors)
+        types = tuple(t.meta["llmc"].type for t in outs)
         out.meta["llmc"] = Info(types[0] if len(types) == 1 else types)
 
     def _call(self, node: fx.Node) -> Any:

@@ -32,6 +32,8 @@ _ONE_PLUS = call("add.Tensor|add.Scalar", _GAIN, Number(value=1), bind="one_plus
 def _rms(program: Program, found: Match) -> fx.Node | str:
     x, eps = found.bound["x"], float(found.bound["eps"])
     gain = found.bound.get("gain")
+    if gain is not None and gain.op != "get_attr":
+        return f"expected a stored gain, found {gain.name}"
     if gain is not None and not same(tensor_type(gain).shape[0], tensor_type(x).shape[-1]):
         return f"expected a gain of {tensor_type(x).shape[-1]}, found {tensor_type(gain)}"
     args = (x,) if gain is None else (x, gain)

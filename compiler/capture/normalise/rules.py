@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...ir.graph import Program, info
+from ...ir.graph import Program, info, tensor_type
 from ...ir.interpret import run_nodes
 from ...ir.ops import row_of
 from ...ir.types import SymType, TensorType
@@ -97,13 +97,17 @@ def _is_low(value: float | None) -> bool:
 
 def _proved(program: Program, mask: fx.Node, inverted: bool) -> MaskRule | str:
     """Evaluate index arithmetic at several sizes and compare with a causal band."""
-    nodes = _ancestors(program, mask)
+    if not isinstance(info(mask).type, TensorType) or tensor_type(mask).rank < 2:
+        return "expected a mask [S, S]"
+    fixed = tensor_type(mask).shape[-1]
+    nodes = _ancestors(program, mask, literals=not isinstance(fixed, int))
     if isinstance(nodes, str):
         return nodes
     sides = [min(t.shape[-2:]) for t in _matrices(program, nodes)]
-    last = min([_LAST, *sides])
+    last = fixed if isinstance(fixed, int) else min([_LAST, *sides])
+    smaller = () if isinstance(fixed, int) else (n for n in _SIZES if n < last)
     width = last
-    for size in sorted({n for n in _SIZES if n < last} | {last}):
+    for size in (*smaller, last):
         value = _evaluate(program, nodes, mask, size)
         if value is None:
             return "expected a mask that can be evaluated"
@@ -127,7 +131,7 @@ def _matrices(program: Program, nodes: list[fx.Node]) -> list[torch.Tensor]:
     return [t for t in found if t is not None and t.ndim >= 2]
 
 
-def _ancestors(program: Program, mask: fx.Node) -> list[fx.Node] | str:
+def _ancestors(program: Program, mask: fx.Node, *, literals: bool) -> list[fx.Node] | str:
     needed, todo = {mask}, [mask]
     while todo:
         node = todo.pop()
@@ -139,11 +143,12 @@ def _ancestors(program: Program, mask: fx.Node) -> list[fx.Node] | str:
             return f"expected index arithmetic, found {node.name}"
         if isinstance(info(node).type, SymType):
             continue
-        literals: list[int] = []
+        found: list[int] = []
         fx.map_arg(node.args, lambda n: n)
-        _collect(node.args, literals)
-        if row_of(node).name != "aten.slice.Tensor" and any(abs(v) > _LITERAL for v in literals):
-            return f"expected literals up to {_LITERAL}, found {max(literals, key=abs)}"
+        _collect(node.args, found)
+        free = row_of(node).name == "aten.slice.Tensor" or not literals
+        if not free and any(abs(v) > _LITERAL for v in found):
+            return f"expected literals up to {_LITERAL}, found {max(found, key=abs)}"
         for used in node.all_input_nodes:
             if used not in needed:
                 needed.add(used)
