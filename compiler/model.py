@@ -247,14 +247,17 @@ def applied(plan: Plan) -> list[dict[str, Any]]:
 
 
 def lowered(program: Program, target: str) -> Runner:
-    """A runner of a program for a target.
+    """A runner of a program for a target: triton on the GPU where there is one.
 
     Raises:
-        UsageError: unknown target, or one that this machine cannot run.
+        UsageError: unknown target. ResourceError: one that this machine cannot run.
     """
-    if target != "reference":
-        raise UsageError(f"expected target reference, found {target!r}")
-    return Runner(program)
+    from ..codegen.targets import lower
+
+    on_gpu = target == "triton" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    made = lower(program, target, device=device)
+    return Runner(made.program, made.implementations, device=device)
 
 
 def host() -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_every_order_gives_the_same_content(
     done = llmc("compile", tiny, "-p", "prune24,w4:group=32,smooth", "-o", out, "--force",
                 "--seed", 1, *small_run)  # fmt: skip
     assert done.code == 0
-    assert content_hash(out) != first
+    assert content_hash(out) != content_hash(artefact)
 
 
 def content_hash(folder: Path) -> str:
@@ -306,3 +306,38 @@ def test_verify_finds_a_flipped_bit(llmc: Call, artefact: Path, tmp_path: Path) 
     told = llmc("verify", broken, "--json")
     assert not told.json["sound"]
     assert told.json["findings"]
+
+
+def test_kernels_without_a_gpu(llmc: Call, artefact: Path, tiny: Path) -> None:
+    """Fused nodes with kernel row, bytes and floor, and the head with its reason."""
+    told = llmc("kernels", artefact, "--json").json
+    assert len(told["fused"]) == 14
+    assert {r["kernel"] for r in told["fused"]} == {"w4a16_24"}
+    assert sum("llmc.rms_norm" in r["parts"] for r in told["fused"]) == 10
+    assert [r["predicate"] for r in told["not_fused"]] == ["decoded"]
+    assert told["floor_us"] == pytest.approx(1e6 * told["bytes"] / told["bandwidth"])
+    more = llmc("kernels", artefact, "--tokens", 64, "--json").json
+    assert more["bytes"] > told["bytes"]
+    done = llmc("kernels", artefact, "--target", "cpu")
+    assert "_weight_int4pack_mm" in done.out
+    assert "2:4 w4 g32" in done.out
+    dense = llmc("kernels", tiny, "--json").json
+    assert dense["fused"] == []
+    for bad in (["--tokens", 0], ["--aot", "sm_70"], ["--aot", "sm_80", "--target", "cpu"]):
+        assert llmc("kernels", artefact, *bad).code == 2
+
+
+def test_kernels_ahead_of_time(llmc: Call, artefact: Path) -> None:
+    """--aot compiles each distinct problem without a GPU: no stack, registers within bounds."""
+    pytest.importorskip("triton")
+    told = llmc("kernels", artefact, "--aot", "sm_90", "--dtype", "bf16", "--json").json
+    assert told["aot"]
+    assert all(0 < f["registers"] <= 255 and f["target"] == "sm_90" for f in told["aot"])
+
+
+def test_cpu_target_writes_text(llmc: Call, artefact: Path) -> None:
+    """``run --target cpu`` goes through torch's own kernels and still gives tokens."""
+    done = llmc("run", artefact, "--prompt", "def", "--target", "cpu", "--max-new-tokens", 4,
+                "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["target"] == "cpu"
