@@ -62,6 +62,30 @@ def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
     return (beats < n).view_as(score)
 
 
+class ScorePick:
+    """`pick_nm` for one M-block at a time, in four operations: all pairs are compared at once.
+
+    like: a tensor of the scores' dtype and device, ``[?, rows]``.
+    """
+
+    def __init__(self, n: int, m: int, like: Tensor) -> None:
+        pairs = torch.triu_indices(m, m, 1, device=like.device)
+        self._first, self._later = pairs[0].contiguous(), pairs[1].contiguous()
+        at = torch.arange(pairs.shape[1], device=like.device)
+        # beaten_i = sum over j > i of [j wins] + sum over j < i of (1 - [i wins])
+        self._beaten = like.new_zeros(m, pairs.shape[1])
+        self._beaten[self._first, at] = 1
+        self._beaten[self._later, at] = -1
+        self._limit = (n - torch.arange(m, device=like.device))[:, None].to(like)
+        self._wins = like.new_empty(pairs.shape[1], like.shape[1])
+
+    def keep(self, score: Tensor) -> Tensor:
+        """Keep mask bool ``[m, rows]`` of score ``[m, rows]``; ties keep the earlier input."""
+        later, first = score.index_select(0, self._later), score.index_select(0, self._first)
+        torch.gt(later, first, out=self._wins)
+        return (self._beaten @ self._wins) < self._limit
+
+
 def drop_smallest(score: Tensor, count: int) -> Tensor:
     """Keep mask that drops exactly ``count`` entries of score; ties: the later goes."""
     keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)

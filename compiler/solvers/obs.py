@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .answer import Answer
 from .grid import Bounds, Fit, Grid, clamp_
-from .masks import BlockPick, MaskRule, drop_smallest, pick_nm
+from .masks import BlockPick, MaskRule, ScorePick, drop_smallest, pick_nm
 from .schedule import Block, Schedule, Step
 
 
@@ -86,6 +86,8 @@ class Sweep:
             and self.rule.kind == "nm"
             and BlockPick.affordable(self.rule.n, self.rule.m)
         )
+        if self.rule is not None and self.rule.kind == "nm" and not self.exact:
+            self.score_pick = ScorePick(self.rule.n, self.rule.m, weight_t)
         self.group = 0
         self.leaf_views: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
 
@@ -245,6 +247,6 @@ class Sweep:
             keep = self.pick.keep(a // unit, w)
         else:
             d = self.root.diagonal()[at : at + unit, None]
-            keep = pick_nm((w * d).abs(), self.rule.n, unit)
+            keep = self.score_pick.keep((w * d).abs())
         self.keep[at : at + unit] = keep
         self.keep_f[a : a + unit] = keep

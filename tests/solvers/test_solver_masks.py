@@ -11,6 +11,7 @@ from llmc.compiler.ir.errors import UsageError
 from llmc.compiler.solvers.masks import (
     BlockPick,
     MaskRule,
+    ScorePick,
     drop_smallest,
     drop_smallest_per_row,
     pick_nm,
@@ -32,6 +33,8 @@ def test_nm_pick_keeps_the_best_and_exactly_n(m, data, blocks, levels):
     worst_kept = s.masked_fill(~keep, torch.inf).amin(1)
     best_dropped = s.masked_fill(keep, -torch.inf).amax(1)
     assert bool((worst_kept >= best_dropped).all())
+    one = ScorePick(n, m, score)
+    assert torch.equal(torch.stack([one.keep(part) for part in s]), keep)
 
 
 @settings(max_examples=60, deadline=None)
