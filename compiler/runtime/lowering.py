@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..ir.errors import ModelError, UsageError
-from ..ir.graph import Program, info
+from ..ir.graph import Program, info, tensor_type
 from ..ir.ops import infer, row_of
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType, short
@@ -117,9 +117,9 @@ def recast(program: Program, dtype: torch.dtype) -> Program:
             node.meta["llmc"] = replace(info(node), type=infer(node))
     result = out.output
     result.meta["llmc"] = replace(info(result), type=_type(result.args[0]))
-    for name, state in out.states.items():
-        kept = tuple(t.with_dtype(dtype) for t in state.types)
-        out.states[name] = replace(state, types=kept)
+    for node in out.calls():
+        if row_of(node).stateful:
+            _recast_state(out, node)
     refresh_segments(out)
     return out
 
@@ -129,6 +129,13 @@ def _type(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_type(v) for v in value)
     return info(value).type
+
+
+def _recast_state(program: Program, node: fx.Node) -> None:
+    state = program.states[str(node.kwargs["state"])]
+    kept = [tensor_type(v).dtype for v in node.args[1:3] if isinstance(v, fx.Node)]
+    types = tuple(t.with_dtype(d) for t, d in zip(state.types, kept, strict=True))
+    program.states[state.name] = replace(state, types=types)
 
 
 def _unify(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
@@ -141,16 +148,23 @@ def _unify(program: Program, node: fx.Node, dtype: torch.dtype) -> None:
         if part in kept and isinstance(a, fx.Node)
     }  # fmt: skip
 
+    found = {n: _floating(n) for n in node.all_input_nodes if n not in skip}
+    # Ops on one dtype stay as they are: positions times frequencies need their 32 bits.
+    if len({d for d in found.values() if d is not None}) < 2:
+        return
+
     def one(value: fx.Node) -> fx.Node:
-        t = info(value).type
-        if not isinstance(t, TensorType) or value in skip:
-            return value
-        if not t.dtype.is_floating_point or t.dtype == dtype:
+        if found.get(value) in (None, dtype):
             return value
         return program.emit("aten.to.dtype", value, dtype, before=node, made_by="recast", like=node)
 
     node.args = fx.map_arg(node.args, one)
     node.kwargs = fx.map_arg(dict(node.kwargs), one)
+
+
+def _floating(node: fx.Node) -> torch.dtype | None:
+    t = info(node).type
+    return t.dtype if isinstance(t, TensorType) and t.dtype.is_floating_point else None
 
 
 def _schema(node: fx.Node) -> list[str]:

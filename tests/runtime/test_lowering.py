@@ -63,7 +63,8 @@ def test_recast_computes_the_same_in_fewer_bits(
 def test_recast_of_the_demo_model(pylm_program: Program, pylm_runner: Runner) -> None:
     small = recast(pylm_program, torch.bfloat16)
     verify(small)
-    ids = torch.arange(3, 60)[None]
+    # Far positions: their angles need 32 bits, which a cast of everything would lose.
+    ids = torch.randint(0, 2048, (1, 700), generator=torch.Generator().manual_seed(0))
     got, want = Runner(small).forward(ids).float(), pylm_runner.forward(ids)
     assert (got - want).norm() < 0.03 * want.norm()
     assert Runner(small).memory_report().total < 0.51 * pylm_runner.memory_report().total
