@@ -184,7 +184,8 @@ class KernelRow:
         wide_first = sorted({c.BN for c in grid if BM == c.BM}, reverse=True)
         tokens = -(-M // BM)
         filling = [b for b in wide_first if -(-problem.N // b) * tokens >= processors]
-        return TileConfig(BM, (filling or wide_first[-1:])[0], stages=self.stages[1])
+        BN = (filling or wide_first[-1:])[0]
+        return next(c for c in grid if (c.BM, c.BN, c.stages) == (BM, BN, self.stages[1]))
 
     def matrix_instruction(self, target: str, x_dtype: str, config: TileConfig) -> str:
         """The matrix instruction (SASS mnemonic prefix) that this tile must compile to."""
@@ -204,7 +205,12 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
         if padded % BN == 0
         and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
     ]
-    return tuple(TileConfig(BM, BN, stages) for BM, BN in tiles for stages in row.stages)
+    # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
+    return tuple(
+        TileConfig(BM, BN, stages, 2 if BN == 32 else 4)
+        for BM, BN in tiles
+        for stages in row.stages
+    )
 
 
 def packed_groups(row: KernelRow, problem: Problem) -> int:
@@ -325,7 +331,7 @@ W4A16_24 = KernelRow(
         Requirement("K", "(K >= 16) & Eq(Mod(K, 4), 0)", "at least 16, a multiple of 4"),
     ),
     moves=f"3*Np*Kp/8 + {_SIDES}",
-    tiles=((16, 64), (16, 128), (32, 64)),
+    tiles=((8, 32), (16, 32), (16, 64), (16, 128), (32, 64)),
     stages=(2, 3),
     fits=("Eq(wide, 0) | (BM * BN <= 1024)", "Eq(norm, 0) | (BN <= 64)"),
 )

@@ -233,15 +233,15 @@ def aot_report(
     Needs no GPU. ResourceError under the interpreter, which cannot compile.
     """
     from .aot import compile_variant
-    from .kernels import ROWS, TileConfig
+    from .kernels import ROWS
 
     facts = []
     for row in ROWS:
         n, m, group = (2, 4, 64) if row.step == 256 else (0, 0, 128)
         for asym in (False, True):
             problem = Problem(N, K, group=group, n=n, m=m, asym=asym)
-            small, wide = row.tiles[0], max(t for t in row.tiles if t[0] == 16)
-            for BM, BN in dict.fromkeys((small, wide)):
-                config = TileConfig(BM, BN, row.stages[1])
-                facts += [compile_variant(row, problem, config, t).json() for t in targets]
+            tiles = {row.tiles[0], max(t for t in row.tiles if t[0] == 16)}
+            for c in row.configs(problem):
+                if (c.BM, c.BN) in tiles and c.stages == row.stages[1]:
+                    facts += [compile_variant(row, problem, c, t).json() for t in targets]
     return facts

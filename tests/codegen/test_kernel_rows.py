@@ -80,15 +80,15 @@ def test_the_default_tile_covers_the_tokens_and_fills_the_gpu() -> None:
     assert W4A16.default_config(wide, 1) == TileConfig(8, 128)
     assert W4A16.default_config(wide, 9) == TileConfig(16, 128)
     assert W4A16.default_config(wide, 1000) == TileConfig(64, 64)
-    assert W4A16.default_config(Problem(N=4096, K=4096), 1) == TileConfig(8, 32)
-    assert W4A16_24.default_config(dataclasses.replace(wide, n=2, m=4), 1).BM == 16
+    assert W4A16.default_config(Problem(N=4096, K=4096), 1) == TileConfig(8, 32, warps=2)
+    assert W4A16_24.default_config(dataclasses.replace(wide, n=2, m=4), 1).BM == 8
 
 
 def test_a_tile_never_reads_past_the_padded_rows() -> None:
     """BN = 128 is out of the grid when the padded rows are an odd number of 64s."""
     assert {c.BN for c in W4A16.configs(Problem(N=65, K=256))} == {32, 64, 128}
     assert {c.BN for c in W4A16.configs(Problem(N=64, K=256))} == {32, 64}
-    assert {c.BN for c in W4A16_24.configs(Problem(N=130, K=256))} == {64}
+    assert {c.BN for c in W4A16_24.configs(Problem(N=130, K=256))} == {32, 64}
 
 
 def test_unknown_row_suggests_a_near_name() -> None:

@@ -92,7 +92,7 @@ CASES = [
     Case("w4a16_24", 5, 40, 260, 64, strided=True, residual=True),
     *[
         Case("w4a16_24", 19, 128, 260, 128, asym=True, tile=tile)
-        for tile in [(16, 64), (16, 128), (32, 64)]
+        for tile in [(8, 32), (16, 32), (16, 64), (16, 128), (32, 64)]
     ],
 ]  # fmt: skip
 
