@@ -200,7 +200,7 @@ def infer(node: fx.Node) -> ValueType:
     """
     args, kwargs = types_of(node)
     try:
-        return row_of(node).infer(*args, **kwargs)
+        found = row_of(node).infer(*args, **kwargs)
     except ModelError as e:
         raise ModelError(e.message, where=f"node {node.name}", hint=e.hint) from None
     except (TypeError, AttributeError, IndexError, ValueError) as e:
@@ -208,6 +208,12 @@ def infer(node: fx.Node) -> ValueType:
             f"expected arguments that fit {row_of(node).name}, found ({e})",
             where=f"node {node.name}",
         ) from None
+    if not isinstance(found, (TensorType, SymType, tuple)):
+        # A rule that hands an argument through was given a number in a tensor's place.
+        raise ModelError(
+            f"expected tensors for {row_of(node).name}, found {found!r}", where=f"node {node.name}"
+        )
+    return found
 
 
 def as_dim(value: Any) -> Dim:

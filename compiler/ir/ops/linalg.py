@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..dims import Dim, divide, numel, same
 from ..errors import ModelError
 from ..types import TensorType
@@ -186,18 +188,12 @@ def _embedding_ties(
     ]
 
 
-def _ids() -> Any:
-    import torch
-
-    return torch.tensor([[0, 2, 1], [2, 2, 0]])
-
-
 aten(
     "embedding.default",
     _embedding,
     ties=_embedding_ties,
     flops=lambda *types, **attrs: 0,
-    samples=lambda: [((randn(3, 4), _ids()), {})],
+    samples=lambda: [((randn(3, 4), torch.tensor([[0, 2, 1], [2, 2, 0]])), {})],
 )
 
 
@@ -205,8 +201,6 @@ aten(
 
 
 def _softmax(x: TensorType, where: int, dtype: Any = None, **attrs: Any) -> TensorType:
-    import torch
-
     axes(where, x.rank)
     return x.with_dtype(dtype) if isinstance(dtype, torch.dtype) else x
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..dims import Dim, same
+from ..dims import Dim, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, aten
@@ -81,8 +81,6 @@ def _row(name: str, infer: Callable[..., Any], kind: str, samples: Callable[[], 
 
 
 def _read(out: Any, x: TensorType, *rest: Any, **attrs: Any) -> Dim:
-    from ..dims import numel
-
     return numel(x.shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..dims import Dim, Shape, dim, divide, numel, same, same_shape
+from ..dims import Dim, Shape, dim, divide, numel, same
 from ..errors import ModelError
 from ..types import SymType, TensorType
 from .base import Tie, as_dim
@@ -228,10 +228,3 @@ def randn(*shape: int) -> torch.Tensor:
 def positive(*shape: int) -> torch.Tensor:
     """A repeatable fp64 sample above 1/2."""
     return randn(*shape).abs() + 0.5
-
-
-__all__ = [
-    "MAX_ELEMENTS", "Samples", "axes", "axis", "broadcast", "broadcast_ties", "factor_ties", "flat",
-    "kept", "mixed", "one_dtype", "positive", "promote", "randn", "resize", "same_shape",
-    "shape_from", "to_float",
-]  # fmt: skip
