@@ -1,4 +1,4 @@
-"""Lazy safetensors checkpoints: headers are read and checked up front, tensors only when asked for."""
+"""Lazy safetensors checkpoints: headers are checked up front, tensors read when asked for."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def check_finite(tensor: torch.Tensor, name: str, where: str) -> None:
 
 
 def _same_store(path: Path, folder: Path) -> bool:
-    """Whether a link stays in the folder, or in the blobs of the hub cache that holds the folder."""
+    """Whether a link stays in the folder, or in the blobs of the hub cache that holds it."""
     target, home = path.resolve(), folder.resolve()
     if target.is_relative_to(home):
         return True

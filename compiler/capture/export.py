@@ -1,4 +1,4 @@
-"""Tracing a module with torch.export: non-strict, symbolic batch and sequence, no decompositions."""
+"""Tracing a module with torch.export: non-strict, symbolic sizes, no decompositions."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def traced(
     signature = exported.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if written:
-        raise CaptureError(f"expected a module that writes nothing, found it writing {written[0]!r}")
+        raise CaptureError(
+            f"expected a module that writes nothing, found it writing {written[0]!r}"
+        )
     by_node: dict[str, Leaf] = {}
     start = prefix + "." if prefix else ""
     for table in (signature.inputs_to_parameters, signature.inputs_to_buffers):
@@ -91,7 +93,9 @@ def traced(
     for node, name in signature.inputs_to_lifted_tensor_constants.items():
         value = exported.constants[name]
         if type(value) is not torch.Tensor:
-            raise CaptureError(f"expected a constant tensor, found {type(value).__name__}", where=name)
+            raise CaptureError(
+                f"expected a constant tensor, found {type(value).__name__}", where=name
+            )
         by_node[node] = constant(name, value)
     shapes = {node: tuple(axes[name]) for node, name in names.items() if name in axes}
     symbols = symbols_of(exported.graph, shapes)

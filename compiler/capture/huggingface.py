@@ -189,7 +189,7 @@ def _accepted(model: Any) -> set[str]:
 
 
 def facts_of(config: Any, model: Any, folder: Path | None) -> dict[str, Any]:
-    """Small JSON-able facts: vocabulary, context length, special tokens, and the config for export."""
+    """Small JSON-able facts: vocabulary, context, special tokens, and the config for export."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def number(*names: str) -> int | None:

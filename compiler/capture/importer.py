@@ -1,4 +1,4 @@
-"""From a traced aten graph to a program: known ops only, one node per stored tensor, checked types."""
+"""From a traced aten graph to a program: known ops, one node per stored tensor, checked types."""
 
 from __future__ import annotations
 
@@ -243,12 +243,9 @@ class _Importer:
         if base == "expand":
             before = node.args[0].meta["val"].shape  # type: ignore[union-attr]
             lead = len(shape) - len(before)
-            kept = [i >= lead and before[i - lead] is shape[i] for i in range(len(shape))]
-            sizes = [
-                -1 if kept[i] or (i >= lead and self._dim(node, before[i - lead]) == self._dim(node, s))
-                else self._size(node, s)
-                for i, s in enumerate(shape)
-            ]  # fmt: skip
+            old = [None] * lead + [self._dim(node, d) for d in before]
+            new = [self._dim(node, d) for d in shape]
+            sizes = [-1 if o == n else self._size(node, n) for o, n in zip(old, new, strict=True)]
             return target, (self._arg(node, node.args[0]), sizes), {}
         args = tuple(self._arg(node, a) for a in node.args)
         kwargs = {k: self._arg(node, v) for k, v in node.kwargs.items() if k not in _PLACEMENT}

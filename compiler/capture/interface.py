@@ -1,8 +1,9 @@
-"""The functions that llmc registers with transformers, so that attention and experts arrive as one node each.
+"""The functions that llmc registers with transformers: attention and experts arrive as one node.
 
-A mask function hands over the two-dimensional validity mask and records which rule (causal, window) the
-model asked for; the attention function emits ``llmc.attention`` with that rule. After tracing, each
-recorded rule is compared with the model's own mask function entry by entry (:meth:`Session.check`).
+A mask function hands over the two-dimensional validity mask and records which rule (causal, window)
+the model asked for; the attention function emits ``llmc.attention`` with that rule. After tracing,
+each recorded rule is compared with the model's own mask function, entry by entry
+(:meth:`Session.check`).
 """
 
 from __future__ import annotations
@@ -186,14 +187,14 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function: one ``llmc.attention`` node.
 
-    The mask decides what may be read (as in transformers' own eager function); without one, the module's
-    ``is_causal`` must be False.
+    The mask decides what may be read (as in transformers' own eager function); without one, the
+    module's ``is_causal`` must be False.
 
     Args:
         query: [B, H, S, D]; key, value: [B, KV, S, D]; KV heads are not repeated.
         s_aux: attention sinks [H].
     Raises:
-        CaptureError: cross attention, a custom mask, dropout, or an argument that the op cannot express.
+        CaptureError: cross attention, a custom mask, dropout, or an argument that the op lacks.
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -230,7 +231,8 @@ def _activation(module: Any) -> str:
     from transformers import activations
 
     known: dict[type, str] = {
-        torch.nn.SiLU: "silu", torch.nn.ReLU: "relu", torch.nn.Sigmoid: "sigmoid", torch.nn.Tanh: "tanh",
+        torch.nn.SiLU: "silu", torch.nn.ReLU: "relu", torch.nn.Sigmoid: "sigmoid",
+        torch.nn.Tanh: "tanh",
     }  # fmt: skip
     for name, act in (
         ("SiLUActivation", "silu"), ("GELUActivation", "gelu"), ("GELUTanh", "gelu_tanh"),
@@ -263,7 +265,8 @@ def experts(
         name
         for name, want in (
             ("has_gate", True), ("has_bias", False), ("is_transposed", False),
-            ("is_concatenated", True), ("has_post_expert_norm", False), ("_is_expert_parallel", False),
+            ("is_concatenated", True), ("has_post_expert_norm", False),
+            ("_is_expert_parallel", False),
         )
         if getattr(module, name, want) != want
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which checkpoint tensor belongs to which parameter: prefixes, legacy keys, fused experts, ties."""
+"""Which checkpoint tensor is which parameter: prefixes, legacy keys, fused experts, ties."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Capturing live modules: plain ones by example inputs, and the graphs that Dynamo hands a backend."""
+"""Capturing live modules: plain ones by example inputs, and the graphs that Dynamo hands over."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..ir.graph import Program
 from .export import trace, traced
 from .importer import Traced, import_graph
 from .normalise import normalise
-from .sources import Leaf, constant
+from .sources import Leaf, LeafWeights, constant
 from .twin import live_leaf, live_leaves, storage_key, weightless_copy
 
 Axes = Mapping[str, Sequence[str | None]]
@@ -44,7 +45,7 @@ def named_inputs(
 
 
 def default_axes(inputs: Mapping[str, torch.Tensor]) -> dict[str, tuple[str | None, ...]]:
-    """B for each first axis; S for the second axis of integer and bool inputs and of rank 3 and more."""
+    """B for each first axis; S for the second of integer and bool inputs and of rank 3 or more."""
     return {
         name: tuple(
             "B" if i == 0
@@ -104,7 +105,7 @@ class DynamoCapture:
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoCapture:
-    """Capture the graph that Dynamo hands a backend, at the same op level as :func:`capture_module`.
+    """Capture the graph that Dynamo hands a backend, at the op level of :func:`capture_module`.
 
     Args:
         gm: Dynamo's graph module; parameters are placeholders.
@@ -119,10 +120,12 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoC
             "expected a graph for inference, found one that requires grad",
             hint="call under torch.no_grad() or torch.inference_mode()",
         )
-    aten, fakes = _retrace(gm, example_inputs)
+    aten = _retrace(gm, example_inputs)
     places = [n for n in aten.graph.nodes if n.op == "placeholder"]
     floats = [
-        e.dtype for e in example_inputs if isinstance(e, torch.nn.Parameter) and e.is_floating_point()
+        e.dtype
+        for e in example_inputs
+        if isinstance(e, torch.nn.Parameter) and e.is_floating_point()
     ]
     compute = max(set(floats), key=floats.count) if floats else torch.float32
     leaves: dict[str, Leaf] = {}
@@ -142,15 +145,17 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoC
         elif not isinstance(example, int) or place.users:
             raise CaptureError(f"expected tensors and sizes, found {type(example).__name__}")
     for node in aten.graph.nodes:
-        if node.op == "get_attr" and isinstance(getattr(aten, str(node.target), None), torch.Tensor):
-            leaves[node.name] = constant(str(node.target), getattr(aten, str(node.target)))
+        held = getattr(aten, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, torch.Tensor):
+            leaves[node.name] = constant(str(node.target), held)
     symbols, dropped = _symbols(places, inputs)
     for name in dropped:
         del inputs[name]
     program = import_graph(
         Traced(aten.graph, leaves, inputs, symbols), empty_facts("dynamo"), compute
     )
-    before = {name: leaf for name, leaf in program.weights.leaves.items()}  # type: ignore[attr-defined]
+    assert isinstance(program.weights, LeafWeights)
+    before = dict(program.weights.leaves)
     program.facts["refusals"] = [r.to_json() for r in normalise(program)]
     by_names = {leaf.names: tensors[id(leaf)] for leaf in before.values() if id(leaf) in tensors}
     sources = {p.name: by_names[p.names] for p in program.params.values() if p.names in by_names}
@@ -183,7 +188,7 @@ def _is_buffer(node: fx.Node, example: Any) -> bool:
     )
 
 
-def _retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+def _retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """The same graph in aten, before dispatch, on Dynamo's own fake tensors and symbols."""
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -196,11 +201,13 @@ def _retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Grap
     fakes: list[Any] = []
     for example, node in zip(example_inputs, _placeholders(gm), strict=True):
         if isinstance(example, torch.Tensor):
-            # Dynamo may have started over since it noted the example: only this mode's symbols count.
+            # Dynamo may have started over since it noted the example: this mode's symbols count.
             known = context.tensor_to_context.get(example) if context is not None else None
             source = known.tensor_source if known is not None else None
             fakes.append(
-                mode.from_tensor(example, static_shapes=False, symbolic_context=known, source=source)
+                mode.from_tensor(
+                    example, static_shapes=False, symbolic_context=known, source=source
+                )
                 if known is not None
                 else mode.from_tensor(example, static_shapes=True)
             )
@@ -222,22 +229,28 @@ def _retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Grap
             )(*fakes)
     except Exception as e:  # retracing runs arbitrary fake kernels
         text = " ".join(str(e).split())[:200]
-        raise CaptureError(f"expected a graph that retraces, found {type(e).__name__}: {text}") from e
-    return out, fakes
+        raise CaptureError(
+            f"expected a graph that retraces, found {type(e).__name__}: {text}"
+        ) from e
+    return out
 
 
 def _symbols(
     places: Sequence[fx.Node], inputs: Mapping[str, str]
 ) -> tuple[dict[sympy.Symbol, str], list[str]]:
     """Names for Dynamo's symbols, and the size inputs that a tensor's shape already tells."""
-    names = iter(["B", "S", *(f"D{i}" for i in range(64))])
+    spare = (f"D{i}" for i in itertools.count())
     out: dict[sympy.Symbol, str] = {}
-    tensors = [p for p in places if p.name in inputs and isinstance(p.meta["val"], torch.Tensor)]
-    for place in tensors:
-        for size in place.meta["val"].shape:
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                if size.node.expr not in out:
-                    out[size.node.expr] = next(names)
+    for place in places:
+        value = place.meta.get("val")
+        if place.name not in inputs or not isinstance(value, torch.Tensor):
+            continue
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        for axis, size in enumerate(sizes):
+            known = size.node.expr if isinstance(size, torch.SymInt) else None
+            if known is not None and known.is_Symbol and known not in out:
+                name = ("B", "S")[axis] if axis < 2 else next(spare)
+                out[known] = next(spare) if name in out.values() else name
     dropped = []
     for place in places:
         value = place.meta.get("val")
@@ -245,5 +258,5 @@ def _symbols(
             if value.node.expr in out:
                 dropped.append(place.name)
             elif value.node.expr.is_Symbol:
-                out[value.node.expr] = next(names)
+                out[value.node.expr] = next(spare)
     return out, dropped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,7 +14,7 @@ Load = Callable[[], torch.Tensor]
 
 @dataclass(eq=False)
 class Leaf:
-    """One stored tensor behind a graph input. Equal storage is one object: ties are found by identity.
+    """One stored tensor behind a graph input. Equal storage is one object: ties go by identity.
 
     Attributes:
         names: every name under which the model knows the tensor.
@@ -57,13 +57,11 @@ def constant(name: str, tensor: torch.Tensor) -> Leaf:
     """A leaf for a tensor in memory that no checkpoint holds, e.g. rotary frequencies."""
     kept = tensor.detach()
     return Leaf(
-        (name,), tuple(kept.shape), kept.dtype, lambda: kept, trained=False, keep=True, in_memory=True
+        (name,), tuple(kept.shape), kept.dtype, lambda: kept, trained=False, keep=True,
+        in_memory=True,
     )  # fmt: skip
 
 
 def transposed(leaf: Leaf) -> Leaf:
     """The leaf [a, b] read as [b, a]; the bytes stay as they are."""
-    return Leaf(
-        leaf.names, leaf.shape[::-1], leaf.dtype, lambda: leaf.load().t(), leaf.trained, leaf.keep,
-        leaf.in_memory,
-    )  # fmt: skip
+    return replace(leaf, shape=leaf.shape[::-1], load=lambda: leaf.load().t())

@@ -14,7 +14,13 @@ from .rules import MaskRule, additive_rule, rule_of
 
 _MADE_BY = "normalise.attention"
 _SDPA = "scaled_dot_product_attention.default"
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+_DEFAULTS = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 def _sdpa(program: Program, found: Match) -> fx.Node | str:
@@ -65,9 +71,7 @@ def _emit(
     while args[-1] is None:
         args.pop()
     root = found.root
-    new = program.emit(
-        "llmc.attention", *args, before=root, made_by=_MADE_BY, like=root, **attrs
-    )
+    new = program.emit("llmc.attention", *args, before=root, made_by=_MADE_BY, like=root, **attrs)
     return program.emit("aten.transpose.int", new, 1, 2, before=root, made_by=_MADE_BY, like=root)
 
 
@@ -82,7 +86,7 @@ def _unrepeated(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _before_repeat(node: fx.Node) -> fx.Node | None:
-    """x [B, KV, S, D] of reshape(expand(unsqueeze(x, 2), groups in axis 2)), which repeats in place."""
+    """x [B, KV, S, D] of reshape(expand(unsqueeze(x, 2), groups in axis 2)): repeated in place."""
     if node.op != "call_function" or row_of(node).name != "aten.reshape.default":
         return None
     wide = node.args[0]

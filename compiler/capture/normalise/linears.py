@@ -65,7 +65,7 @@ def _linear(program: Program, found: Match) -> fx.Node | str:
     x, bias = found.bound["x"], found.bound.get("bias")
     if bias is not None and tensor_type(bias).rank != 1:
         return f"expected a bias of rank 1, found {tensor_type(bias)}"
-    core = found.bound.get("core")
+    core: Any = found.bound.get("core")
     if core is not None and {"beta", "alpha"} & set(core.kwargs):
         return "expected beta and alpha of 1"
     outer = tensor_type(found.root).shape[:-1]

@@ -1,4 +1,4 @@
-"""Declarative patterns over call nodes: what must be there, bound by name, checked for outside users."""
+"""Declarative patterns over call nodes: what must be there, bound by name, read by nobody else."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def call(ops: str, *args: Any, bind: str = "", free: bool = False) -> Call:
 
 @dataclass
 class Match:
-    """A matched pattern: the root, what names are bound to, and the nodes inside (root included)."""
+    """A matched pattern: the root, what names are bound to, and the nodes inside, root included."""
 
     root: fx.Node
     bound: Bound
@@ -172,7 +172,7 @@ def _position(node: fx.Node) -> Any:
 
 @dataclass(frozen=True)
 class Lift:
-    """One rewrite of a cluster into a semantic op; exact by construction, tested on captured models.
+    """One rewrite of a cluster into a semantic op; exact, tested on captured models.
 
     Attributes:
         name: of the lift, for provenance and refusals.

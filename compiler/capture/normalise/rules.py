@@ -26,12 +26,13 @@ class MaskRule:
     k_valid: fx.Node | None = None
 
 
-# Index arithmetic: each entry of the result depends on its two indices through comparisons with the
-# literals only. Its pattern is therefore settled by a size beyond every literal (constant matrices are
-# read whole, up to their own size).
+# Index arithmetic: each entry of the result depends on its two indices through comparisons with
+# literals only. Its pattern is therefore settled by a size beyond every literal (constant matrices
+# are read whole, up to their own size).
 _INDEX_OPS = {
     "aten.arange.default", "aten.arange.start", "aten.ones.default", "aten.zeros.default",
-    "aten.full.default", "aten.new_ones.default", "aten.new_zeros.default", "aten.ones_like.default",
+    "aten.full.default", "aten.new_ones.default", "aten.new_zeros.default",
+    "aten.ones_like.default",
     "aten.tril.default", "aten.triu.default", "aten.eq.Scalar", "aten.ne.Scalar", "aten.eq.Tensor",
     "aten.le.Tensor", "aten.lt.Tensor", "aten.ge.Tensor", "aten.gt.Tensor", "aten.sub.Tensor",
     "aten.add.Tensor", "aten.le.Scalar", "aten.lt.Scalar", "aten.ge.Scalar", "aten.gt.Scalar",

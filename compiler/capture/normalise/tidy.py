@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -35,7 +35,7 @@ def pieces_to_slices(program: Program) -> None:
         rank = tensor_type(x).rank
         name = row_of(whole).name
         axis = whole.args[-1] if len(whole.args) > (1 if name == "aten.unbind.int" else 2) else 0
-        axis = int(whole.kwargs.get("dim", axis)) % rank  # type: ignore[call-overload]
+        axis = int(cast(Any, whole.kwargs.get("dim", axis))) % rank
         if name == "aten.unbind.int":
             new = program.emit(
                 "aten.select.int", x, axis, index, before=node, made_by="normalise.tidy", like=node
@@ -91,7 +91,7 @@ def _frozen(value: Any) -> Any:
 
 
 def rename(program: Program) -> None:
-    """Canonical names: inputs keep theirs, parameters p0, p1, … and calls by op, in order of use."""
+    """Canonical names: inputs keep theirs, parameters p0, p1, … and calls by op, in order."""
     weights = program.weights
     assert isinstance(weights, LeafWeights)
     taken = {n.name for n in program.inputs} | {"output"}

@@ -1,4 +1,4 @@
-"""Undoing a flattening of batch and sequence around token-wise ops, as in [B, S, H] -> [B·S, H] -> back."""
+"""Undoing a flattening of batch and sequence around token-wise ops, [B, S, H] -> [B·S, H]."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ def unflatten_tokens(program: Program) -> None:
         nodes, leaves = region
         made: dict[fx.Node, Any] = dict(leaves)
         for node in nodes:
-            args = fx.map_arg(node.args, lambda n, made=made: made.get(n, n))
-            kwargs = fx.map_arg(node.kwargs, lambda n, made=made: made.get(n, n))
+            args = _with(node.args, made)
+            kwargs = _with(node.kwargs, made)
             made[node] = program.emit(
-                row_of(node).name, *args, before=back, made_by="normalise.tokens", like=node, **kwargs
+                row_of(node).name,
+                *args,
+                before=back,
+                made_by="normalise.tokens",
+                like=node,
+                **kwargs,
             )
         first = back.args[0]
         assert isinstance(first, fx.Node)
@@ -37,12 +42,20 @@ def unflatten_tokens(program: Program) -> None:
     program.prune()
 
 
+def _with(value: Any, made: dict[fx.Node, Any]) -> Any:
+    return fx.map_arg(value, lambda n: made.get(n, n))
+
+
 def _region(back: fx.Node) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]] | None:
     """Token-wise nodes between flattening reshapes and ``back``, and what each reshape flattens."""
     shape = tensor_type(back).shape
     end = back.args[0]
     assert isinstance(end, fx.Node)
-    if len(shape) != 3 or tensor_type(end).rank != 2 or not same(shape[2], tensor_type(end).shape[1]):
+    if (
+        len(shape) != 3
+        or tensor_type(end).rank != 2
+        or not same(shape[2], tensor_type(end).shape[1])
+    ):
         return None
     flat = numel(shape[:2])
     inside: set[fx.Node] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -74,7 +74,9 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
         return x
     inner = x.op == "call_function" and row_of(x).name == "aten.reshape.default"
     # Flattening tokens only is what the lift of linears undoes; it needs the reshape before it.
-    flattens = tensor_type(node).rank == 2 and tensor_type(x).shape[-1] == tensor_type(node).shape[-1]
+    flattens = (
+        tensor_type(node).rank == 2 and tensor_type(x).shape[-1] == tensor_type(node).shape[-1]
+    )
     if inner and not flattens:
         node.args = (x.args[0], *node.args[1:])
     return None
@@ -87,7 +89,7 @@ def _cat(program: Program, node: fx.Node) -> fx.Node | None:
     axis = int(axis) % rank  # type: ignore[arg-type]
     full = [p for p in parts if tensor_type(p).shape[axis] != 0]
     if len(full) == 1:
-        return full[0]  # type: ignore[no-any-return]
+        return cast(fx.Node, full[0])
     node.args = (full, axis)
     return None
 
@@ -112,7 +114,7 @@ def _index(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def constant_of(program: Program, node: object) -> torch.Tensor | None:
-    """The small constant tensor that a node reads, where it lies in memory; never a checkpoint's."""
+    """The small constant tensor that a node reads, where it lies in memory; never a checkpoint."""
     param = program.param_of(node)
     if param is None or param.trained:
         return None
