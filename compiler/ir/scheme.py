@@ -116,15 +116,16 @@ class Scheme:
         Raises:
             UsageError: naming the field.
         """
-        for name in ("t_out", "low_rank", "sparse", "input_grid"):
+        for name in ("low_rank", "sparse", "input_grid"):
             if getattr(self, name) is not None:
                 raise UsageError(
                     f"expected a scheme of codes and masks, found {name}; not built yet"
                 )
         if self.bias_delta:
             raise UsageError("expected a scheme without bias_delta; it is not built yet")
-        if self.t_in is not None and not self.t_in.folded:
-            raise UsageError("expected a folded t_in, found an online one; it is not built yet")
+        for t in (self.t_in, self.t_out):
+            if t is not None and not (t.folded and t.kind == "diagonal"):
+                raise UsageError(f"expected a folded diagonal transform, found {t}; not built yet")
         if self.view.rows is not None or self.view.expert is not None:
             raise UsageError("expected a whole matrix, found a slice or an expert; not built yet")
         if self.codes is not None and self.codes.grid != "uniform":
@@ -134,7 +135,7 @@ class Scheme:
     def short(self) -> str:
         """A few characters for tables, e.g. ``2:4 w4 g128``."""
         parts = []
-        if self.t_in is not None:
+        if self.t_in is not None or self.t_out is not None:
             parts.append("scaled")
         if self.mask is not None:
             m = self.mask

@@ -18,7 +18,7 @@ from ..ir.errors import GateError, UsageError
 from ..ir.graph import Program, info
 from ..ir.ops.base import cost
 from ..ir.refusal import Refusal
-from ..ir.scheme import Scheme, View
+from ..ir.scheme import Scheme, Transform, View
 from ..ir.segments import refresh_segments
 from ..ir.serial import to_json
 from ..ir.verifier import verify
@@ -249,6 +249,13 @@ def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:
     """Add what the pass says about the site to the stage."""
     if isinstance(site, MigrationSite):
         stage.migrations.append(Migration(site, call))
+        folded = Transform("diagonal", folded=True)
+        rows = {a.param for a in site.absorbers if len(plan.source.params[a.param].shape) == 2}
+        for name, part in [(p, "t_in") for _, p, _ in site.consumers] + [
+            (p, "t_out") for p in rows
+        ]:
+            old = plan.schemes.get(name, Scheme(View(name)))
+            plan.schemes[name] = old.merge(**{part: folded})
         return
     old = plan.schemes.get(site.param, Scheme(View(site.param)))
     scheme = old.merge(**call.made.facts(site))

@@ -8,6 +8,7 @@ several strings (stages of a recipe) are barriers whose order is kept.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,6 +177,11 @@ class RecipeModel(BaseModel):
     version: int = Field(ge=1, le=1)
     stages: list[dict[str, dict[str, Any] | None]] = Field(min_length=1)
     overrides: list[_OverrideModel] = Field(default_factory=list)
+
+
+def schema_text() -> str:
+    """JSON Schema of recipe files, for editors; ``spec/recipes/schema.json`` holds it."""
+    return json.dumps(RecipeModel.model_json_schema(), indent=1, sort_keys=True) + "\n"
 
 
 def from_file(path: str | Path) -> Recipe:

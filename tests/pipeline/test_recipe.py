@@ -1,5 +1,7 @@
 """Pass strings and recipe files: what they mean, and what each mistake says."""
 
+from pathlib import Path
+
 import pytest
 
 from llmc.compiler.ir.errors import UsageError
@@ -121,3 +123,15 @@ def test_recipe_mistakes(tmp_path, text, words):
 def test_missing_recipe_file(tmp_path):
     with pytest.raises(UsageError, match="recipe file"):
         recipe.from_file(tmp_path / "none.yaml")
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "spec" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path):
+    assert recipe.from_file(path).calls
+
+
+def test_the_schema_is_fresh(same_as_file):
+    same_as_file(recipe.schema_text(), RECIPES[0].parent / "schema.json")

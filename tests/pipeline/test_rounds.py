@@ -67,12 +67,13 @@ def test_every_solver_pair_runs(grid, mask):
     assert all(abs(r["zeros"] - 0.5) < 1e-6 for r in done.records)
 
 
-@pytest.mark.parametrize("text", ["w3", "w2:group=row", "w8:symmetric=false", "prune:sparsity=0.6"])
-@pytest.mark.parametrize("other", ["", "prune48", "prune:n=1,m=4"])
-def test_single_and_general_forms(text, other):
-    if text.startswith("prune") and other:
-        pytest.skip("two masks are refused, see test_recipe")
-    done = compiled([",".join(t for t in (text, other) if t)])
+FORMS = ["w3", "w2:group=row", "w8:symmetric=false"]
+MASKS = ["prune48", "prune:n=1,m=4", "prune:sparsity=0.6", "prune:sparsity=0.6,solver=wanda"]
+
+
+@pytest.mark.parametrize("text", [*FORMS, *MASKS, *(f"{f},{m}" for f in FORMS for m in MASKS)])
+def test_single_and_joint_forms(text):
+    done = compiled([text])
     assert torch.isfinite(run(done.program, model_inputs(tokens(1)))).all()
 
 
