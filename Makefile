@@ -13,10 +13,12 @@ SETUP := .venv/.stamp
 endif
 BIN = $(if $(findstring /,$(PY)),$(dir $(PY)),)
 
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
+# Each worker keeps to one thread, so that the workers share the cores.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+LLMC = $(PY) -m llmc.compiler.cli
 TEXT := examples/pylm/text/heldout.txt
 
 .DEFAULT_GOAL := help
@@ -53,17 +55,18 @@ setup: $(SETUP)  ## create .venv and install llmc with all that its tests need
 $(TEXT): examples/make_text.py $(SETUP)
 	$(PY) examples/make_text.py --out examples/pylm/text
 
+# The demo model was trained on windows of 512 tokens: see examples/pylm/README.md.
 demo: $(SETUP) $(TEXT)  ## compress the demo model, judge it and let it write
-	$(PY) -m llmc.compiler.cli compile examples/pylm --passes smooth,w4,prune24 \
+	$(LLMC) compile examples/pylm --passes smooth,w4,prune24 --length 512 \
 	  --calibration examples/pylm/text/calibration.txt -o out/pylm --force
-	$(PY) -m llmc.compiler.cli eval out/pylm --data $(TEXT) --baseline examples/pylm
-	$(PY) -m llmc.compiler.cli run out/pylm --prompt "def main("
+	$(LLMC) eval out/pylm --baseline examples/pylm --data $(TEXT) --window 512 --max-windows 200 --batch 8
+	$(LLMC) run out/pylm --prompt "def main(" --temperature 0.6 --seed 1
 
 test: $(SETUP) $(TEXT)  ## the tests that every change must pass (no GPU, no long suites)
-	$(PY) -m pytest -n $(JOBS) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(SETUP) $(TEXT) check  ## every test that this machine can run
-	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # mypy wants a path on which the package is called llmc, whatever this clone's folder is called.
 .cache/types/llmc:
@@ -82,7 +85,7 @@ format: $(SETUP)  ## let ruff mend what it can
 	$(BIN)ruff format .
 
 golden: $(SETUP) $(TEXT)  ## rewrite the golden files and the generated pages; read the diff
-	$(PY) -m pytest -n $(JOBS) -m "not slow and not gpu" --update-golden $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" --update-golden $(PYTEST_ARGS)
 
 clean:  ## remove what make created
 	rm -rf .venv .cache out build examples/pylm/text

@@ -58,7 +58,6 @@ def test_wheel_holds_the_whole_package(repo: Path, wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow
 def test_installed_wheel_compiles_the_demo_model(
     wheel: Path, pylm: Path, pylm_text: Path, tmp_path: Path
 ) -> None:
@@ -77,7 +76,7 @@ def test_installed_wheel_compiles_the_demo_model(
         f"assert llmc.__file__.startswith({str(site)!r}), llmc.__file__\n"
         "from llmc.compiler.cli import main\n"
         f"sys.argv = ['llmc', 'compile', {str(pylm)!r}, '--passes', 'w4', '-o', {str(out)!r},\n"
-        f"            '--calibration', {str(text)!r}]\n"
+        f"            '--calibration', {str(text)!r}, '--samples', '8', '--length', '128']\n"
         "main()\n"
     )
     done = subprocess.run(
