@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .analysis.migrate import MigrationSite
 from .ir.errors import UsageError
 from .ir.graph import Program
 from .ir.serial import to_json
@@ -233,10 +234,8 @@ def applied(plan: Plan) -> list[dict[str, Any]]:
         for call in stage.calls:
             snapshot = next(snapshots)
             folds = {
-                m.site.id: sorted({c[1] for c in m.site.consumers}
-                                  | {a.param for a in m.site.absorbers})
-                for m in stage.migrations if m.call.name == call.name
-            }  # fmt: skip
+                m.site.id: fold_params(m.site) for m in stage.migrations if m.call.name == call.name
+            }
             out.append({
                 "pass": call.name, "stage": i, "knobs": call.made.values(),
                 "given": {k: v for k, v in call.made.values().items() if call.made.explicit(k)},
@@ -244,6 +243,13 @@ def applied(plan: Plan) -> list[dict[str, Any]]:
                 "new_params": list(snapshot.rewrote), "folds": folds,
             })  # fmt: skip
     return out
+
+
+def fold_params(site: MigrationSite) -> list[str]:
+    """Parameters that a scale migration rescales: readers first, then absorbers, in site order."""
+    return list(
+        dict.fromkeys([*(c[1] for c in site.consumers), *(a.param for a in site.absorbers)])
+    )
 
 
 def lowered(program: Program, target: str) -> Runner:

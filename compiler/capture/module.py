@@ -232,7 +232,36 @@ def _retrace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModul
         raise CaptureError(
             f"expected a graph that retraces, found {type(e).__name__}: {text}"
         ) from e
+    _drop_empty(out)
+    _guard_lengths(out)
     return out
+
+
+def _drop_empty(gm: fx.GraphModule) -> None:
+    """Leave tensors of shape [0] out of concatenations: torch lets them join any rank.
+
+    An empty KV cache is such a tensor.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts = [p for p in node.args[0] if tuple(p.meta["val"].shape) != (0,)]
+        if 0 < len(parts) < len(node.args[0]):
+            node.args = (parts, *node.args[1:])
+    gm.graph.eliminate_dead_code()
+
+
+def _guard_lengths(gm: fx.GraphModule) -> None:
+    """Keys and values of one attention have one length: say so where Dynamo has two symbols.
+
+    Asking the symbolic sizes makes a guard, so a call that breaks it is compiled anew.
+    """
+    op = torch.ops.aten.scaled_dot_product_attention.default
+    for node in gm.graph.find_nodes(op="call_function", target=op):
+        k, v = (n.meta["val"] for n in node.args[1:3])
+        if k.shape[-2] != v.shape[-2]:
+            raise CaptureError(
+                f"expected k and v of one length, found {k.shape[-2]} and {v.shape[-2]}",
+                where=f"node {node.name}",
+            )
 
 
 def _symbols(

@@ -36,7 +36,7 @@ def report(done: Compiled) -> dict[str, Any]:
         sites.append(
             row
             | {k: of[k] for k in keep if k in of}
-            | {"bytes_after": after, "bits": 8 * after / weights}
+            | {"param": params[row["site"]], "bytes_after": after, "bits": 8 * after / weights}
             | {"ends": ends.get(params[row["site"]])}
         )
     return {
