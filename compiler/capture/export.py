@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def trace(
             program = torch.export.export(
                 module, (), dict(inputs), dynamic_shapes=shapes, strict=False
             )
-            return program.run_decompositions({})
+            return _functional(program)
     except LlmcError:
         raise
     except Exception as e:  # torch.export raises dozens of unrelated types; all mean the same here
@@ -61,6 +62,19 @@ def trace(
             f"expected a module that exports with symbolic sizes, found {type(e).__name__}: {text}",
             where=type(module).__name__,
         ) from e
+
+
+def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without in-place ops; rewriting costs as much as tracing, so only if needed."""
+    plain = all(n.op != "call_function" or _is_pure(n) for n in program.graph.nodes)
+    return program if plain else program.run_decompositions({})
+
+
+def _is_pure(node: Any) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable
+    sizes = (torch.SymInt, torch.SymBool, torch.SymFloat, int)
+    return node.target is operator.getitem or isinstance(node.meta.get("val"), sizes)
 
 
 def traced(

@@ -256,7 +256,7 @@ def experts(
     """The experts function: one ``llmc.experts`` node.
 
     Raises:
-        CaptureError: biases, transposed or interleaved weights, or another gate than act(gate) · up.
+        CaptureError: biases, transposed or interleaved weights, or a gate unlike act(gate) · up.
     """
     from transformers.integrations import moe
 

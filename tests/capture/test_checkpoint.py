@@ -141,7 +141,7 @@ def first(fields: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda f: first(f).update(shape=[3, 3]), "bytes inside the file"),
+        (lambda f: first(f).update(shape=[3, 3]), "expected 36 bytes for [3, 3]"),
         (lambda f: first(f).update(dtype="Q4"), "expected a dtype of"),
         (lambda f: first(f).update(shape=[-1]), "whole numbers"),
         (lambda f: first(f).update(data_offsets=[0]), "whole numbers"),

@@ -230,6 +230,11 @@ def written(x: torch.Tensor, mask: Any) -> torch.Tensor:
     return (mask(scores).softmax(-1) @ q).transpose(1, 2)
 
 
+def larger(x: torch.Tensor) -> torch.Tensor:
+    total = x.sum(-1)[0]
+    return total[:, None] > total[None]
+
+
 def above(m: Any, s: torch.Tensor) -> torch.Tensor:
     n = s.shape[-1]
     masked: torch.Tensor = m.triangle[:, :, :n, :n] == 0
@@ -306,10 +311,14 @@ def test_repeated_heads_are_read_once() -> None:
             "causal band",
         ),
         (
+            lambda m, x: written(x, lambda s: s.masked_fill(larger(x), -math.inf)),
+            "index arithmetic",
+        ),
+        (
             lambda m, x: written(
                 x, lambda s: s.masked_fill(x.sum(-1)[:, None, None] > 0, -math.inf)
             ),
-            "index arithmetic",
+            "expected one mask [S, S]",
         ),
         (lambda m, x: written(x, lambda s: s.masked_fill(low(m, s) < 0, -5.0)), "very low fill"),
     ],

@@ -10,7 +10,7 @@ from ...ir.dims import divide, same
 from ...ir.graph import Program, tensor_type
 from ...ir.ops import row_of
 from .matching import Either, Last, Lift, Match, Number, Var, call
-from .rules import MaskRule, additive_rule, rule_of
+from .rules import Lengths, MaskRule, additive_rule, rule_of
 
 _MADE_BY = "normalise.attention"
 _SDPA = "scaled_dot_product_attention.default"
@@ -35,15 +35,19 @@ def _sdpa(program: Program, found: Match) -> fx.Node | str:
     rule: MaskRule | str = MaskRule(bool(given["is_causal"]))
     if isinstance(mask, fx.Node):
         if tensor_type(mask).dtype.is_floating_point:
-            rule = additive_rule(program, mask)
+            rule = additive_rule(program, mask, _lengths(q, k))
             if isinstance(rule, str):
                 # Whatever it holds, an additive mask is a bias.
                 rule, bias = MaskRule(False), mask
         else:
-            rule = rule_of(program, mask)
+            rule = rule_of(program, mask, _lengths(q, k))
     if isinstance(rule, str):
         return rule
     return _emit(program, found, q, k, v, scale, rule, bias)
+
+
+def _lengths(q: Any, k: Any) -> Lengths:
+    return tensor_type(q).shape[-2], tensor_type(k).shape[-2]
 
 
 def _emit(
@@ -139,11 +143,11 @@ def _eager(program: Program, found: Match) -> fx.Node | str:
     if "masked" in b:
         if b["low"] > -1e4:
             return f"expected a very low fill, found {b['low']}"
-        rule = rule_of(program, b["masked"], inverted=True)
+        rule = rule_of(program, b["masked"], _lengths(b["q"], b["k"]), inverted=True)
     elif "added" in b:
         if not isinstance(b["added"], fx.Node):
             return "expected a mask tensor"
-        rule = additive_rule(program, b["added"])
+        rule = additive_rule(program, b["added"], _lengths(b["q"], b["k"]))
         if isinstance(rule, str):
             rule, bias = MaskRule(False), b["added"]
     if isinstance(rule, str):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
+from ...ir.dims import Dim, same_shape
 from ...ir.graph import Program, info, tensor_type
 from ...ir.interpret import run_nodes
 from ...ir.ops import row_of
 from ...ir.types import SymType, TensorType
 from .views import constant_of
+
+# Queries and keys of the attention that a mask is for.
+Lengths: TypeAlias = tuple[Dim, Dim]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ _LITERAL = 16
 _LOW = -1e4
 
 
-def rule_of(program: Program, mask: fx.Node, *, inverted: bool = False) -> MaskRule | str:
+def rule_of(
+    program: Program, mask: fx.Node, lengths: Lengths, *, inverted: bool = False
+) -> MaskRule | str:
     """The rule of a boolean mask (True = may read; ``inverted``: True = masked), or why none."""
     if mask.op == "call_function" and row_of(mask).name == "llmc.may_read" and not inverted:
         q, k, *valid = mask.args
@@ -59,10 +65,10 @@ def rule_of(program: Program, mask: fx.Node, *, inverted: bool = False) -> MaskR
         causal, window = mask.kwargs.get("causal", True), mask.kwargs.get("window")
         assert window is None or isinstance(window, int)
         return MaskRule(bool(causal), window, q, k, given)
-    return _proved(program, mask, inverted)
+    return _proved(program, mask, lengths, inverted)
 
 
-def additive_rule(program: Program, mask: fx.Node) -> MaskRule | str:
+def additive_rule(program: Program, mask: fx.Node, lengths: Lengths) -> MaskRule | str:
     """The rule of an additive mask: 0 where allowed, very low elsewhere; or why none."""
     if mask.op != "call_function":
         return f"expected a computed mask, found {mask.name}"
@@ -71,10 +77,10 @@ def additive_rule(program: Program, mask: fx.Node) -> MaskRule | str:
         condition, yes, no = mask.args
         assert isinstance(condition, fx.Node)
         if _number(program, yes) == 0.0 and _is_low(_number(program, no)):
-            return rule_of(program, condition)
+            return rule_of(program, condition, lengths)
         if _number(program, no) == 0.0 and _is_low(_number(program, yes)):
-            return rule_of(program, condition, inverted=True)
-    return _proved(program, mask, inverted=False)
+            return rule_of(program, condition, lengths, inverted=True)
+    return _proved(program, mask, lengths, inverted=False)
 
 
 def _number(program: Program, value: Any) -> float | None:
@@ -96,10 +102,13 @@ def _is_low(value: float | None) -> bool:
     return value is not None and value <= _LOW
 
 
-def _proved(program: Program, mask: fx.Node, inverted: bool) -> MaskRule | str:
+def _proved(program: Program, mask: fx.Node, lengths: Lengths, inverted: bool) -> MaskRule | str:
     """Evaluate index arithmetic at several sizes and compare with a causal band."""
     if not isinstance(info(mask).type, TensorType) or tensor_type(mask).rank < 2:
         return "expected a mask [S, S]"
+    if not same_shape(tensor_type(mask).shape[-2:], lengths):
+        # A size of 1 would be spread over all keys, which is another mask.
+        return f"expected one mask [S, S], found {tensor_type(mask)}"
     fixed = tensor_type(mask).shape[-1]
     nodes = _ancestors(program, mask, literals=not isinstance(fixed, int))
     if isinstance(nodes, str):
