@@ -118,7 +118,7 @@ class Sweep:
                     self.group = step.group
                     if not self.fitted:
                         self._fit_group(step, d2[a + step.a : a + step.b])
-            losses += (self.err[: b - a].square() * d2[a:b, None]).sum(0).double()
+            losses += (d2[a:b] @ self.err[: b - a].square()).double()
             torch.sub(self.w[a:b], self.value[a:b], out=self.delta[a:b])
         return Answer(self.value, self.centred, self.scale, self.zero, self.keep, losses)
 
