@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .ir.errors import GateError, UsageError
+from .ir.errors import GateError, UsageError, nearest
 from .ir.graph import Program
 from .model import Model
 from .pipeline.data import Calibration, Source, Tokenizer
@@ -178,6 +178,7 @@ def compile(
         UsageError, ModelError, CaptureError: wrong input. GateError: nothing to do, or ``strict``.
     """
     wanted = read_recipe(passes, recipe)
+    check_target(target)
     if isinstance(calibration, torch.Tensor) and calibration.dim() == 2:
         samples = calibration.shape[0] if samples is None else samples
         length = calibration.shape[1] if length is None else length
@@ -194,6 +195,17 @@ def compile(
         planned, data, settings, tokenizer=own, target=target, strict=strict,
         listener=progress or silent,
     )  # fmt: skip
+
+
+def check_target(name: str) -> None:
+    """Raises UsageError for an unknown target, the nearest named."""
+    from ..codegen.targets import TARGETS
+
+    if name not in TARGETS:
+        raise UsageError(
+            f"target: expected one of {', '.join(TARGETS)}, found {name!r}",
+            hint=nearest(name, TARGETS),
+        )
 
 
 def needs_data(planned: Plan) -> bool:

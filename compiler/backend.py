@@ -17,11 +17,11 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .api import Settings, calibrate, needs_data, read_recipe
+from .borrow import fill_from_artefact, own_params
 from .ir.errors import UsageError, nearest
 from .ir.graph import Program, info, tensor_type
 from .ir.ops import row_of
 from .ir.types import TensorType, same_type
-from .model import fold_params
 from .pipeline.data import Source, Tokenizer
 from .pipeline.encode import refresh_types
 from .pipeline.plan import Plan, make_plan
@@ -156,7 +156,7 @@ def llmc_backend(
     reached = _reached(plan)
     if not _reuse(plan, reached, found.sources, wanted.key):
         if wanted.artifact is not None:
-            _from_artefact(plan, wanted.artifact)
+            fill_from_artefact(plan, wanted.artifact)
         else:
             _solve(plan, wanted, device)
         _keep(plan, reached, found.sources, wanted.key)
@@ -236,11 +236,6 @@ def _reached(plan: Plan) -> list[str]:
     return list(out)
 
 
-def _own(program: Program, base: str) -> list[str]:
-    """Names of the parameters that store a source parameter after the passes."""
-    return [n for n in program.params if n == base or n.startswith(base + ".")]
-
-
 def _reuse(plan: Plan, reached: list[str], sources: Mapping[str, torch.Tensor], key: str) -> bool:
     """Fill the plan from what was solved for these very parameters; False when nothing was.
 
@@ -251,8 +246,10 @@ def _reuse(plan: Plan, reached: list[str], sources: Mapping[str, torch.Tensor], 
     for name in reached:
         tensor = sources.get(name)
         record = None if tensor is None else _SOLVED.get(tensor)
-        fresh = record is not None and tensor is not None and record.version == tensor._version
-        kept[name] = record if fresh and record.key == key else None
+        stamp = (None if tensor is None else tensor._version, key)
+        if record is not None and (record.version, record.key) != stamp:
+            return False  # changed since, or solved for other options: all anew
+        kept[name] = record
     if not any(kept.values()):
         return False
     missing = [n for n, record in kept.items() if record is None]
@@ -276,7 +273,7 @@ def _keep(plan: Plan, reached: list[str], sources: Mapping[str, torch.Tensor], k
     for base in reached:
         tensor = sources.get(base)
         if tensor is not None:
-            made = {n[len(base) :]: weights.load(n) for n in _own(plan.program, base)}
+            made = {n[len(base) :]: weights.load(n) for n in own_params(plan.program, base)}
             _SOLVED[tensor] = _Kept(tensor._version, key, made)
 
 
@@ -318,49 +315,13 @@ def _fitted(program: Program, wanted: Options) -> Settings:
         if given.get("length", length) != length:
             raise UsageError(
                 f"length: expected {length}, which this graph is fixed to, found {given['length']}",
-                hint="call torch.compile with dynamic=True",
+                hint="call torch._dynamo.mark_dynamic(input_ids, 1) before the first call",
             )
         given["length"] = length
     if isinstance(rows, int):
         samples = int(given.get("samples", Settings.samples))
         given["batch"], given["samples"] = rows, max(rows, samples - samples % rows)
     return Settings(**given).for_program(program)
-
-
-def _from_artefact(plan: Plan, folder: Path) -> None:
-    """Fill the plan with an artefact's tensors; sites are matched by their place in the graph.
-
-    Raises:
-        UsageError: the artefact was made from a model of another structure.
-    """
-    from .runtime.artefact import load
-
-    found = load(folder)
-    theirs: dict[str, list[str]] = {s["site"]: [s["param"]] for s in found.report["sites"]}
-    for row in found.manifest.passes:
-        theirs |= row["folds"]
-    mine: dict[str, list[str]] = {}
-    for stage in plan.stages:
-        mine |= {d.site.id: [d.site.param] for d in stage.decisions.values()}
-        mine |= {m.site.id: fold_params(m.site) for m in stage.migrations}
-    if {k: len(v) for k, v in mine.items()} != {k: len(v) for k, v in theirs.items()}:
-        odd = sorted(set(mine) ^ set(theirs)) or sorted(mine)
-        raise UsageError(
-            f"expected an artefact of this very model, found other sites ({odd[0]})",
-            where=str(folder),
-        )
-    for site, params in mine.items():
-        for base, other in zip(params, theirs[site], strict=True):
-            for name in _own(plan.program, base):
-                tensor = found.program.weights.load(other + name[len(base) :])
-                if tuple(tensor.shape) != plan.program.params[name].shape:
-                    raise UsageError(
-                        f"expected {list(plan.program.params[name].shape)}, found "
-                        f"{list(tensor.shape)} for {site}",
-                        where=str(folder),
-                    )
-                plan.program.set_tensor(name, tensor)
-    refresh_types(plan.program)
 
 
 def _callable(

@@ -73,7 +73,9 @@ def main() -> None:
     with torch.inference_mode():
         began = time.perf_counter()
         ours = fast(ids, use_cache=False).logits
-        print(f"compiled in {time.perf_counter() - began:.1f} s: {args.passes} on {args.model.name}")
+        print(
+            f"compiled in {time.perf_counter() - began:.1f} s: {args.passes} on {args.model.name}"
+        )
         eager = model(ids, use_cache=False).logits
         error = float((ours - eager).norm() / eager.norm())
         same = float((ours.argmax(-1) == eager.argmax(-1)).float().mean())
