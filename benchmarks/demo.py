@@ -96,8 +96,8 @@ def markdown(data: dict[str, Any]) -> str:
     """The README's table with the command that made it."""
     p = data["protocol"]
     out = [
-        f"Perplexity of `examples/pylm` on {p['data']} (window {p['window']}, {p['tokens']} tokens, "
-        f"windows do not overlap), by `{data['command']}`:",
+        f"Perplexity of `examples/pylm` on {p['data']} (window {p['window']}, {p['tokens']} "
+        f"tokens, windows do not overlap), by `{data['command']}`:",
         "",
         "| recipe | perplexity | bits per linear weight | MB |",
         "|---|---|---|---|",

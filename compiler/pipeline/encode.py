@@ -151,12 +151,10 @@ def tensors(
     if solution.codes is None or solution.scale is None:
         raise LlmcError(f"expected codes from the solver, found none for {base}")
     q, columns, group = solution.codes, solution.codes.shape[1], codes.group
-    meta = None
     if mask is not None and mask.structured:
         if solution.mask is None:
             raise LlmcError(f"expected a mask from the solver, found none for {base}")
-        q, meta = packing.compress_nm(q, solution.mask, mask.n, mask.m)
-        out[f"{base}.meta"] = meta
+        q, out[f"{base}.meta"] = packing.compress_nm(q, solution.mask, mask.n, mask.m)
         columns, group = q.shape[1], None if group is None else group // mask.m * mask.n
     out[f"{base}.codes"] = packing.pack(q, codes.bits)
     out[f"{base}.scale"] = solution.scale
@@ -166,8 +164,9 @@ def tensors(
         out[f"{base}.codes"], solution.scale, solution.zero, bits=codes.bits,
         group=group or columns, columns=columns,
     )  # fmt: skip
-    if meta is not None and mask is not None:
-        back = packing.expand_nm(back, meta, mask.n, mask.m, solution.weight.shape[1])
+    if mask is not None and mask.structured:
+        width = solution.weight.shape[1]
+        back = packing.expand_nm(back, out[f"{base}.meta"], mask.n, mask.m, width)
     if not torch.equal(back, solution.weight):
         raise LlmcError(f"expected codes of {base} to give the solved weight exactly, they do not")
     return out

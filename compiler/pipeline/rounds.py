@@ -160,7 +160,7 @@ class _Round:
     def _wave(self, segment: Segment, folds: list[Migration], parts: list[list[Decision]]) -> None:
         # Every part measures the block as it stood when the wave began, so that the budget
         # changes memory and never the answer.
-        fetch = self.work.fetch
+        fetch: Fetch = self.work.fetch
         for i, part in enumerate(parts):
             stats = Collection()
             for m in folds if i == 0 else []:
