@@ -141,7 +141,8 @@ def build(config: Any, cls: Any) -> tuple[Any, str]:
     """
     interface.register()
     last: Exception | None = None
-    for attention in _ATTENTION:
+    settable = getattr(cls, "_can_set_attn_implementation", lambda: True)()
+    for attention in _ATTENTION if settable else _ATTENTION[1:]:
         try:
             with _weightless(), torch.device("cpu"):
                 model = cls._from_config(

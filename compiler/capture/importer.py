@@ -231,6 +231,10 @@ class _Importer:
         target: Any = node.target
         base = target.overloadpacket.__name__ if hasattr(target, "overloadpacket") else ""
         shape = getattr(node.meta["val"], "shape", ())
+        if base == "copy":
+            # Functional copy_: the second argument, in the place and dtype of the first.
+            source = self._arg(node, node.args[1])
+            return aten.expand.default, (source, [self._size(node, s) for s in shape]), {}
         if base in _RESHAPES:
             return (
                 aten.reshape.default,

@@ -66,6 +66,8 @@ def twice(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         (lambda m, x: rms(x) * (1.0 + m.gain), {"eps": 1e-5, "offset": 1.0}),
         (lambda m, x: rms(x), {"eps": 1e-5}),
         (lambda m, x: x / torch.sqrt((x * x).mean(-1, True) + 1e-3) * m.gain, {"eps": 1e-3}),
+        (lambda m, x: F.rms_norm(x, (8,), m.gain, 1e-4), {"eps": 1e-4}),
+        (lambda m, x: F.rms_norm(x, (8,)), {"eps": torch.finfo(torch.float32).eps}),
         (lambda m, x: m.gain * (x * (x.square().mean(2, True) + 1e-5).pow(-0.5)), {"eps": 1e-5}),
     ],
 )
@@ -103,6 +105,8 @@ def test_gain_of_another_kind_is_left_outside() -> None:
 
 def test_layer_norm() -> None:
     _, ops = captured(lambda m, x: F.layer_norm(x, (8,), m.gain, m.bias, 1e-3), 8)
+    assert ops == {"llmc.layer_norm": 1}
+    _, ops = captured(lambda m, x: m.gain * rms(x - x.mean(-1, keepdim=True)), 8)
     assert ops == {"llmc.layer_norm": 1}
     program, ops = captured(lambda m, x: F.layer_norm(x, x.shape[2:]), 8, 4)
     assert ops["llmc.layer_norm"] == 0

@@ -7,9 +7,8 @@ from ...ir.refusal import Refusal
 from . import activations, attention, linears, norms, rope, tidy, tokens, views
 
 LIFTS = (
-    linears.LINEAR,
-    norms.LAYER_NORM, norms.RMS_NORM, rope.ROPE, *activations.ACTIVATIONS, activations.GATED,
-    attention.SDPA, attention.EAGER,
+    linears.LINEAR, norms.LAYER_NORM, norms.ATEN_RMS_NORM, norms.RMS_NORM, norms.CENTRED,
+    rope.ROPE, *activations.ACTIVATIONS, activations.GATED, attention.SDPA, attention.EAGER,
 )  # fmt: skip
 
 

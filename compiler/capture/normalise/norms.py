@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from ...ir.dims import same
@@ -51,6 +52,41 @@ RMS_NORM = Lift(
     _rms,
     anchors=("aten.rsqrt.default",),
 )
+
+
+def _centred(program: Program, found: Match) -> fx.Node | str:
+    """A root-mean-square norm of x - mean(x) is the layer norm of x without bias."""
+    inner = found.root
+    if inner.kwargs.get("count") is not None or inner.kwargs.get("offset"):
+        return "expected a plain gain"
+    args = (found.bound["x"], *inner.args[1:])
+    eps = inner.kwargs["eps"]
+    return emit(program, found, "layer_norm", "llmc.layer_norm", *args, eps=eps)
+
+
+CENTRED = Lift(
+    "layer_norm",
+    (call("llmc.rms_norm", call("sub.Tensor", _X, call("mean.dim", _X, Last(), True))),),
+    _centred,
+)
+
+
+def _aten_rms(program: Program, found: Match) -> fx.Node | str:
+    """torch.nn.RMSNorm; without an eps it takes the smallest step of its dtype."""
+    node = found.root
+    x, shape, *rest = node.args
+    assert isinstance(x, fx.Node)
+    if not isinstance(shape, (list, tuple)) or len(shape) != 1:
+        return f"expected a norm over the last axis, found one over {shape}"
+    gain, eps = (*rest, None, None)[:2]
+    gain, eps = node.kwargs.get("weight", gain), node.kwargs.get("eps", eps)
+    given = torch.finfo(tensor_type(x).dtype).eps if eps is None else eps
+    assert isinstance(given, (int, float))
+    args = (x,) if gain is None else (x, gain)
+    return emit(program, found, "rms_norm", "llmc.rms_norm", *args, eps=float(given))
+
+
+ATEN_RMS_NORM = Lift("rms_norm", (call("rms_norm.default", _X),), _aten_rms)
 
 
 def _layer(program: Program, found: Match) -> fx.Node | str:

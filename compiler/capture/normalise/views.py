@@ -82,6 +82,11 @@ def _reshape(program: Program, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _expand(program: Program, node: fx.Node) -> fx.Node | None:
+    x = _input(node)
+    return x if same_shape(tensor_type(x).shape, tensor_type(node).shape) else None
+
+
 def _cat(program: Program, node: fx.Node) -> fx.Node | None:
     parts: Any = node.args[0]
     axis = node.args[1] if len(node.args) > 1 else 0
@@ -151,6 +156,7 @@ _RULES = {
     "aten.permute.default": _transpose,
     "aten.reshape.default": _reshape,
     "aten.cat.default": _cat,
+    "aten.expand.default": _expand,
     "aten.index.Tensor": _index,
     "aten.slice.Tensor": _slice,
 }

@@ -237,3 +237,30 @@ aten(
     ties=_index_add_ties,
     samples=lambda: [((randn(2, 4), 1, torch.tensor([3, 3]), randn(2, 2)), {"alpha": 0.5})],
 )
+
+
+def _slice_scatter(
+    x: TensorType, source: TensorType, where: int = 0, *ends: Any, **attrs: Any
+) -> TensorType:
+    if source.dtype != x.dtype or source.rank != x.rank:
+        raise ModelError(f"expected a source like {x}, found {source}")
+    a = axis(where, x.rank)
+    if any(b != a and not same(x.shape[b], source.shape[b]) for b in range(x.rank)):
+        raise ModelError(f"expected a source like {x} beside axis {a}, found {source}")
+    return x
+
+
+def _slice_scatter_ties(
+    out: TensorType, x: TensorType, source: TensorType, where: int = 0, *ends: Any, **attrs: Any
+) -> list[Tie]:
+    a = axis(where, x.rank)
+    ties = [Tie("same", ((0, b), (1, b)), (b,)) for b in range(x.rank) if b != a]
+    return [*ties, Tie("mix", ((0, a), (1, a)), (a,))]
+
+
+aten(
+    "slice_scatter.default",
+    _slice_scatter,
+    ties=_slice_scatter_ties,
+    samples=lambda: [((randn(2, 5), randn(2, 3), 1, 1, 4), {})],
+)
