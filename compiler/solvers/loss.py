@@ -1,8 +1,8 @@
 """The layer loss ``tr(D H D^T)``, row by row, from the factor or from H itself.
 
 With R at hand (``H + ridge*I = R R^T``) half of the work is skipped, because R is triangular.
-Subtracting the ridge again cancels where the ridge
-dominates (few tokens, dead inputs); those rows are computed anew from H in fp64.
+Subtracting the ridge again cancels where the ridge dominates (few tokens, dead inputs), and
+so does H itself where inputs are nearly dependent; those rows are computed anew in fp64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CANCELLED = 0.05  # a row whose undamped loss is below this share of its damped loss is recomputed
+CANCELLED = 0.01  # rows whose loss is below this share of its parts are computed anew in fp64
 _PANEL = 512
 
 
@@ -37,5 +37,10 @@ def undamp(damped: Tensor, delta_t: Tensor, hessian: Tensor, ridge: float) -> Te
 
 def exact_rows(delta_t: Tensor, hessian: Tensor) -> Tensor:
     """Row losses ``d H d^T`` [m] in fp64, straight from H ``[n, n]``."""
-    product = (hessian @ delta_t).mul_(delta_t)
-    return product.sum(0).double().clamp_(min=0)
+    rows = (hessian @ delta_t).mul_(delta_t).sum(0).double()
+    if hessian.dtype != torch.float64:
+        alone = hessian.diagonal() @ delta_t.square()  # the loss if inputs were uncorrelated
+        weak = (rows < CANCELLED * alone).nonzero().view(-1)
+        if len(weak):
+            rows[weak] = exact_rows(delta_t[:, weak].double(), hessian.double())
+    return rows.clamp_(min=0)

@@ -153,7 +153,8 @@ class BlockPick:
             inverse = torch.linalg.inv(corner[:, at[:, None], at[None, :]])
             coefficients[:, i, at[:, None], at[None, :]] = inverse
             kept[i, at] = False
-        self._corner = corner
+        # w restricted to a choice: w - C_:P (C_PP)^-1 w_P
+        self._moves = torch.eye(m).to(corner) - corner[:, None] @ coefficients
         self._coefficients = coefficients.view(corner.shape[0], len(drops), m * m)
         self._kept = kept.t().contiguous()
 
@@ -166,16 +167,14 @@ class BlockPick:
         """The cheapest choice for each row; w ``[m, rows]``."""
         products = (w[:, None] * w[None]).view(self.m * self.m, -1)
         cost = self._coefficients[block] @ products
-        return self._kept[:, cost.argmin(0)]
+        return self._kept[:, cost.min(0).indices]
 
     def restrict(self, block: int, w: Tensor) -> tuple[Tensor, Tensor]:
         """The cheapest choice and w moved to its best values on it; both ``[m, rows]``."""
         m = self.m
         products = (w[:, None] * w[None]).view(m * m, -1)
-        choice = (self._coefficients[block] @ products).argmin(0)
-        kernel = self._coefficients[block].view(-1, m, m)  # C_PP^-1, placed at P
-        move = torch.eye(m).to(w) - self._corner[block] @ kernel
-        every = (move.reshape(-1, m) @ w).view(-1, m, w.shape[1])
+        choice = (self._coefficients[block] @ products).min(0).indices  # argmin is slower
+        every = (self._moves[block].view(-1, m) @ w).view(-1, m, w.shape[1])
         keep = self._kept[:, choice]
         values = every.gather(0, choice.expand(1, m, -1))[0]
         return keep, values * keep

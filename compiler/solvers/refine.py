@@ -53,10 +53,13 @@ class Refiner:
     ) -> None:
         self.w, self.h, self.schedule, self.answer = weight_t, hessian, schedule, answer
         self.grid, self.unit, self.scales = grid, unit, scales
-        self.tiny = 1e-9 * float(hessian.diagonal().mean())
         self.m = 0
         if mask and rule is not None and rule.kind == "nm" and BlockPick.affordable(rule.n, rule.m):
-            self.rule, self.m = rule, rule.m
+            self.m = m = rule.m
+            blocks = torch.stack([hessian[i : i + m, i : i + m] for i in range(0, len(hessian), m)])
+            jitter = blocks.diagonal(dim1=1, dim2=2) * 1e-6 + 1e-9 * hessian.diagonal().mean()
+            self.inverses = torch.linalg.inv(blocks + torch.diag_embed(jitter))
+            self.pick = BlockPick(self.inverses, rule.n, m)
         width = max(b.end - b.start for b in schedule.blocks)
         rows = weight_t.shape[1]
         self.t = weight_t.new_empty(width, rows)  # targets T
@@ -149,11 +152,8 @@ class Refiner:
         m = self.m
         h = self.h[at : at + m, at : at + m]
         values, kept = old[i : i + m], keep[i : i + m]
-        diagonal = h.diagonal()
-        jitter = torch.diag(diagonal * 1e-6 + self.tiny)
-        inverse = torch.linalg.inv(h + jitter)
-        best = values + inverse @ ((t[:m] - values) * diagonal[:, None])
-        support, trial = BlockPick(inverse[None], self.rule.n, m).restrict(0, best)
+        best = values + self.inverses[at // m] @ ((t[:m] - values) * h.diagonal()[:, None])
+        support, trial = self.pick.restrict(at // m, best)
         if bounds is not None:
             trial = clamp_(trial.round_(), bounds).mul_(support)
         far, near = values - best, trial - best

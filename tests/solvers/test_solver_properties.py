@@ -46,7 +46,7 @@ def tasks(draw):
     return weight, x.T @ x, options
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(tasks())
 def test_laws(task):
     weight, hessian, options = task
