@@ -18,7 +18,7 @@ import torch
 
 from .ir.errors import GateError, UsageError, nearest
 from .ir.graph import Program
-from .model import Model
+from .model import Model, Resident
 from .pipeline.data import Calibration, Source, Tokenizer
 from .pipeline.data import calibration as draw
 from .pipeline.events import Listener, silent
@@ -297,18 +297,26 @@ def find_tokenizer(
     return None
 
 
-def load(path: str | Path, *, target: str = "reference") -> Model:
+def load(
+    path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
+    resident: Resident = "packed",
+) -> Model:  # fmt: skip
     """An artefact, ready to run; nothing in it is executed and transformers is not needed.
 
+    Args:
+        target: ``reference``, ``cpu`` or ``triton``; dtype: in which to compute, fp32 by default.
+        resident: ``packed`` decodes weights in every call, ``dense`` once, which takes memory.
     Raises:
         ModelError: not an artefact, or one that is damaged; the file and the fault are named.
     """
-    return Model.load(path, target=target)
+    check_target(target)
+    return Model.load(path, target=target, dtype=dtype, resident=resident)
 
 
 def open_any(
-    path: str | Path, *, target: str = "reference", trust_remote_code: bool = False
-) -> Model:
+    path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
+    resident: Resident = "packed", trust_remote_code: bool = False,
+) -> Model:  # fmt: skip
     """An artefact, or a model folder or hub id as it is (dense).
 
     Raises:
@@ -317,7 +325,7 @@ def open_any(
     from .runtime.artefact import is_artefact
 
     if is_artefact(path):
-        return load(path, target=target)
+        return load(path, target=target, dtype=dtype, resident=resident)
     program = capture(path, trust_remote_code=trust_remote_code)
     own = find_tokenizer(path, program)
-    return Model(program, None, {"passes": "dense"}, own, target)
+    return Model(program, None, {"passes": "dense"}, own, target, dtype=dtype, resident=resident)

@@ -27,6 +27,7 @@ from .pipeline.encode import refresh_types
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe
 from .pipeline.rounds import compile_plan
+from .runtime.attend import attention_implementations
 
 _SETTINGS = ("samples", "length", "seed", "batch", "propagate", "true_sequential", "budget")
 OPTIONS = ("passes", "recipe", "calibration", "artifact", "tokenizer", "target", *_SETTINGS)
@@ -331,7 +332,10 @@ def _callable(
     from ..codegen.targets import lower
 
     made = lower(program, target, device=device)
-    module = _graph_module(made.program, made.implementations, device)
+    given = dict(made.implementations)
+    if target != "reference":
+        given = attention_implementations(made.program) | given
+    module = _graph_module(made.program, given, device)
     names = [n.name for n in made.program.inputs]
     places = [order.index(n) for n in names]
     single = not isinstance(made.program.output.args[0], (tuple, list))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,14 +17,17 @@ from .pipeline.data import Tokenizer
 from .pipeline.plan import Plan
 from .pipeline.rounds import Compiled
 from .report.data import report, times
-from .runtime.cache import add_cache, cache_refusals
+from .runtime.cache import cache_refusals
 from .runtime.executor import Runner
 from .runtime.generate import Sampling
 from .runtime.generate import generate as run_generation
+from .runtime.lowering import runner_for
 
 if TYPE_CHECKING:
     from .runtime.artefact import Contents, Loaded
     from .runtime.manifest import Manifest
+
+Resident = Literal["packed", "dense"]
 
 
 class Model(torch.nn.Module):
@@ -37,6 +40,8 @@ class Model(torch.nn.Module):
         loaded: the artefact that it came from, if it came from one.
         tokenizer: of the model, None where it has none.
         target: what the graph is lowered for.
+        dtype: in which it computes; None for the program's own (fp32).
+        resident: ``packed`` decodes weights in every call, ``dense`` once, which takes memory.
     """
 
     def __init__(
@@ -47,11 +52,13 @@ class Model(torch.nn.Module):
         tokenizer: Tokenizer | None = None,
         target: str = "reference",
         *,
+        dtype: torch.dtype | None = None,
+        resident: Resident = "packed",
         seconds: float = 0.0,
         loaded: Loaded | None = None,
     ) -> None:
         super().__init__()
-        self.loaded = loaded
+        self.loaded, self.dtype, self.resident = loaded, dtype, resident
         self.program, self.solved, self.record = program, solved, record
         self.tokenizer, self.target, self.seconds = tokenizer, target, seconds
         self.eval()
@@ -85,14 +92,19 @@ class Model(torch.nn.Module):
     @cached_property
     def runner(self) -> Runner:
         """The program lowered for ``target``, without cache."""
-        return lowered(self.program, self.target)
+        return self._lowered(cached=False)
 
     @cached_property
     def generator(self) -> Runner:
         """The program with a KV cache where it can have one, lowered for ``target``."""
         if cache_refusals(self.program):
             return self.runner
-        return lowered(add_cache(self.program), self.target)
+        return self._lowered(cached=True)
+
+    def _lowered(self, *, cached: bool) -> Runner:
+        return runner_for(
+            self.program, self.target, cached=cached, dtype=self.dtype, resident=self.resident
+        )
 
     def why_no_cache(self) -> str:
         """Why generation runs without a KV cache; empty where it has one."""
@@ -209,14 +221,20 @@ class Model(torch.nn.Module):
         )  # fmt: skip
 
     @classmethod
-    def load(cls, path: str | Path, *, target: str = "reference") -> Model:
+    def load(
+        cls, path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
+        resident: Resident = "packed",
+    ) -> Model:  # fmt: skip
         """See :func:`llmc.load`."""
         from .runtime import artefact
 
         found = artefact.load(Path(path).expanduser())
         tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer)
         record = found.report.get("record", {}) if isinstance(found.report, dict) else {}
-        return cls(found.program, None, record, tokenizer, target, loaded=found)
+        return cls(
+            found.program, None, record, tokenizer, target, dtype=dtype, resident=resident,
+            loaded=found,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -250,20 +268,6 @@ def fold_params(site: MigrationSite) -> list[str]:
     return list(
         dict.fromkeys([*(c[1] for c in site.consumers), *(a.param for a in site.absorbers)])
     )
-
-
-def lowered(program: Program, target: str) -> Runner:
-    """A runner of a program for a target: triton on the GPU where there is one.
-
-    Raises:
-        UsageError: unknown target. ResourceError: one that this machine cannot run.
-    """
-    from ..codegen.targets import lower
-
-    on_gpu = target == "triton" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    made = lower(program, target, device=device)
-    return Runner(made.program, made.implementations, device=device)
 
 
 def host() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..compiler.ir.ops import ROWS as OPS
 from ..compiler.ir.ops import OpRow
 from ..compiler.pipeline.base import Knob, Pass
 from ..compiler.pipeline.registry import all_passes
+from ..compiler.runtime import artefact, manifest, verify
 
 MADE = "<!-- Made from the code by `make golden`; edits here are lost. -->\n\n"
 
@@ -138,8 +139,64 @@ def _kernel_facts(row: KernelRow) -> list[tuple[str, str]]:
     ]
 
 
+def artefact_page() -> str:
+    """``spec/artefact.md``: the folder, its manifest and what a reader checks."""
+    parts = ["# Artefacts\n\n", MADE, f"{_summary(artefact)} {_summary(artefact.save)}\n\n"]
+    parts.append("## Contents\n\n" + _attributes(artefact.Contents) + "\n")
+    kept = ", ".join(f"`{n}`" for n in artefact.TOKENIZER_FILES)
+    facts = ", ".join(f"`{n}`" for n in artefact.NEUTRAL_FACTS)
+    parts.append(f"Files of the tokenizer: {kept}. Facts that a run needs: {facts}.\n\n")
+    parts.append("## manifest.json\n\n")
+    for model in (manifest.Manifest, manifest.File, manifest.Tensor):
+        parts.append(f"### {model.__name__}\n\n{_summary(model)}\n\n")
+        known = dict(_attribute_rows(model))
+        rows = [
+            (f"`{name}`", _type(f.annotation),
+             known.get(name, ""))
+            for name, f in model.model_fields.items()
+        ]  # fmt: skip
+        parts.append(table(("field", "type", "meaning"), rows) + "\n")
+    parts.append(f"## Reading\n\n{_paragraph(artefact, 1)}\n\n")
+    parts.append(f"{_summary(verify.verify)} {_paragraph(verify.verify, 1)}\n")
+    return "".join(parts)
+
+
+def _type(annotation: Any) -> str:
+    """A field's type without module names."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return text.replace(f"{manifest.__name__}.", "").replace("typing.", "")
+
+
+def _paragraph(thing: Any, index: int) -> str:
+    """One paragraph of a docstring on one line; empty where there are fewer."""
+    parts = (inspect.getdoc(thing) or "").split("\n\n")
+    return " ".join(parts[index].split()) if index < len(parts) else ""
+
+
+def _attribute_rows(thing: Any) -> list[tuple[str, str]]:
+    """(names, meaning) from the ``Attributes:`` part of a docstring."""
+    text = (inspect.getdoc(thing) or "").partition("Attributes:\n")[2]
+    rows: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if line.startswith("    ") and not line.startswith("        ") and ": " in line:
+            for one in line.strip().split("; "):
+                name, colon, meaning = one.partition(": ")
+                if colon and " " not in name.replace(", ", ""):
+                    rows += [(n, meaning) for n in name.split(", ")]
+                elif rows:
+                    rows[-1] = (rows[-1][0], f"{rows[-1][1]}; {one}")
+        elif rows and line.strip():
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {line.strip()}")
+    return rows
+
+
+def _attributes(thing: Any) -> str:
+    return table(("part", "meaning"), [(f"`{n}`", m) for n, m in _attribute_rows(thing)])
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "spec/ir.md": ir_page,
     "spec/passes.md": passes_page,
     "spec/kernels.md": kernels_page,
+    "spec/artefact.md": artefact_page,
 }

@@ -10,7 +10,7 @@ import click
 from ..ir.errors import GateError, UsageError
 from .output import Out, examples, output_options
 from .progress import Progress, waiting
-from .use import TARGETS
+from .use import lowering_arguments, lowering_options
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -41,15 +41,12 @@ DEFAULT_WINDOW = 2048
               help="Tokens of the timed prefill.")  # fmt: skip
 @click.option("--new-tokens", type=int, default=32, show_default=True,
               help="Tokens of the timed decode.")  # fmt: skip
-@click.option("--target", type=click.Choice(TARGETS), default="reference", show_default=True,
-              help="What the graph is lowered for.")  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True,
-              help="Run modelling code that lies in the model's folder.")  # fmt: skip
+@lowering_options
 @output_options
 def eval_command(
     source: str, data: str, baseline: str | None, window: int | None, max_windows: int | None,
     batch: int, min_recovery: float | None, speed: bool, prompt_tokens: int, new_tokens: int,
-    target: str, trust_remote_code: bool, out: Out,
+    out: Out, **lowering: Any,
 ) -> None:  # fmt: skip
     """Perplexity by the papers' protocol, divergence from a baseline, size, speed and memory.
 
@@ -67,16 +64,21 @@ def eval_command(
     from ..runtime.evaluate import compare, peak_rss
 
     with waiting(f"loading {source}", out):
-        model = api.open_any(source, target=target, trust_remote_code=trust_remote_code)
+        model = api.open_any(source, **lowering_arguments(lowering))
     stream = read_stream(data, model.tokenizer)
     size = window or _window(model)
     other: Model | None = None
     if baseline is not None:
         with waiting(f"loading {baseline}", out):
-            other = api.open_any(baseline, target="reference", trust_remote_code=trust_remote_code)
+            other = api.open_any(baseline, **lowering_arguments(lowering))
         _same_tokens(model, other)
     mine = _evaluate(model, stream, size, batch, max_windows, out, other)
-    result: dict[str, Any] = {"source": source, "target": target, "quality": mine.to_json()}
+    result: dict[str, Any] = {
+        "source": source,
+        "target": lowering["target"],
+        "dtype": lowering["dtype"],
+        "quality": mine.to_json(),
+    }
     result["size"] = _size(model)
     versus: Comparison | None = None
     theirs: Evaluation | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -12,6 +13,31 @@ from .output import Out, examples, output_options
 from .progress import waiting
 
 TARGETS = ("reference", "cpu", "triton")
+F = TypeVar("F")
+
+
+def lowering_options(command: F) -> F:
+    """Add the options that say what a graph is lowered for."""
+    made: Any = command
+    for option in (
+        click.option("--trust-remote-code", is_flag=True,
+                     help="Run modelling code that lies in the model's folder."),
+        click.option("--resident", type=click.Choice(["packed", "dense"]), default="packed",
+                     show_default=True, help="Decode weights in every call, or once (memory)."),
+        click.option("--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32",
+                     show_default=True, help="In which the graph computes."),
+        click.option("--target", type=click.Choice(TARGETS), default="reference",
+                     show_default=True, help="What the graph is lowered for."),
+    ):  # fmt: skip
+        made = option(made)
+    return made
+
+
+def lowering_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of :func:`lowering_options` as arguments of ``api.open_any``."""
+    from ..ir.types import DTYPES
+
+    return given | {"dtype": DTYPES[given["dtype"]]}
 
 
 @click.command(epilog=examples(
@@ -30,15 +56,12 @@ TARGETS = ("reference", "cpu", "triton")
 @click.option("--top-p", type=float, default=None,
               help="Draw from the smallest set of tokens of that probability.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@click.option("--target", type=click.Choice(TARGETS), default="reference", show_default=True,
-              help="What the graph is lowered for.")  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True,
-              help="Run modelling code that lies in the model's folder.")  # fmt: skip
+@lowering_options
 @output_options
 def run_command(
     source: str, prompts: tuple[str, ...], max_new_tokens: int, greedy: bool,
-    temperature: float | None, top_k: int | None, top_p: float | None, seed: int, target: str,
-    trust_remote_code: bool, out: Out,
+    temperature: float | None, top_k: int | None, top_p: float | None, seed: int, out: Out,
+    **lowering: Any,
 ) -> None:  # fmt: skip
     """Continue prompts, with the KV cache that the compiler adds; text streams to stdout."""
     if greedy and (temperature is not None or top_k is not None or top_p is not None):
@@ -51,7 +74,7 @@ def run_command(
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
     with waiting(f"loading {source}", out):
-        model = api.open_any(source, target=target, trust_remote_code=trust_remote_code)
+        model = api.open_any(source, **lowering_arguments(lowering))
         runner = model.generator
     if model.tokenizer is None:
         raise UsageError(f"expected a tokenizer.json in {source}, found none")
@@ -85,7 +108,7 @@ def run_command(
     count = sum(len(row) for row in made)
     out.note(f"{count} tokens in {took:.2f} s ({count / max(took, 1e-9):.1f} tokens/s)")
     out.data("run", {
-        "source": source, "target": target, "cached": runner.cached, "seed": seed,
+        "source": source, "target": lowering["target"], "cached": runner.cached, "seed": seed,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seconds": took,
         "first_token_seconds": times[0] - began if times else None,
         "texts": [
