@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -182,11 +183,18 @@ class _Door(torch.nn.Module):
 
 
 def _accepted(model: Any) -> set[str]:
-    import inspect
-
-    names = inspect.signature(model.forward).parameters
+    """Which optional inputs ``forward`` takes; one that hands everything on is looked through."""
     known = {"position_ids", "attention_mask", "use_cache"}
-    return {n for n in known if n in names or (n == "use_cache" and "past_key_values" in names)}
+    for kind in type(model).__mro__:
+        if "forward" in kind.__dict__:
+            names = inspect.signature(kind.__dict__["forward"]).parameters
+            if "input_ids" in names:
+                return {
+                    n
+                    for n in known
+                    if n in names or (n == "use_cache" and "past_key_values" in names)
+                }
+    raise CaptureError("expected a model that takes input_ids", where=type(model).__name__)
 
 
 def facts_of(config: Any, model: Any, folder: Path | None) -> dict[str, Any]:

@@ -49,6 +49,15 @@ def test_equals_eager_at_other_sizes(case: Get, tokens: Tokens, arch: str) -> No
         close(c.run(**inputs), c.eager(**inputs))
 
 
+def test_more_architectures_equal_eager(case: Get, tokens: Tokens, more: str) -> None:
+    from llmc.compiler.ir.verifier import verify
+
+    c = case(more)
+    verify(c.program)
+    inputs = tokens(3, 19)
+    close(c.run(**inputs), c.eager(**inputs))
+
+
 def test_reads_no_weight_to_capture(case: Get, arch: str) -> None:
     assert case(arch).loads_to_capture == 0
 

@@ -104,6 +104,28 @@ def test_own_code_needs_trust(folder: Path) -> None:
     assert "trust_remote_code" in refused(folder)
 
 
+def test_trusted_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the flag, the repository's own classes are used."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    (folder / "own_model.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n"
+        "    model_type = 'own-llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n"
+        "    config_class = OwnConfig\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        out = super().forward(*args, **kwargs)\n"
+        "        out.logits = out.logits * 0.5\n"
+        "        return out\n"
+    )
+    auto = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    config(folder, model_type="own-llama", architectures=["OwnModel"], auto_map=auto)
+    program = capture(folder, trust_remote_code=True)
+    assert program.facts["architecture"] == "OwnModel"
+    assert program.output.args[0].args[1] == 0.5
+
+
 def test_quantised_checkpoint(folder: Path) -> None:
     config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "unquantised" in refused(folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,3 +83,41 @@ def test_turned_weights_keep_their_bytes(build: Build, tmp_path: Path) -> None:
             assert loaded.data_ptr() == own.data_ptr()
             turned += int(torch.equal(loaded, own.t()))
     assert turned == 8
+
+
+def test_a_big_checkpoint_is_not_read(tmp_path: Path) -> None:
+    """Two layers of a 7B Llama, 1.4 GB in a sparse file: capture grows by headers only."""
+    from transformers import LlamaConfig
+
+    wide, deep, words = 4096, 11008, 32000
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=wide, intermediate_size=deep, num_hidden_layers=2,
+        num_attention_heads=32, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    shapes = {
+        "model.embed_tokens": [words, wide], "lm_head": [words, wide], "model.norm": [wide],
+    }  # fmt: skip
+    square = {f"self_attn.{n}_proj": [wide, wide] for n in "qkvo"}
+    mlp = {
+        "mlp.gate_proj": [deep, wide],
+        "mlp.up_proj": [deep, wide],
+        "mlp.down_proj": [wide, deep],
+    }
+    norms = {"input_layernorm": [wide], "post_attention_layernorm": [wide]}
+    for i in range(2):
+        shapes |= {f"model.layers.{i}.{n}": s for n, s in (square | mlp | norms).items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name + ".weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    program = capture(tmp_path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert program.weight_bytes() > 1.3e9
+    assert grown * 1024 < 300e6
+    assert program.weights.loads == 0
