@@ -88,10 +88,14 @@ class Settings:
         return Options(self.batch, self.propagate, self.true_sequential, self.budget, self.device)
 
 
-def capture(source: Any, *, trust_remote_code: bool = False) -> Program:
+def capture(
+    source: Any, *, inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | None = None,
+    trust_remote_code: bool = False,
+) -> Program:  # fmt: skip
     """A model as a program: graph, parameters (lazy) and facts.
 
     Args:
+        inputs: example inputs, for a module that is not of transformers.
         source: a model folder, a hub id, an ``nn.Module``, or a program (returned as it is).
     Raises:
         ModelError, CaptureError: no such model, a checkpoint that is not sound, or a model that
@@ -101,7 +105,7 @@ def capture(source: Any, *, trust_remote_code: bool = False) -> Program:
         return source
     from .capture import capture as door
 
-    return door(source, trust_remote_code=trust_remote_code)
+    return door(source, inputs=inputs, trust_remote_code=trust_remote_code)
 
 
 def read_recipe(
@@ -130,6 +134,7 @@ def plan(
     passes: str | Sequence[str] | None = None,
     *,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What compiling would do: sites, schemes, bytes, refusals and the order. Loads no weight.
@@ -138,7 +143,7 @@ def plan(
         UsageError: a wrong recipe. ModelError: a wrong model. GateError: no place for any pass.
     """
     wanted = read_recipe(passes, recipe)
-    return make_plan(capture(source, trust_remote_code=trust_remote_code), wanted)
+    return make_plan(capture(source, inputs=inputs, trust_remote_code=trust_remote_code), wanted)
 
 
 def compile(
@@ -156,6 +161,7 @@ def compile(
     budget: int = 4 << 30,
     target: str = "reference",
     tokenizer: str | Path | Tokenizer | None = None,
+    inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | None = None,
     strict: bool = False,
     trust_remote_code: bool = False,
     progress: Listener | None = None,
@@ -172,6 +178,8 @@ def compile(
         length: tokens per window; by default min(2048, the model's context).
         target: what the result is lowered for: ``reference``, ``cpu`` or ``triton``.
         tokenizer: a folder with tokenizer.json, for a module that does not know its own.
+        inputs: example inputs, for a module that is not of transformers; such a module takes passes
+            that need no calibration.
         strict: a solve that fell back is an error.
         progress: called with each :class:`~llmc.compiler.pipeline.events.Event`.
     Raises:
@@ -186,7 +194,7 @@ def compile(
         DEFAULT_SAMPLES if samples is None else samples, length, seed, propagate,
         true_sequential, batch, budget,
     )  # fmt: skip
-    program = capture(source, trust_remote_code=trust_remote_code)
+    program = capture(source, inputs=inputs, trust_remote_code=trust_remote_code)
     planned = make_plan(program, wanted)
     settings = settings.for_program(program)
     own = find_tokenizer(source, program, tokenizer)

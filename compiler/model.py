@@ -12,13 +12,14 @@ import torch
 from .analysis.migrate import MigrationSite
 from .ir.errors import UsageError
 from .ir.graph import Program
+from .ir.interpret import run as run_plain
 from .ir.serial import to_json
 from .pipeline.data import Tokenizer
 from .pipeline.plan import Plan
 from .pipeline.rounds import Compiled
 from .report.data import report, times
 from .runtime.cache import cache_refusals
-from .runtime.executor import Runner
+from .runtime.executor import INPUTS, Runner
 from .runtime.generate import Sampling
 from .runtime.generate import generate as run_generation
 from .runtime.lowering import runner_for
@@ -111,19 +112,25 @@ class Model(torch.nn.Module):
         refused = cache_refusals(self.program)
         return str(refused[0]) if refused else ""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits [B, S, vocabulary] of int64 token ids [B, S].
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits [B, S, vocabulary] of ``input_ids`` int64 [B, S].
 
         Args:
             attention_mask: [B, S], 0 or False for padding.
             position_ids: int64 [B, S]; by default real tokens counted from the left.
+
+        A module that is no language model takes and gives what it did before.
         """
-        return self.runner.forward(input_ids, attention_mask, position_ids)
+        if self.reads_tokens:
+            return self.runner.forward(*args, **kwargs)
+        names = [n.name for n in self.program.inputs]
+        with torch.no_grad():
+            return run_plain(self.program, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the program is a language model: it reads ``input_ids`` and what goes with it."""
+        return {"input_ids"} <= {n.name for n in self.program.inputs} <= set(INPUTS)
 
     def generate(
         self,

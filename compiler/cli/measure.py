@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..runtime.evaluate import Comparison, Evaluation
 
 DEFAULT_WINDOW = 2048
+# A tensor that takes more memory than this times its stored bytes is listed.
+GROWN = 1.1
 
 
 @click.command(epilog=examples(
@@ -145,7 +147,16 @@ def _size(model: Model) -> dict[str, Any]:
     from ..runtime.sizes import sizes
 
     memory = model.runner.memory_report()
-    return sizes(model.program).to_json() | {"resident_bytes": memory.total}
+    params = model.runner.program.params
+    grown = [
+        {"tensor": name, "names": list(params[name].names) if name in params else [],
+         "stored": params[name].bytes if name in params else 0, "resident": count}
+        for name, count in (memory.weights | memory.computed).items()
+        if name not in params or count > GROWN * params[name].bytes
+    ]  # fmt: skip
+    return sizes(model.program).to_json() | {
+        "resident_bytes": memory.total, "resident_above_stored": grown,
+    }  # fmt: skip
 
 
 def _speed(model: Model, stream: Stream, prompt: int, new: int) -> dict[str, Any] | None:
@@ -191,4 +202,17 @@ def _tell(result: dict[str, Any], mine: Evaluation, out: Out) -> None:
             f"KL to the baseline {q['kl_to_baseline']:.4g} nats per token, "
             f"top-1 agreement {q['top1_agreement']:.2%}"
         )
+    grown = result["size"]["resident_above_stored"]
+    if grown:
+        more = sum(g["resident"] - g["stored"] for g in grown)
+        hint = "" if out.verbose else "; -v lists them"
+        out.text(f"{len(grown)} tensors take {size(more)} more in memory than stored{hint}")
+    if out.verbose:
+        held = Table("In memory above 1.1 x stored", ("tensor", "stored", "resident", "names"),
+                     right=("stored", "resident"))  # fmt: skip
+        held.rows = [
+            (g["tensor"], size(g["stored"]), size(g["resident"]), " ".join(g["names"]))
+            for g in grown
+        ]
+        out.table(held)
     out.text(f"peak memory {size(result['peak_rss_bytes'])}")

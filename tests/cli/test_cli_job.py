@@ -177,6 +177,7 @@ def test_eval_with_baseline(llmc: Call, artefact: Path, tiny: Path, text: Path) 
     assert told["size"]["bits_per_linear_weight"] < base["size"]["bits_per_linear_weight"]
     assert told["speed"]["decode_tokens_per_second"] > 0
     assert told["peak_rss_bytes"] > 1e6
+    assert base["size"]["resident_above_stored"] == []  # fp32 as stored
     shown = llmc(*args, "--no-speed")
     assert "no overlap, tail dropped" in shown.out
     assert "paired bootstrap over 6 windows" in shown.out
@@ -217,6 +218,15 @@ def test_inspect_reads_headers_alone(
     assert len(told["sites"]) == 14
     assert llmc("diff", artefact, "--pass", "w4").code == 0
     assert llmc("explain", "w4", artefact).code == 0
+
+
+def test_inspect_a_model_folder(llmc: Call, tiny: Path) -> None:
+    """A dense model is inspected like an artefact, without schemes."""
+    told = llmc("inspect", tiny, "--json").json
+    assert [s["name"] for s in told["segments"]] == ["prologue", "block0", "block1", "epilogue"]
+    assert [s["linears"] for s in told["segments"]] == [0, 7, 7, 1]
+    assert "sites" not in told
+    assert "block1" in llmc("inspect", tiny).out
 
 
 def test_inspect_narrows(llmc: Call, artefact: Path) -> None:

@@ -203,3 +203,17 @@ def test_text_without_a_tokenizer(small: Any) -> None:
     assert len(bare.generate([[1, 2, 3]], max_new_tokens=2)[0]) <= 2
     with pytest.raises(UsageError, match="dense"):
         bare.save("nowhere")
+
+
+def test_plain_module() -> None:
+    """A module that is no language model keeps its call; passes with data are refused."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+    net = torch.nn.Sequential(net, torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+    x = torch.randn(6, 32)
+    made = llmc.compile(net, passes="w8:solver=rtn,group=16", inputs=[x])
+    with torch.no_grad():
+        want = net(x)
+    assert 0 < float((made(x) - want).norm() / want.norm()) < 0.05
+    with pytest.raises(UsageError, match="token"):
+        llmc.compile(net, passes="w4:group=16", inputs=[x], calibration=torch.zeros(2, 8).long())
