@@ -210,7 +210,8 @@ def rtn_t(
 
     w = folded(wt if keep is None else wt * keep)
     weights = None if importance is None else folded(importance[:, None])
-    some = max(1, _CHUNK // (g * m))  # groups at a time, so that the search stays in the cache
+    # some groups at a time, so that the search stays in the cache
+    some = count if grid.clip == "absmax" else max(1, _CHUNK // (g * m))
     fits = []
     for a in range(0, count, some):
         part = None if weights is None else weights[a : a + some]

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..ir.errors import UsageError
 
+_CHUNK = 1 << 21  # compared pairs held at a time, times two
+
 
 @dataclass(frozen=True)
 class MaskRule:
@@ -48,24 +50,10 @@ class MaskRule:
         return self.m if self.kind == "nm" else 1
 
 
-def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
-    """Keep the n best of each m consecutive inputs; score ``[k, rows]`` -> bool, same shape."""
-    s = score.view(-1, m, score.shape[-1])
-    beats = torch.zeros(
-        s.shape, dtype=torch.int8, device=s.device
-    )  # how many rivals beat each entry
-    for i in range(m):
-        for j in range(i + 1, m):
-            later_wins = s[:, j] > s[:, i]
-            beats[:, i] += later_wins
-            beats[:, j] += ~later_wins
-    return (beats < n).view_as(score)
-
-
 class ScorePick:
-    """`pick_nm` for one M-block at a time, in four operations: all pairs are compared at once.
+    """The n best of m inputs, all pairs compared at once. Ties keep the earlier input.
 
-    like: a tensor of the scores' dtype and device, ``[?, rows]``.
+    like: any tensor of the scores' dtype and device.
     """
 
     def __init__(self, n: int, m: int, like: Tensor) -> None:
@@ -77,13 +65,19 @@ class ScorePick:
         self._beaten[self._first, at] = 1
         self._beaten[self._later, at] = -1
         self._limit = (n - torch.arange(m, device=like.device))[:, None].to(like)
-        self._wins = like.new_empty(pairs.shape[1], like.shape[1])
 
     def keep(self, score: Tensor) -> Tensor:
-        """Keep mask bool ``[m, rows]`` of score ``[m, rows]``; ties keep the earlier input."""
-        later, first = score.index_select(0, self._later), score.index_select(0, self._first)
-        torch.gt(later, first, out=self._wins)
-        return (self._beaten @ self._wins) < self._limit
+        """Keep mask, bool ``[..., m, rows]``, of score ``[..., m, rows]``."""
+        later, first = score.index_select(-2, self._later), score.index_select(-2, self._first)
+        return (self._beaten @ torch.gt(later, first, out=later)) < self._limit
+
+
+def pick_nm(score: Tensor, n: int, m: int) -> Tensor:
+    """Keep the n best of each m consecutive inputs; score ``[k, rows]`` -> bool, same shape."""
+    pick = ScorePick(n, m, score)
+    blocks = score.view(-1, m, score.shape[-1])
+    some = max(1, _CHUNK // (m * m * blocks.shape[-1]))  # pairs take m / 2 times the room
+    return torch.cat([pick.keep(part) for part in torch.split(blocks, some)]).view_as(score)
 
 
 def drop_smallest(score: Tensor, count: int) -> Tensor:

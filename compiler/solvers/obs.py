@@ -89,6 +89,7 @@ class Sweep:
         if self.rule is not None and self.rule.kind == "nm" and not self.exact:
             self.score_pick = ScorePick(self.rule.n, self.rule.m, weight_t)
         self.group = 0
+        self.bounds: Bounds = (0.0, 0.0)
         self.leaf_views: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
 
     def run(self) -> Answer:
@@ -114,10 +115,10 @@ class Sweep:
                         self.err[step.a : step.b],
                         alpha=-1,
                     )
+                elif step.kind == "open":
+                    self._open(step, d2[a + step.a : a + step.b])
                 else:
-                    self.group = step.group
-                    if not self.fitted:
-                        self._fit_group(step, d2[a + step.a : a + step.b])
+                    self._close(block, step)
             losses += (d2[a:b] @ self.err[: b - a].square()).double()
             torch.sub(self.w[a:b], self.value[a:b], out=self.delta[a:b])
         return Answer(self.value, self.centred, self.scale, self.zero, self.keep, losses)
@@ -157,8 +158,28 @@ class Sweep:
             return pick_nm(score, self.rule.n, self.rule.m)
         return drop_smallest(score, round(self.rule.sparsity * score.numel()))
 
-    def _fit_group(self, step: Step, d2: Tensor) -> None:
-        assert self.grid is not None
+    def _open(self, step: Step, d2: Tensor) -> None:
+        """Fit the group's scale and go over to its units."""
+        if self.grid is None or self.scale is None:
+            return
+        self.group = step.group
+        if not self.fitted and not self.whole_row:
+            self._fit_group(self.grid, step, d2)
+        self.bounds = self.grid.bounds(None if self.zero is None else self.zero[self.group])
+        self.cur[step.a : step.b].div_(self.scale[self.group])
+
+    def _close(self, block: Block, step: Step) -> None:
+        """Note the group's final values; errors go back to real units."""
+        q = self.q[step.a : step.b]
+        at = slice(block.start + step.a, block.start + step.b)
+        if self.centred is None or self.scale is None:
+            self.value[at] = q
+            return
+        self.centred[at] = q
+        torch.mul(q, self.scale[self.group], out=self.value[at])
+        self.err[step.a : step.b].mul_(self.scale[self.group])
+
+    def _fit_group(self, grid: Grid, step: Step, d2: Tensor) -> None:
         w = self.cur[step.a : step.b]
         keep = None
         if self.keep_f is not None:
@@ -166,7 +187,7 @@ class Sweep:
                 keep = self._predict(w, d2)
             else:
                 keep = self.keep_f[step.a : step.b] > 0
-        self._set(self.grid.fit(w, keep=keep, importance=d2[:, None], unit=self.unit))
+        self._set(grid.fit(w, keep=keep, importance=d2[:, None], unit=self.unit))
 
     def _set(self, fit: Fit) -> None:
         assert self.scale is not None
@@ -205,23 +226,16 @@ class Sweep:
     def _leaf(self, block: Block, step: Step) -> None:
         """Settle the inputs of one leaf, one by one."""
         a, b = step.a, step.b
-        at, to = block.start + a, block.start + b
-        cur, q, err = self.cur[a:b], self.q[a:b], self.err[a:b]
-        scale = None
-        bounds: Bounds = (0.0, 0.0)
-        if self.grid is not None and self.scale is not None:
-            scale = self.scale[self.group]
-            bounds = self.grid.bounds(None if self.zero is None else self.zero[self.group])
-            cur.div_(scale)
+        rounds = self.grid is not None
         picks = self.rule is not None and self.rule.kind == "nm"
         unit = self.rule.m if picks and self.rule is not None else 1
         for i, view in enumerate(self._views(a, b)):
             if picks and i % unit == 0:
                 self._choose_block(block, a + i, unit)
             w_j, q_j, err_j = view[:3]
-            if scale is not None:
+            if rounds:
                 torch.round(w_j, out=q_j)
-                clamp_(q_j, bounds)
+                clamp_(q_j, self.bounds)
                 if self.keep_f is not None:
                     q_j.mul_(view[3])
             else:
@@ -229,12 +243,6 @@ class Sweep:
             torch.sub(w_j, q_j, out=err_j)
             if i + 1 < b - a:
                 view[-2].addr_(view[-1], err_j, alpha=-1)
-        if scale is not None and self.centred is not None:
-            self.centred[at:to] = q
-            err.mul_(scale)
-            torch.mul(q, scale, out=self.value[at:to])
-        else:
-            self.value[at:to] = q
 
     def _choose_block(self, block: Block, a: int, unit: int) -> None:
         """Pick the kept weights of the M-block that starts at a, on fully updated weights."""

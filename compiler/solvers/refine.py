@@ -70,6 +70,7 @@ class Refiner:
         diagonal = hessian.diagonal()
         self.inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)[:, None]
         self.group = 0
+        self.bounds: Bounds = (0.0, 0.0)
 
     def run(self) -> None:
         """One pass over all inputs."""
@@ -86,10 +87,10 @@ class Refiner:
             for step in block.steps:
                 if step.kind == "leaf":
                     self._leaf(block, step)
-                elif step.kind == "fit":
-                    self.group = step.group
-                    if self.scales:
-                        self._scale_group(block, step)
+                elif step.kind == "open":
+                    self._open(block, step)
+                elif step.kind == "close":
+                    self._close(block, step)
                 else:
                     t[step.b : step.c].addmm_(
                         self.v[step.a : step.b, step.b : step.c].t(),
@@ -98,22 +99,36 @@ class Refiner:
                     )
             torch.sub(self.w[a:b], value, out=self.delta[a:b])
 
-    def _bounds(self) -> Bounds:
-        assert self.grid is not None
+    def _open(self, block: Block, step: Step) -> None:
+        """Move the group's scale, then go over to its units."""
+        if self.grid is None or self.answer.scale is None:
+            return
+        self.group = step.group
+        if self.scales and len(self.schedule.groups) > 1:
+            self._scale_group(block, step)
         zero = self.answer.zero
-        return self.grid.bounds(None if zero is None else zero[self.group])
+        self.bounds = self.grid.bounds(None if zero is None else zero[self.group])
+        self.t[step.a : step.b].div_(self.answer.scale[self.group])
+
+    def _close(self, block: Block, step: Step) -> None:
+        """Note the group's new values; changes go back to real units."""
+        q = self.q[step.a : step.b]
+        at = slice(block.start + step.a, block.start + step.b)
+        if self.answer.centred is None or self.answer.scale is None:
+            self.answer.value[at] = q
+            return
+        scale = self.answer.scale[self.group]
+        self.answer.centred[at] = q
+        torch.mul(q, scale, out=self.answer.value[at])
+        self.change[step.a : step.b].mul_(scale)
 
     def _leaf(self, block: Block, step: Step) -> None:
         a, b = step.a, step.b
         at = slice(block.start + a, block.start + b)
         answer, t, q, change = self.answer, self.t[a:b], self.q[a:b], self.change[a:b]
         keep = None if answer.keep is None else answer.keep[at]
-        scale, old = None, answer.value[at]
-        bounds: Bounds | None = None
-        if answer.scale is not None and answer.centred is not None:
-            scale, old = answer.scale[self.group], answer.centred[at]
-            bounds = self._bounds()
-            t.div_(scale)
+        old = (answer.value if answer.centred is None else answer.centred)[at]
+        bounds = None if answer.centred is None else self.bounds
         start = old.clone() if self.m else old
         v = self.v[a:b, a:b]
         for i in range(b - a):
@@ -133,12 +148,6 @@ class Refiner:
                 t[i + 1 :].addr_(v[i, i + 1 :], change[i], alpha=-1)
         if self.m:
             torch.sub(q, start, out=change)
-        if scale is not None and answer.centred is not None:
-            answer.centred[at] = q
-            change.mul_(scale)
-            torch.mul(q, scale, out=answer.value[at])
-        else:
-            answer.value[at] = q
 
     def _support(
         self, at: int, t: Tensor, old: Tensor, keep: Tensor, i: int, bounds: Bounds | None
@@ -169,8 +178,6 @@ class Refiner:
         size = block.end - block.start
         at = slice(block.start + a, block.start + b)
         value = self.answer.value[at]
-        if self.answer.scale is None:
-            return
         rows = self.h[block.start : block.end, at] @ value
         diagonal = self.h.diagonal()[at, None]
         slope = (value * (self.t[a:b] - value) * diagonal).sum(0)

@@ -7,7 +7,7 @@ storage and no index is needed at inference.
 
 Batches: *blocks* of about 128 inputs, brought up to date by one GEMM each; inside a block the
 range is halved again and again
-down to leaves of 16 inputs, and each left half updates its right half by one GEMM. A group is
+down to leaves of 32 inputs, and each left half updates its right half by one GEMM. A group is
 always a node of that tree, so its weights are
 fully up to date when its scale is fitted (no lag, unlike the usual lazy batch).
 """
@@ -20,15 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAF = 16
+LEAF = 32
 
 
 @dataclass(frozen=True)
 class Step:
     """One step inside a block; ranges are relative to the block's start.
 
-    kind "fit": fit the scale of ``group``, inputs a..b. "leaf": settle a..b one by one.
-    "update": errors of a..b reach b..c.
+    kind "open", "close": inputs a..b of ``group`` begin (fit its scale) and end; a row without
+    groups has one such pair in every block. "leaf": settle a..b one by one. "update": errors of
+    a..b reach b..c.
     """
 
     kind: str
@@ -81,7 +82,7 @@ def make_schedule(
         size = max(unit, block // unit * unit)
         n = widths[0]
         cuts = [(a, min(a + size, n)) for a in range(0, n, size)]
-        blocks = tuple(Block(a, b, tuple(_leaves(0, b - a, unit))) for a, b in cuts)
+        blocks = tuple(Block(a, b, tuple(_tree([(0, b - a, 0)], unit))) for a, b in cuts)
         return Schedule(order, groups, blocks)
     return Schedule(order, groups, tuple(_pack(widths, groups, unit, block)))
 
@@ -116,8 +117,9 @@ def _pack(widths: list[int], groups: tuple[int, ...], unit: int, block: int) -> 
 def _tree(members: list[tuple[int, int, int]], unit: int) -> Iterator[Step]:
     if len(members) == 1:
         a, b, index = members[0]
-        yield Step("fit", a, b, 0, index)
+        yield Step("open", a, b, 0, index)
         yield from _leaves(a, b, unit)
+        yield Step("close", a, b, 0, index)
         return
     half = len(members) // 2
     yield from _tree(members[:half], unit)
