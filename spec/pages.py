@@ -14,7 +14,9 @@ from ..codegen.kernels import KernelRow
 from ..compiler.ir.ops import ROWS as OPS
 from ..compiler.ir.ops import OpRow
 from ..compiler.pipeline.base import Knob, Pass
+from ..compiler.pipeline.order import JOINT, STAGES
 from ..compiler.pipeline.registry import all_passes
+from ..compiler.solvers import PAIRS
 from ..compiler.runtime import artefact, manifest, verify
 
 MADE = "<!-- Made from the code by `make golden`; edits here are lost. -->\n\n"
@@ -68,7 +70,25 @@ def passes_page() -> str:
         knobs = made.knobs().values()
         if knobs:
             parts.append(table(("knob", "value", "default", "meaning"), map(_knob, knobs)) + "\n")
+    parts.append(_order())
     return "".join(parts).rstrip() + "\n"
+
+
+def _order() -> str:
+    """How passes are ordered and what each pair of solvers means together."""
+    stages = [(stage, writes, why) for stage, writes, why in STAGES]
+    pairs = [(grid or "no grid", mask or "no mask", what) for (grid, mask), what in PAIRS.items()]
+    return (
+        "## Order\n\nInside one list passes are applied in this order, whatever was typed; the "
+        "stages "
+        + " and ".join(JOINT)
+        + " are one joint solve. Between lists (barriers) the typed "
+        "order is kept, and refused where it runs against this one.\n\n"
+        + table(("stage", "writes", "why it stands here"), stages)
+        + "\n## Solver pairs\n\n"
+        + table(("codes by", "zeros by", "meaning"), pairs)
+        + "\nA mask that an earlier list chose is frozen: codes are then solved around it.\n"
+    )
 
 
 def _knob(knob: Knob) -> tuple[str, str, str, str]:

@@ -87,7 +87,7 @@ class _Sweep:
             leaf = logits.detach().requires_grad_()
             loss = next_token_loss(leaf, ids)
             (grad,) = torch.autograd.grad(loss, leaf)
-        return float(loss), {self.logits: grad}
+        return float(loss.detach()), {self.logits: grad}
 
     def _back(self, segment: Segment, stored: Env, cotangents: dict[fx.Node, Tensor]) -> None:
         outs = [n for n in self._outs(segment) if n in cotangents]

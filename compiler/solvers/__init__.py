@@ -8,11 +8,12 @@ from __future__ import annotations
 from .grid import Grid, Rounded, rtn
 from .hessian import Factor, prepare
 from .masks import MaskRule
-from .solve import GRID_SOLVERS, MASK_SOLVERS, Solution, solve
+from .solve import GRID_SOLVERS, MASK_SOLVERS, PAIRS, Solution, solve
 
 __all__ = [
     "GRID_SOLVERS",
     "MASK_SOLVERS",
+    "PAIRS",
     "Factor",
     "Grid",
     "MaskRule",

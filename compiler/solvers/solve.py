@@ -1,24 +1,7 @@
 """One weight matrix, one Hessian, one answer: the door of the solvers.
 
-``solve`` takes a grid (codes), a mask rule, or both, and one solver for each. What each pair means:
-
-============  ================  ======================================================
-grid_solver   mask_solver       meaning
-============  ================  ======================================================
-no grid       no mask           the weight as it is
-no grid       magnitude, wanda  drop the lowest scores, nothing else changes
-no grid       sparsegpt         one OBS sweep: the mask is chosen on the way, survivors
-                                compensate
-rtn           no mask           nearest code
-rtn           magnitude, wanda  drop the lowest scores, survivors to the nearest code
-rtn           sparsegpt         the OBS sweep for the mask, then survivors to the
-                                nearest code
-gptq          no mask           one OBS sweep that rounds
-gptq          magnitude, wanda  the mask is fixed first; one OBS sweep rounds and
-                                compensates for both
-gptq          sparsegpt         the *joint* solve: one sweep chooses the mask and
-                                rounds, and compensates for both
-============  ================  ======================================================
+``solve`` takes a grid (codes), a mask rule, or both, and one solver for each; ``PAIRS`` says what
+each pair means.
 
 Guard: an answer that came from a sweep is compared, row by row on the calibration loss, with the
 plain one (nearest code; mask by magnitude where the sweep chose it) and the
@@ -42,6 +25,23 @@ from .task import Task
 
 GRID_SOLVERS = ("gptq", "rtn")
 MASK_SOLVERS = ("sparsegpt", "wanda", "magnitude")
+
+_DROP = "drop the lowest scores"
+PAIRS: dict[tuple[str | None, str | None], str] = {
+    (None, None): "the weight as it is",
+    (None, "magnitude"): f"{_DROP} |w|; nothing else changes",
+    (None, "wanda"): f"{_DROP} |w|·‖x‖ of each row; nothing else changes",
+    (None, "sparsegpt"): "one OBS sweep: the mask is chosen on the way, survivors compensate",
+    ("rtn", None): "the nearest code",
+    ("rtn", "magnitude"): f"{_DROP} |w|; survivors to the nearest code",
+    ("rtn", "wanda"): f"{_DROP} |w|·‖x‖ of each row; survivors to the nearest code",
+    ("rtn", "sparsegpt"): "the OBS sweep for the mask, then survivors to the nearest code",
+    ("gptq", None): "one OBS sweep that rounds",
+    ("gptq", "magnitude"): f"{_DROP} |w|; then one OBS sweep rounds and compensates for both",
+    ("gptq", "wanda"): f"{_DROP} |w|·‖x‖; then one OBS sweep rounds and compensates for both",
+    ("gptq", "sparsegpt"): "the joint solve: one sweep chooses the mask, rounds and compensates",
+}
+"""What (grid solver, mask solver) means; None where there is no grid or no mask."""
 
 
 @dataclass(frozen=True)
