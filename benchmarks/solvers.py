@@ -122,7 +122,7 @@ def measure(
     h = x.T @ x
     rows, units = [], []
     for name, column, options in CASES:
-        if only not in name:
+        if not any(part in name for part in only.split(",")):
             continue
         seconds = []
         for _ in range(repeats):
@@ -154,7 +154,9 @@ def main() -> None:
     parser.add_argument("--sizes", default="512,1024,2048")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="cases whose name contains one of these, comma separated"
+    )
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "solvers.json"))
     args = parser.parse_args()
     if not args.problem:
