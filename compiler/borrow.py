@@ -25,7 +25,7 @@ _ALIKE = 0.2
 
 def own_params(program: Program, base: str) -> list[str]:
     """Names of the parameters that store a source parameter after the passes."""
-    return [n for n in program.params if n == base or n.startswith(base + ".")]
+    return [n for n, p in program.params.items() if p.source == base]
 
 
 def fill_from_artefact(plan: Plan, folder: Path) -> None:

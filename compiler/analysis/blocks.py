@@ -194,11 +194,12 @@ def segment(program: Program) -> list[Segment]:
     nodes = list(program.graph.nodes)
     if seg is None:
         return [Segment(MAIN, tuple(n.name for n in nodes), (), ())]
-    names = _names(max(seg.values()))
-    out = []
-    for k, name in enumerate(names):
-        out.append(segment_of(name, [n for n in nodes if seg[n] == k], nodes))
-    return out
+    rank = {n: i for i, n in enumerate(nodes)}
+    members: list[list[fx.Node]] = [[] for _ in range(max(seg.values()) + 1)]
+    for n in nodes:
+        members[seg[n]].append(n)
+    names = _names(len(members) - 1)
+    return [segment_of(name, mine, rank) for name, mine in zip(names, members, strict=True)]
 
 
 def apply_segments(program: Program) -> list[Segment]:

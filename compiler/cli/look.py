@@ -71,11 +71,12 @@ def _nodes(
     program: Program, source: str, block: int | None, prefix: str | None, text: str | None,
     out: Out,
 ) -> None:  # fmt: skip
+    from ..analysis.blocks import is_block
     from ..report.nodes import nodes_table, query, rows
 
     found = query(program, text) if text is not None else rows(program)
     if block is not None:
-        names = [s.name for s in program.segments if s.name.startswith("block")]
+        names = [s.name for s in program.segments if is_block(s.name)]
         if not 0 <= block < len(names):
             raise UsageError(f"--block: expected 0..{len(names) - 1}, found {block}")
         found = [r for r in found if r["segment"] == names[block]]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from .dims import Dim
 from .errors import ModelError
 from .names import set_names
 from .types import TensorType, ValueType
@@ -51,6 +50,11 @@ class Param:
     @property
     def bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    @property
+    def source(self) -> str:
+        """The captured parameter that this one stores: a part is called ``<source>.<part>``."""
+        return self.name.partition(".")[0]
 
 
 class Weights(Protocol):
@@ -141,6 +145,7 @@ class Program:
     segments: list[Segment] = field(default_factory=list)
     states: dict[str, State] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    _known: dict[str, fx.Node] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # ** looking **
 
@@ -158,10 +163,14 @@ class Program:
         Raises:
             ModelError: no such node.
         """
-        for n in self.graph.nodes:
-            if n.name == name:
-                return n
-        raise ModelError(f"expected a node named {name!r}, found none")
+        # A node may have been renamed or erased since it was seen, so what is kept is only a hint.
+        found = self._known.get(name)
+        if found is None or found.name != name or found._erased or found.graph is not self.graph:
+            self._known = {n.name: n for n in self.graph.nodes}
+            found = self._known.get(name)
+        if found is None:
+            raise ModelError(f"expected a node named {name!r}, found none")
+        return found
 
     def calls(self, op: str | None = None) -> Iterator[fx.Node]:
         """Call nodes in order, optionally only those of one op row's name."""
@@ -173,9 +182,8 @@ class Program:
 
     def param_node(self, name: str) -> fx.Node:
         """The one ``get_attr`` node of a parameter."""
-        for n in self.graph.nodes:
-            if n.op == "get_attr" and n.target == name:
-                return n
+        for n in self.graph.find_nodes(op="get_attr", target=name):
+            return n
         raise ModelError(f"expected parameter {name!r} in the graph, found none")
 
     def param_of(self, node: object) -> Param | None:
@@ -183,6 +191,13 @@ class Program:
         if isinstance(node, fx.Node) and node.op == "get_attr":
             return self.params[str(node.target)]
         return None
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes by parameter of the source, which may be stored in parts (see ``Param.source``)."""
+        out: dict[str, int] = {}
+        for p in self.params.values():
+            out[p.source] = out.get(p.source, 0) + p.bytes
+        return out
 
     def weight_bytes(self) -> int:
         """Bytes of all parameters as stored."""
@@ -239,19 +254,29 @@ class Program:
         old = self.params[name]
         self.params[name] = replace(old, shape=tuple(tensor.shape), dtype=tensor.dtype)
 
-    def prune(self) -> list[str]:
-        """Erase nodes without users and parameters without nodes; return their names."""
-        gone: list[str] = []
-        for node in reversed(list(self.graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users:
-                gone.append(node.name)
+    def prune(self, *only: fx.Node) -> list[str]:
+        """Erase nodes without users and parameters without nodes; return the nodes' names.
+
+        Given nodes, only they and what nobody but them reads are looked at: a rewrite of one site
+        costs no walk over the whole graph.
+        """
+        todo = list(only or self.graph.nodes)
+        gone: list[fx.Node] = []
+        while todo:
+            node = todo.pop()
+            if node.op in ("call_function", "get_attr") and not node.users and not node._erased:
+                todo += node.all_input_nodes
+                gone.append(node)
                 self.graph.erase_node(node)
-        live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
-        for name in [p for p in self.params if p not in live]:
+        lost = {str(n.target) for n in gone if n.op == "get_attr"}
+        if not only:
+            read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+            lost = set(self.params) - read
+        for name in lost:
             del self.params[name]
             if isinstance(self.weights, DictWeights):
                 self.weights.tensors.pop(name, None)
-        return gone
+        return [n.name for n in gone]
 
     def clone(self) -> Program:
         """A program that can be rewritten without touching this one; tensors are shared."""
@@ -284,11 +309,6 @@ class Program:
         return print_python(self, title)
 
 
-def users_of(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every node that reads one of ``nodes``."""
-    return {u for n in nodes for u in n.users}
-
-
 def sizes(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Values of the input symbols for given input tensors."""
     out: dict[str, int] = {}
@@ -297,6 +317,3 @@ def sizes(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, int
             if not isinstance(d, int) and d.is_Symbol:
                 out[d.name] = n
     return out
-
-
-DimLike = Dim | fx.Node

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -19,20 +19,20 @@ def make_segments(graph: fx.Graph, cuts: Sequence[tuple[str, int]]) -> list[Segm
         ModelError: a segment that is empty.
     """
     nodes = list(graph.nodes)
+    rank = {n: i for i, n in enumerate(nodes)}
     ends = [*(at for _, at in cuts[1:]), len(nodes)]
     out = []
     for (name, start), end in zip(cuts, ends, strict=True):
         if start >= end:
             raise ModelError(f"expected nodes in segment {name!r}, found none")
-        out.append(segment_of(name, nodes[start:end], nodes))
+        out.append(segment_of(name, nodes[start:end], rank))
     return out
 
 
-def segment_of(name: str, mine: Sequence[fx.Node], order: Sequence[fx.Node]) -> Segment:
-    """The segment that these nodes form: live-ins and live-outs in graph order."""
+def segment_of(name: str, mine: Sequence[fx.Node], rank: Mapping[fx.Node, int]) -> Segment:
+    """The segment that these nodes form; ``rank``, a node's place in the graph, orders live-ins."""
     here = set(mine)
     live_in = {i for n in mine for i in n.all_input_nodes} - here
-    rank = {n: i for i, n in enumerate(order)} if live_in else {}
     return Segment(
         name,
         tuple(n.name for n in mine),
@@ -52,10 +52,11 @@ def refresh_segments(program: Program) -> None:
     owner = {n: s.name for s in program.segments for n in s.nodes}
     order = list(program.graph.nodes)
     members: dict[str, list[fx.Node]] = {s.name: [] for s in program.segments}
-    home = program.segments[-1].name if program.segments else ""
+    home = program.segments[-1].name
     for node in reversed(order):
         home = owner.get(node.name, home)
         members[home].append(node)
+    rank = {n: i for i, n in enumerate(order)}
     program.segments = [
-        segment_of(name, mine[::-1], order) for name, mine in members.items() if mine
+        segment_of(name, mine[::-1], rank) for name, mine in members.items() if mine
     ]

@@ -237,9 +237,9 @@ def _segments(program: Program) -> None:
         lost = {n.name for n in order} ^ set(covered)
         detail = f"{min(lost)!r} lost or unknown" if lost else "another order or a node twice"
         _fail("segments", f"expected every node once in graph order, found {detail}")
-    at = 0
+    at, rank = 0, {n: i for i, n in enumerate(order)}
     for s in program.segments:
-        want = segment_of(s.name, order[at : at + len(s.nodes)], order)
+        want = segment_of(s.name, order[at : at + len(s.nodes)], rank)
         at += len(s.nodes)
         for what in ("live_in", "live_out"):
             have, need = set(getattr(s, what)), set(getattr(want, what))

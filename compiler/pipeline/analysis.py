@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-from ..analysis.blocks import apply_segments
+from ..analysis.blocks import apply_segments, is_block
 from ..analysis.linears import ExpertSite, LinearSite, linear_sites
 from ..analysis.migrate import MigrationSite, migration_sites
 from ..ir.graph import Program, info
@@ -29,18 +29,14 @@ class Analysis:
         return migration_sites(self.program)
 
     @cached_property
-    def segment_index(self) -> dict[str, int]:
-        """Index of each segment by name."""
-        return {s.name: i for i, s in enumerate(self.program.segments)}
-
-    @cached_property
-    def blocks(self) -> list[str]:
-        """Names of the repeated blocks in order."""
-        return [s.name for s in self.program.segments if s.name.startswith("block")]
+    def blocks(self) -> dict[str, int]:
+        """Index of each repeated block by name, in order."""
+        names = [s.name for s in self.program.segments if is_block(s.name)]
+        return {name: i for i, name in enumerate(names)}
 
     def block_of(self, segment: str) -> int:
         """Index of the block, -1 outside of blocks."""
-        return self.blocks.index(segment) if segment in self.blocks else -1
+        return self.blocks.get(segment, -1)
 
     def path(self, node: str) -> str:
         """Module path of a node, for people."""

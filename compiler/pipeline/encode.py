@@ -6,18 +6,20 @@ must agree byte for byte, and :func:`tensors` checks that decoding gives the sol
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..ir import packing
+from ..ir.build import result_type
 from ..ir.errors import LlmcError, ModelError
 from ..ir.graph import Param, Program, info
 from ..ir.ops.base import infer
 from ..ir.ops.compressed import dequantize, groups_of
 from ..ir.scheme import Codes, Mask, Scheme
-from ..ir.types import DTYPES
+from ..ir.types import DTYPES, same_type
 from ..solvers import Solution
 
 _SUFFIXES = ("values", "meta", "bitmap", "codes", "scale", "zero")
@@ -82,7 +84,7 @@ def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> lis
         )  # fmt: skip
         made = [f"{base}.values", f"{base}.bitmap"]
     linear.replace_input_with(weight, new)
-    program.prune()
+    program.prune(weight)
     return made
 
 
@@ -123,9 +125,8 @@ def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> 
         "llmc.dequantize", *parts, bits=codes.bits, group=step, columns=columns,
         dtype=program.dtype, before=before, made_by=made_by, like=linear,
     )  # fmt: skip
-    user = before
-    user.replace_input_with(old, new)
-    program.prune()
+    before.replace_input_with(old, new)
+    program.prune(old)
     return made
 
 
@@ -173,13 +174,20 @@ def tensors(
 
 
 def refresh_types(program: Program) -> None:
-    """Re-derive parameter types after tensors were set (an unstructured count may differ)."""
+    """Re-derive types after tensors were set (an unstructured count may differ).
+
+    Raises:
+        ModelError: tensors that do not fit together.
+    """
+    changed: set[fx.Node] = set()
     for node in program.graph.nodes:
+        kind = info(node).type
         if node.op == "get_attr":
-            old = info(node)
             kind = program.param_type(program.params[str(node.target)])
-            if old.type != kind:
-                node.meta["llmc"] = type(old)(kind, old.path, old.made_by, old.source)
-                for user in node.users:
-                    was = info(user)
-                    user.meta["llmc"] = type(was)(infer(user), was.path, was.made_by, was.source)
+        elif node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
+            kind = infer(node)
+        elif node.op == "output":
+            kind = result_type(node.args[0])
+        if not same_type(kind, info(node).type):
+            changed.add(node)
+            node.meta["llmc"] = replace(info(node), type=kind)

@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..analysis.cost import CostModel
 from ..analysis.linears import LinearSite
 from ..analysis.migrate import MigrationSite
-from ..ir.dims import evaluate
 from ..ir.errors import GateError, UsageError
 from ..ir.graph import Program, info
-from ..ir.ops.base import cost
 from ..ir.refusal import Refusal
 from ..ir.scheme import Scheme, Transform, View
 from ..ir.segments import refresh_segments
@@ -91,13 +90,14 @@ class Plan:
     def rows(self) -> list[dict[str, Any]]:
         """One row per weight that some pass speaks about, in graph order."""
         merged: dict[str, dict[str, Any]] = {}
+        after = self.program.stored_bytes()
         for stage in self.stages:
             for d in stage.decisions.values():
                 before = self.source.params[d.site.param]
                 row = merged.setdefault(d.site.id, {
                     "site": d.site.id, "role": d.site.role, "shape": list(before.shape),
                     "passes": [], "bytes_before": before.bytes,
-                    "bytes_after": self._after(d.site.param),
+                    "bytes_after": after[d.site.param],
                     "path": info(self.source.node(d.site.node)).path,
                 })  # fmt: skip
                 row["passes"] += list(d.passes)
@@ -108,10 +108,6 @@ class Plan:
                     row["note"] = note
         return list(merged.values())
 
-    def _after(self, param: str) -> int:
-        own = [p for n, p in self.program.params.items() if n == param or n.startswith(param + ".")]
-        return sum(p.bytes for p in own)
-
     def bits_per_weight(self) -> float | None:
         """Stored bits per weight over the weights that passes speak about."""
         rows = self.rows()
@@ -119,12 +115,14 @@ class Plan:
         return 8 * sum(r["bytes_after"] for r in rows) / weights if weights else None
 
     def predictions(self, tokens: int, length: int) -> dict[str, Any]:
-        """Bytes of the artefact's weights, peak RAM and operations of the calibration."""
-        batch = {"B": max(1, tokens // max(length, 1)), "S": length}
-        flops, widest, grams = 0, 0, 0
+        """Bytes of the artefact's weights, peak RAM and operations of the calibration.
+
+        Args:
+            tokens: of all calibration windows together; length: of one.
+        """
+        widest, grams = 0, 0
         for segment in self.source.segments:
             nodes = [self.source.node(n) for n in segment.nodes]
-            flops += sum(evaluate(cost(n)[0], batch) for n in nodes if n.op == "call_function")
             held = [p for n in nodes if (p := self.source.param_of(n)) is not None]
             widest = max(widest, sum(4 * p.bytes // p.dtype.itemsize for p in held))
         for stage in self.stages:
@@ -135,7 +133,7 @@ class Plan:
                         d.site.in_features**2 * 4
                     )
             grams = max([grams, *(sum(v.values()) for v in by_block.values())])
-        stream = _stream_bytes(self.source, batch)
+        flops, stream = self._forward(tokens // length, length) if tokens and length else (0, 0)
         return {
             "bytes_before": self.source.weight_bytes(),
             "bytes_after": self.program.weight_bytes(),
@@ -143,6 +141,13 @@ class Plan:
             "calibration_flops": 2 * flops * len(self.stages),
             "calibration_tokens": tokens,
         }
+
+    def _forward(self, windows: int, length: int) -> tuple[int, int]:
+        """(operations of one forward over all windows, bytes that flow between two blocks)."""
+        costs = CostModel(self.source, max(windows, 1), length)
+        between = self.source.segments[1].live_in if len(self.source.segments) > 1 else ()
+        stream = sum(costs.bytes_of(self.source.node(n)) for n in between)
+        return costs.table()["total"]["flops"], stream
 
     def to_json(self, tokens: int = 0, length: int = 0) -> dict[str, Any]:
         """The plan as data; ``path`` fields are provenance, everything else is name-free."""
@@ -166,15 +171,6 @@ class Plan:
         }  # fmt: skip
 
 
-def _stream_bytes(program: Program, batch: dict[str, int]) -> int:
-    from ..ir.types import total_bytes
-
-    if len(program.segments) < 2:
-        return 0
-    live = program.segments[1].live_in
-    return sum(evaluate(total_bytes(program.node(n).meta["llmc"].type), batch) for n in live)
-
-
 def _short_group(d: Decision) -> str:
     codes = d.scheme.codes
     if codes is None or codes.group is None or d.site.in_features % codes.group == 0:
@@ -187,7 +183,7 @@ def checks_on() -> bool:
     return os.environ.get("LLMC_CHECK", "1") != "0"
 
 
-def make_plan(program: Program, recipe: Recipe, *, allow_dense: bool = True) -> Plan:
+def make_plan(program: Program, recipe: Recipe) -> Plan:
     """Plan a recipe for a captured program; nothing is loaded and the program is not changed.
 
     Raises:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import fx
 
+from ..ir.build import result_type
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, info, tensor_type
 from ..ir.ops import infer, row_of
@@ -116,19 +117,12 @@ def recast(program: Program, dtype: torch.dtype) -> Program:
             _unify(out, node, dtype)
             node.meta["llmc"] = replace(info(node), type=infer(node))
     result = out.output
-    result.meta["llmc"] = replace(info(result), type=_type(result.args[0]))
+    result.meta["llmc"] = replace(info(result), type=result_type(result.args[0]))
     for node in out.calls():
         if row_of(node).stateful:
             _recast_state(out, node)
     refresh_segments(out)
     return out
-
-
-def _type(value: Any) -> Any:
-    """Types in the shape of an argument."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_type(v) for v in value)
-    return info(value).type
 
 
 def _recast_state(program: Program, node: fx.Node) -> None:

@@ -13,6 +13,7 @@ from llmc.compiler.ir.dims import BATCH, SEQ, same
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import DictWeights, Param, Program, info, sizes, tensor_type
 from llmc.compiler.ir.interpret import run, run_nodes
+from llmc.compiler.ir.names import set_name
 from llmc.compiler.ir.ops import ROWS, cost, row_of
 from llmc.compiler.ir.ops.base import OpRow, infer, register, row_for
 from llmc.compiler.ir.segments import refresh_segments
@@ -67,6 +68,35 @@ def test_pruning_follows_chains(toy: Callable[..., Program]) -> None:
     gone = p.prune()
     assert {"gate", "up", "down", "norm1"} <= set(gone)
     assert list(p.params) == ["embed"]
+
+
+def test_pruning_from_a_node_leaves_the_rest(toy: Callable[..., Program]) -> None:
+    p = toy()
+    spare = p.add_param(Param("spare", (3,), torch.float32), torch.ones(3), before=p.output)
+    unread = p.emit("aten.relu.default", p.node("up"), before=p.output, made_by="test")
+    assert p.prune(unread) == [unread.name]
+    assert {"spare", "up"} <= set(p.params)
+    assert p.prune(spare) == ["spare"]
+    assert "spare" not in p.params
+    verify(p)
+
+
+def test_nodes_are_found_after_a_rename_and_an_erasure(toy: Callable[..., Program]) -> None:
+    p = toy()
+    gated = first(p, "llmc.gated")
+    old = gated.name
+    assert p.node(old) is gated
+    set_name(gated, "other")
+    assert p.node("other") is gated
+    with pytest.raises(ModelError, match=old):
+        p.node(old)
+    spare = p.emit("aten.relu.default", p.node("other"), before=p.output, made_by="test")
+    name = spare.name
+    assert p.node(name) is spare
+    p.prune(spare)
+    with pytest.raises(ModelError, match=name):
+        p.node(name)
+    assert p.clone().node("other") is not gated
 
 
 def test_clone_is_independent(toy: Callable[..., Program]) -> None:
