@@ -124,12 +124,18 @@ def _site(
         agreed = pattern
     assert agreed is not None
     first = readers[0][1]
+    segment = place[readers[0][0].name]
     channels = as_int(info(first).type.shape[-1])  # type: ignore[union-attr]
     assert channels is not None
     builder = Builder(program, channels)
     builder.absorb(root, agreed)
     n_scales, absorbers, expand = builder.finish()
-    segment, kind = place[readers[0][0].name], builder.kind or "linear"
+    for a in absorbers:
+        # Calibration is done with an earlier segment: its outputs could not follow the division.
+        home = place[program.param_node(a.param).name]
+        if home != segment:
+            raise No("within_segment", f"{a.param} would take the division in {home}", root)
+    kind = builder.kind or "linear"
     stem = f"{segment}/{'rows' if kind == 'linear' else kind}"
     counts[stem] = counts.get(stem, -1) + 1
     return MigrationSite(

@@ -41,7 +41,7 @@ EXPECTED: dict[str, tuple[int, list[str], list[str], dict[str, int]]] = {
     "phi3": (3, ["qkv", "o", "gate_up", "down"], GATED, {}),
     "bert": (
         3, ["q", "k", "v", "o", "fc1", "fc2"], ["value"],
-        {"all_users_rewritten": 6, "absorbable": 3, "param_read_once": 1},
+        {"all_users_rewritten": 6, "absorbable": 3, "param_read_once": 1, "within_segment": 1},
     ),
 }  # fmt: skip
 
