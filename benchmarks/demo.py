@@ -30,11 +30,11 @@ MODEL = ROOT / "examples" / "pylm"
 RECIPES = {
     "w4, rtn": "w4:solver=rtn",
     "w4, gptq": "w4",
-    "w4, gptq, searched clip": "w4:clip=mse",
+    "w4, gptq, absmax clip": "w4:clip=absmax",
     "smooth + w4, gptq": "smooth,w4",
     "w3, rtn": "w3:solver=rtn",
     "w3, gptq": "w3",
-    "w3, gptq, searched clip": "w3:clip=mse",
+    "w3, gptq, absmax clip": "w3:clip=absmax",
     "prune24, magnitude": "prune24:solver=magnitude",
     "prune24, wanda": "prune24:solver=wanda",
     "prune24, sparsegpt": "prune24",
@@ -42,9 +42,7 @@ RECIPES = {
     "smooth + w4 + prune24, rtn + magnitude": "smooth,w4:solver=rtn,prune24:solver=magnitude",
     "smooth + w4 + prune24, gptq + wanda": "smooth,w4,prune24:solver=wanda",
     "smooth + w4 + prune24, joint": "smooth,w4,prune24",
-    "smooth + w4 + prune24, joint, 2 sweeps": (
-        "smooth,w4:clip=mse,prune24:sweeps=2,mask_search=true"
-    ),
+    "smooth + w4 + prune24, joint, 2 sweeps": "smooth,w4,prune24:sweeps=2,mask_search=true",
 }
 # Pairs whose order the field agrees on: the first should be the better one.
 PAIRS = [

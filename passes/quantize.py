@@ -59,7 +59,11 @@ class QuantizeWeights(Pass):
     )
     symmetric: bool = knob(True, "no stored zero point; false stores one per group")
     solver: str = knob("gptq", "how codes are chosen", choices=("gptq", "rtn"))
-    clip: str = knob("absmax", "how the range is fitted", choices=("absmax", "mse"))
+    clip: str = knob(
+        "mse",
+        "how the range is fitted: mse searches the shrink that costs least, absmax takes it all",
+        choices=("mse", "absmax"),
+    )
     damp: float = knob(0.01, "damping relative to the mean diagonal of XᵀX", lo=0.0, hi=10.0)
     act_order: bool = knob(False, "most important inputs first, inside the solver")
     sweeps: int = knob(0, "further sweeps of coordinate descent, never uphill", lo=0, hi=100)

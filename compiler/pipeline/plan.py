@@ -52,7 +52,7 @@ class Decision:
         if o.get("sweeps"):
             return True
         calibrated = o.get("mask_solver") in ("sparsegpt", "wanda")
-        return calibrated or o.get("grid_solver") == "gptq" or o.get("clip") == "mse"
+        return calibrated or o.get("grid_solver") == "gptq"
 
 
 @dataclass

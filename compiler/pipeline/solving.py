@@ -15,7 +15,7 @@ from ..ir.graph import Program
 from ..ir.interpret import Fetch
 from ..ir.scheme import Codes, Mask
 from ..ir.types import DTYPES
-from ..solvers import Factor, Grid, MaskRule, Solution, prepare, solve
+from ..solvers import NO_HESSIAN, Factor, Grid, MaskRule, Solution, prepare, solve
 from . import encode
 from .plan import Decision, Migration
 from .statistics import Collection
@@ -165,10 +165,12 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
         work.masks[param] = solution.mask
     dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
     work.replace(param, dense)
+    # A solve that asked for no statistic has lost nothing by having none.
+    fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
     return {
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
-        "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": list(solution.fallbacks),
+        "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if solution.mask is None else 1 - float(solution.mask.float().mean()),
         "seconds": round(time.perf_counter() - began, 4),
     }  # fmt: skip

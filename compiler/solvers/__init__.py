@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from .grid import Grid, Rounded, rtn
-from .hessian import Factor, prepare
+from .hessian import NO_HESSIAN, Factor, prepare
 from .masks import MaskRule
 from .solve import GRID_SOLVERS, MASK_SOLVERS, PAIRS, Solution, solve
 
 __all__ = [
     "GRID_SOLVERS",
     "MASK_SOLVERS",
+    "NO_HESSIAN",
     "PAIRS",
     "Factor",
     "Grid",

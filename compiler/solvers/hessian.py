@@ -27,6 +27,9 @@ MIN_DAMP = 1e-3  # first rung when no damping was asked for
 _SAFE = (2.0**-40, 2.0**40)  # a mean diagonal outside is rescaled by a power of two
 
 
+NO_HESSIAN = "hessian: none given, identity used"
+
+
 class Factor:
     """A checked, normalised Hessian and its Cholesky factors, shared by every weight that
     reads the same input.
@@ -153,7 +156,7 @@ def prepare(
             "identity",
             0.0,
             1.0,
-            ("hessian: none given, identity used",),
+            (NO_HESSIAN,),
         )
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise UsageError(f"hessian: expected [n, n], found {list(hessian.shape)}")

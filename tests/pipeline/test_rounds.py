@@ -147,7 +147,9 @@ def test_calibration_is_needed_and_rtn_needs_none():
     with pytest.raises(UsageError, match="calibration data for w4"):
         compile_plan(make_plan(program, recipe.from_strings(["w4"])), None)
     plan = make_plan(program, recipe.from_strings(["w4:solver=rtn,prune24:solver=magnitude"]))
-    assert compile_plan(plan, None).records
+    done = compile_plan(plan, None)
+    assert done.records
+    assert not done.fallbacks
 
 
 def test_nan_weights_and_activations_are_named():
