@@ -22,12 +22,10 @@ from torch import Tensor
 
 from ..ir.errors import UsageError
 
+NO_HESSIAN = "hessian: none given, identity used"
 MAX_DAMP = 1.0
 MIN_DAMP = 1e-3  # first rung when no damping was asked for
 _SAFE = (2.0**-40, 2.0**40)  # a mean diagonal outside is rescaled by a power of two
-
-
-NO_HESSIAN = "hessian: none given, identity used"
 
 
 class Factor:
