@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,7 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoC
         for e in example_inputs
         if isinstance(e, torch.nn.Parameter) and e.is_floating_point()
     ]
-    compute = max(set(floats), key=floats.count) if floats else torch.float32
+    compute = Counter(floats).most_common(1)[0][0] if floats else torch.float32
     leaves: dict[str, Leaf] = {}
     shared: dict[Any, Leaf] = {}
     tensors: dict[int, torch.Tensor] = {}

@@ -78,7 +78,8 @@ def live_leaf(name: str, tensor: torch.Tensor, persistent: bool, compute: torch.
     keep = not floating or (not trained and not persistent and tensor.dtype == compute)
 
     def load() -> torch.Tensor:
-        check_finite(kept, name, "the module") if trained else None
+        if trained:
+            check_finite(kept, name, "the module")
         return kept
 
     return Leaf((name,), tuple(kept.shape), kept.dtype, load, trained, keep, in_memory=not trained)
