@@ -85,7 +85,7 @@ def compile_plan(
     needing = sorted({c.name for s in plan.stages for c in s.calls if _needs_data(s, c.name)})
     if needing and tokens is None:
         raise UsageError(f"expected calibration data for {', '.join(needing)}, found none")
-    work = Work(plan.source, torch.device(options.device))
+    work = Work(plan, torch.device(options.device))
     out = Compiled(plan.program, plan)
     total = len(plan.stages) * len(plan.source.segments)
     listener(Event("start", {"steps": total}))
@@ -129,7 +129,7 @@ class _Round:
             for wave in self._waves(folds, solves):
                 self._wave(segment, *wave)
             self._advance(segment, dense, later[segment.name])
-            self.work.drop(self.index == len(self.plan.stages) - 1)
+            self.work.drop(segment, last=self.index == len(self.plan.stages) - 1)
 
     def _waves(
         self, folds: list[Migration], solves: list[Decision]
@@ -229,8 +229,9 @@ class _Round:
 
 
 def _check_finite(node: fx.Node, value: Tensor) -> None:
-    # NaN and Inf survive a sum, which is one pass and no temporary.
-    if not bool(torch.isfinite(value.sum())):
+    # NaN and Inf survive a sum, which is one pass and no temporary; in 16 bits it could overflow.
+    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    if not bool(torch.isfinite(total)):
         raise ModelError(
             "expected finite activations on calibration data, found NaN or Inf",
             where=f"node {node.name}", hint="check the checkpoint and the calibration tokens",

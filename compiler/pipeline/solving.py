@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +14,13 @@ from torch import Tensor
 
 from ..analysis.migrate import migrated
 from ..ir.errors import ModelError
-from ..ir.graph import Program
+from ..ir.graph import Segment
 from ..ir.interpret import Fetch
 from ..ir.scheme import Codes, Mask
 from ..ir.types import DTYPES
 from ..solvers import NO_HESSIAN, Factor, Grid, MaskRule, Solution, prepare, solve
 from . import encode
-from .plan import Decision, Migration
+from .plan import Decision, Migration, Plan
 from .statistics import Collection
 
 
@@ -25,13 +28,13 @@ class Work:
     """The working copy: fp32 tensors of what was rewritten, everything else from the source.
 
     Attributes:
-        dense: rewritten parameters, fp32, as the next block sees them.
+        dense: rewritten parameters, fp32 whatever the program computes in.
         packed: finished canonical tensors by final parameter name.
         masks: decided masks by parameter, frozen for later rounds.
     """
 
-    def __init__(self, program: Program, device: torch.device) -> None:
-        self.program, self.device = program, device
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.program, self.final, self.device = plan.source, plan.program, device
         self.dense: dict[str, Tensor] = {}
         self.packed: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
@@ -39,23 +42,31 @@ class Work:
 
     def fetch(self, name: str) -> Tensor:
         """The parameter in compute dtype, loaded once per block."""
-        if name in self.dense:
-            return self.dense[name]
         if name not in self._loaded:
-            self._loaded[name] = self._source(name)
+            self._loaded[name] = self._computed(name, self.dense)
         return self._loaded[name]
 
     def frozen(self) -> Fetch:
         """``fetch`` of this moment, whatever is replaced later."""
         held = dict(self.dense)
-        return lambda name: held[name] if name in held else self._source(name)
+        return lambda name: self._computed(name, held)
 
-    def _source(self, name: str) -> Tensor:
+    def _computed(self, name: str, dense: Mapping[str, Tensor]) -> Tensor:
+        if name in dense:
+            return dense[name].to(self.program.param_type(self.program.params[name]).dtype)
         return self.program.fetch(name).to(self.device)
 
     def load(self, name: str) -> Tensor:
-        """The same, so that the working copy is itself a source of weights."""
-        return self.fetch(name)
+        """The parameter without loss: fp32 where it was rewritten, else at least as stored.
+
+        This makes the working copy a source of weights.
+        """
+        if name in self.dense:
+            return self.dense[name]
+        stored, compute = self.program.params[name].dtype, self.program.dtype
+        if torch.promote_types(stored, compute) == compute:
+            return self.fetch(name)
+        return self.program.weights.load(name).to(self.device)
 
     def weight(self, name: str) -> Tensor:
         """A parameter to solve, checked.
@@ -63,7 +74,7 @@ class Work:
         Raises:
             ModelError: NaN or Inf.
         """
-        w = self.fetch(name).float()
+        w = self.load(name).float()
         if not bool(torch.isfinite(w).all()):
             names = self.program.params[name].names
             raise ModelError(
@@ -76,15 +87,32 @@ class Work:
         self.dense[name] = tensor
         self._loaded.pop(name, None)
 
-    def drop(self, last: bool) -> None:
-        """Forget what was loaded for a finished block; after the last round also what is packed."""
-        self._loaded.clear()
-        if last:
-            for name in [n for n in self.dense if self._is_packed(n)]:
-                del self.dense[name]
+    def drop(self, segment: Segment, last: bool) -> None:
+        """Forget what was loaded for a finished segment, so that memory stays that of one block.
 
-    def _is_packed(self, name: str) -> bool:
-        return name in self.packed or any(n.startswith(name + ".") for n in self.packed)
+        In the last round its weights are not solved again: masks go, and what is rewritten is kept
+        only as it will be stored.
+        """
+        self._loaded.clear()
+        for node in map(self.program.node, segment.nodes) if last else ():
+            name = str(node.target)
+            if node.op != "get_attr" or name not in self.dense:
+                continue
+            self.masks.pop(name, None)
+            tensor = self.dense.pop(name)
+            if name in self.final.params and name not in self.packed:
+                self.dense[name] = tensor.to(self.final.params[name].dtype)
+        give_back()
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system where the C library can (glibc).
+
+    It keeps freed blocks of up to 32 MiB otherwise, and a process grows with every layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:

@@ -193,3 +193,16 @@ def test_wrong_options(given: dict[str, Any], says: str) -> None:
 def test_registered_by_entry_point() -> None:
     """torch finds the backend without an import of llmc."""
     assert "llmc" in torch._dynamo.list_backends()
+
+
+def test_sixteen_bit_models_are_calibrated(model: Any) -> None:
+    """A bf16 model runs in bf16 throughout; its solves see fp32 weights."""
+    model = model.to(torch.bfloat16)
+    tokens = ids_of(4, 24)
+    fast = torch.compile(
+        model, backend="llmc", options={"passes": "w8:group=32", "calibration": tokens}
+    )
+    with torch.no_grad():
+        ours = fast(tokens, use_cache=False).logits
+        assert ours.dtype == torch.bfloat16
+        assert error(ours.float(), model(tokens, use_cache=False).logits.float()) < 0.05

@@ -6,9 +6,11 @@ import torch
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import GateError, ModelError, UsageError
 from llmc.compiler.ir.interpret import run
-from llmc.compiler.pipeline import recipe, zoo
+from llmc.compiler.pipeline import recipe, rounds, zoo
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.pipeline.rounds import Options, compile_plan, model_inputs
+from llmc.compiler.pipeline.solving import Work
+from llmc.compiler.runtime.lowering import recast
 
 
 def tokens(samples: int = 8, length: int = 16) -> torch.Tensor:
@@ -85,6 +87,50 @@ def test_a_mask_behind_a_barrier_is_frozen():
     assert metas
     assert all(torch.equal(a[k], b[k]) for k in metas)
     assert any(k.endswith(".codes") for k in b)
+
+
+def test_a_later_round_starts_from_the_weights_of_the_one_before():
+    """8 bits round to nearest: what is decoded lies half a step from what the first round made."""
+    first = compiled(["prune24"])
+    both = compiled(["prune24", "w8:group=8,solver=rtn"])
+    seen = []
+    for done in (first, both):
+        values = []
+        run(done.program, model_inputs(tokens(1)), observe=lambda *at, to=values: to.append(at))
+        seen.append([v for n, v in values if n.name.startswith("expand_nm")])
+    assert len(seen[0]) == len(seen[1]) == 14
+    for a, b in zip(*seen, strict=True):
+        assert float((a - b).abs().max()) <= float(a.abs().max()) / 127 * 0.51
+
+
+def test_sixteen_bit_programs_are_calibrated_in_their_own_dtype():
+    """As torch.compile hands them over: activations in 16 bits, solves in fp32."""
+    plain = compiled([f"smooth,{W4},prune24"])
+    for dtype in (torch.bfloat16, torch.float16):
+        program = recast(zoo.decoder(hidden=16, inner=32), dtype)
+        done = compiled([f"smooth,{W4},prune24"], program)
+        for a, b in zip(plain.records, done.records, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=0.25)
+        assert run(done.program, model_inputs(tokens(1))).dtype == dtype
+
+
+@pytest.mark.parametrize("strings", [["smooth"], ["smooth,prune24"], ["prune24", W4]])
+def test_only_what_is_stored_is_held_at_the_end(monkeypatch, strings):
+    """Whatever the passes: no working copy and no mask of a finished block stays behind."""
+    works = []
+
+    class Seen(Work):
+        def __init__(self, *given):
+            super().__init__(*given)
+            works.append(self)
+
+    monkeypatch.setattr(rounds, "Work", Seen)
+    done = compiled(strings)
+    (work,) = works
+    assert not work.masks
+    assert not set(work.dense) & set(work.packed)
+    assert all(t.dtype == done.program.params[n].dtype for n, t in work.dense.items())
+    assert {p for p in work.dense if p in done.program.params} == set(work.dense)
 
 
 def test_hessian_budget_and_batch_do_not_change_the_answer():
