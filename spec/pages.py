@@ -16,8 +16,8 @@ from ..compiler.ir.ops import OpRow
 from ..compiler.pipeline.base import Knob, Pass
 from ..compiler.pipeline.order import JOINT, STAGES
 from ..compiler.pipeline.registry import all_passes
-from ..compiler.solvers import PAIRS
 from ..compiler.runtime import artefact, manifest, verify
+from ..compiler.solvers import PAIRS
 
 MADE = "<!-- Made from the code by `make golden`; edits here are lost. -->\n\n"
 
