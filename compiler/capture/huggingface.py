@@ -35,6 +35,11 @@ def find(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        if all((path / n).is_file() for n in ("manifest.json", "program.json")):
+            raise ModelError(
+                f"expected a model, found an artefact at {path}",
+                hint="compile the model that it was made from, with all passes in one recipe",
+            )
         return path
     text = str(source)
     hub_like = text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not path.exists()

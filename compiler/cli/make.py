@@ -27,7 +27,8 @@ _SHARED = [
     click.option("-p", "--passes", "passes", multiple=True, metavar="LIST",
                  help="Passes with knobs, e.g. smooth,w4:group=64,prune24. Order in one LIST is "
                  "free; a repeated --passes is a barrier whose order is kept. See: llmc passes."),
-    click.option("--recipe", type=click.Path(), help="A YAML recipe instead of --passes."),
+    click.option("--recipe", type=click.Path(), metavar="FILE",
+                 help="A YAML recipe instead of --passes, or a shipped one: default, careful."),
     click.option("--samples", type=int, default=128, show_default=True,
                  help="Calibration windows."),
     click.option("--length", type=int, default=None,
@@ -155,11 +156,15 @@ def check_target(folder: Path, force: bool) -> None:
     """Refuse an output that exists before any work is done.
 
     Raises:
-        UsageError: it exists without ``force``, or is no folder, or its parent cannot be one.
+        UsageError: it exists without ``force``, or is no folder or one that holds something else
+            than an artefact, or its parent cannot be a folder.
     """
     if os.path.lexists(folder):
         if not folder.is_dir() or folder.is_symlink():
             raise UsageError(f"expected a folder to write, found a file or a link at {folder}")
+        from ..runtime.artefact import check_replaceable
+
+        check_replaceable(folder)
         if not force:
             raise UsageError(f"expected a new folder, found {folder}", hint="--force replaces it")
     for parent in folder.absolute().parents:

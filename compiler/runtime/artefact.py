@@ -110,9 +110,10 @@ def save(path: str | Path, contents: Contents, *, force: bool = False) -> Manife
     """Write an artefact to ``path``.
 
     Args:
-        force: replace what is there, by one rename after the new one is complete.
+        force: replace the artefact that is there, by one rename after the new one is complete.
     Raises:
-        UsageError: ``path`` exists without ``force``, or another process is writing it.
+        UsageError: ``path`` exists without ``force`` or is a folder of something else, or another
+            process is writing it.
         ResourceError: too little space, or the file system failed; nothing was changed.
         ModelError: a tensor that is missing, misshapen or not finite.
     """
@@ -121,6 +122,8 @@ def save(path: str | Path, contents: Contents, *, force: bool = False) -> Manife
     params = {p.name: p for p in program.params.values()}
     weights = sum(p.bytes + 256 for p in params.values())
     needed = weights + sum(len(d) for d in documents.values()) + 512 * (len(params) + 16)
+    if force:
+        check_replaceable(Path(path))
     kinds = roles(program)
     with new_folder(Path(path), needed=needed, force=force) as folder:
         tensors: dict[str, Tensor] = {}
@@ -230,7 +233,20 @@ def load(path: str | Path, *, verify: bool | None = None) -> Loaded:
 
 def is_artefact(path: str | Path) -> bool:
     """Whether a folder looks like an artefact (it has a manifest); nothing is checked."""
-    return (Path(path) / manifests.NAME).is_file()
+    return (Path(path).expanduser() / manifests.NAME).is_file()
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to throw away a folder that is no artefact: a model, say, or somebody's home.
+
+    Raises:
+        UsageError: ``path`` is a folder with something else in it.
+    """
+    if path.is_dir() and any(path.iterdir()) and not is_artefact(path):
+        raise UsageError(
+            f"expected an artefact to replace, found a folder of something else at {path}",
+            hint="--force replaces artefacts only; choose a new folder",
+        )
 
 
 def open_manifest(root: Path) -> Manifest:

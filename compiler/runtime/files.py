@@ -51,6 +51,13 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def _umask() -> int:
+    """The bits that new files lack. The system tells them only by setting them."""
+    bits = os.umask(0o077)
+    os.umask(bits)
+    return bits
+
+
 class Folder:
     """A folder being written; only :func:`new_folder` makes one."""
 
@@ -66,9 +73,11 @@ class Folder:
             os.fsync(f.fileno())
 
     def write_with(self, name: str, writer: Callable[[Path], None]) -> None:
-        """Let ``writer`` create the file, then sync it."""
+        """Let ``writer`` create the file, then sync it; its mode is that of the other files."""
         path = self._place(name)
         writer(path)
+        # safetensors makes files that only their owner may read.
+        path.chmod(0o666 & ~_umask())
         sync(path)
 
     def _place(self, name: str) -> Path:
