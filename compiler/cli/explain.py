@@ -38,7 +38,7 @@ def explain_command(
     """
     from ..pipeline.analysis import Analysis
     from ..pipeline.recipe import from_strings
-    from ..report.text import Table
+    from ..report.text import Table, counted
 
     calls = from_strings([name]).calls
     if len(calls) != 1:
@@ -64,7 +64,7 @@ def explain_command(
         about["node"] = _node(program, node)
         taken = [t for t in taken if node in t["concerns"]]
         missed = [m for m in missed if node in m["concerns"]]
-    table = Table(f"{call.name} takes {len(taken)} sites",
+    table = Table(f"{call.name} takes {counted(len(taken), 'site')}",
                   ("site", "node", "kind", "concerns", "path", "source"))  # fmt: skip
     table.rows = [
         (t["site"], t["node"], t["kind"], " ".join(c for c in t["concerns"] if c != t["node"]),
@@ -72,7 +72,7 @@ def explain_command(
         for t in taken
     ]  # fmt: skip
     out.table(table)
-    table = Table(f"{call.name} refuses {len(missed)} near misses",
+    table = Table(f"{call.name} refuses {counted(len(missed), 'near miss')}",
                   ("node", "condition", "reason", "path", "source"))  # fmt: skip
     table.rows = [(m["node"], m["condition"], m["reason"], m["path"], m["source"]) for m in missed]
     out.table(table)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..ir.errors import UsageError, nearest
+from ..ir.errors import LlmcError, UsageError, nearest
 from .look import open_headers
 from .output import Out, examples, output_options
 from .progress import waiting
 
 if TYPE_CHECKING:
+    from ...codegen.kernels import Problem
     from ..ir.graph import Program
 
 MACHINES = ("sm_80", "sm_90")
@@ -22,8 +24,9 @@ MACHINES = ("sm_80", "sm_90")
     "llmc kernels out --target cpu",
     "llmc kernels out --tokens 16",
     "llmc kernels out --aot sm_80,sm_90",
+    "llmc kernels --aot sm_80 --dtype bf16",
 ))  # fmt: skip
-@click.argument("source", metavar="ARTEFACT_OR_MODEL")
+@click.argument("source", metavar="[ARTEFACT_OR_MODEL]", required=False)
 @click.option("--target", type=click.Choice(["triton", "cpu"]), default="triton", show_default=True,
               help="Whose kernels.")  # fmt: skip
 @click.option("--tokens", type=int, default=1, show_default=True,
@@ -39,21 +42,34 @@ MACHINES = ("sm_80", "sm_90")
               help="Run modelling code that lies in the model's folder.")  # fmt: skip
 @output_options
 def kernels_command(
-    source: str, target: str, tokens: int, dtype: str, bandwidth: float | None, aot: str | None,
-    trust_remote_code: bool, out: Out,
+    source: str | None, target: str, tokens: int, dtype: str, bandwidth: float | None,
+    aot: str | None, trust_remote_code: bool, out: Out,
 ) -> None:  # fmt: skip
-    """Show how SOURCE is lowered. Reads headers; needs neither a GPU nor a tensor."""
+    """Show how an artefact or a model is lowered. Reads headers; needs neither a GPU nor a tensor.
+
+    With --aot and no model, every kernel is compiled for 4096 x 4096 weights.
+    """
+    from ...codegen.kernels import Problem
     from ...codegen.targets import BANDWIDTH
-    from ..report.text import Table, size
+    from ..report.text import Table, counted, size
 
     if tokens < 1:
         raise UsageError(f"--tokens: expected at least 1, found {tokens}")
     if bandwidth is not None and not bandwidth > 0:
         raise UsageError(f"--bandwidth: expected more than 0, found {bandwidth}")
     machines = _machines(aot, target)
+    if source is None:
+        if not machines:
+            raise UsageError("expected an artefact, a model or --aot, found none")
+        problems = _typical(dtype)
+        out.data("kernels", {
+            "source": None, "target": target, "tokens": tokens, "dtype": dtype,
+            "aot": _compile(problems, machines, tokens, out),
+        })  # fmt: skip
+        return
     program, _ = open_headers(source, trust_remote_code)
     told = lowering(program, target, tokens, dtype, bandwidth or BANDWIDTH)
-    table = Table(f"Fused for {target}, {tokens} token(s) in {dtype}",
+    table = Table(f"Fused for {target}, {counted(tokens, 'token')} in {dtype}",
                   ("node", "kernel", "shape", "scheme", "parts", "bytes", "floor us", "path"),
                   right=("bytes", "floor us"))  # fmt: skip
     for r in told["fused"]:
@@ -73,7 +89,8 @@ def kernels_command(
         f"at {told['bandwidth'] / 1e12:g} TB/s"
     )
     if machines:
-        told["aot"] = _compile(told, machines, dtype, out)
+        problems = list(dict.fromkeys(Problem(**r["problem"]) for r in told["fused"]))
+        told["aot"] = _compile(problems, machines, tokens, out)
     out.data("kernels", {"source": source, **told})
 
 
@@ -81,11 +98,9 @@ def lowering(
     program: Program, target: str, tokens: int, dtype: str, bandwidth: float
 ) -> dict[str, Any]:
     """Fused nodes with kernel, bytes and floor, and refusals, from types alone."""
-    from dataclasses import asdict, replace
-
     from ...codegen import cpu
     from ...codegen.fuse import fuse
-    from ...codegen.kernels import Problem, choose
+    from ...codegen.kernels import choose
 
     def accept(problem: Problem) -> str | None:
         if target == "cpu":
@@ -149,30 +164,50 @@ def _machines(aot: str | None, target: str) -> tuple[str, ...]:
     return names
 
 
+def _typical(dtype: str) -> list[Problem]:
+    """For each kernel row the problems that it is for: plain, with zero points, with every side."""
+    from ...codegen.kernels import ROWS, Problem
+
+    schemes = [
+        Problem(4096, 4096, bits=bits, group=128 * n // m if m else 128, n=n, m=m, x_dtype=dtype)
+        for bits in (4, 8, 3, 2)
+        for n, m in ((0, 0), (2, 4), (4, 8))
+    ]
+    out = []
+    for row in ROWS:
+        fits = next((p for p in schemes if not row.misfits(p)), None)
+        if fits is None:
+            raise LlmcError(f"expected a typical problem for kernel {row.name}, found none")
+        sides = replace(fits, asym=True, bias=True, residual=True, norm=True)
+        out += [p for p in (fits, replace(fits, asym=True), sides) if not row.misfits(p)]
+    return out
+
+
 def _compile(
-    told: dict[str, Any], machines: tuple[str, ...], dtype: str, out: Out
+    problems: list[Problem], machines: tuple[str, ...], tokens: int, out: Out
 ) -> list[dict[str, Any]]:
     """Machine-code facts of each distinct problem, at its untuned tile."""
     from ...codegen.aot import compile_variant
-    from ...codegen.kernels import Problem, choose
+    from ...codegen.kernels import choose
     from ..report.text import Table
 
     facts: list[dict[str, Any]] = []
     table = Table("Compiled ahead of time",
-                  ("kernel", "shape", "machine", "tile", "registers", "stack", "shared", "matrix",
-                   "slots per weight"),
+                  ("kernel", "shape", "scheme", "sides", "machine", "tile", "registers", "stack",
+                   "shared", "matrix", "slots per weight"),
                   right=("registers", "stack", "shared", "slots per weight"))  # fmt: skip
-    problems = list(dict.fromkeys(Problem(**r["problem"]) for r in told["fused"]))
     with waiting(f"compiling {len(problems)} variants for {', '.join(machines)}", out):
         for problem in problems:
             row, _ = choose(problem)
             assert row is not None
-            config = row.default_config(problem, told["tokens"])
+            config = row.default_config(problem, tokens)
+            sides = [s for s in ("norm", "bias", "residual") if getattr(problem, s)]
             for machine in machines:
                 found = compile_variant(row, problem, config, machine).json()
-                facts.append(found | {"N": problem.N, "K": problem.K})
+                facts.append(found | {"N": problem.N, "K": problem.K, "problem": asdict(problem)})
                 table.rows.append((
-                    row.name, f"{problem.N}x{problem.K}", machine, f"{config.BM}x{config.BN}",
+                    row.name, f"{problem.N}x{problem.K}", scheme_text(asdict(problem)),
+                    " ".join(sides) or "-", machine, f"{config.BM}x{config.BN}",
                     str(found["registers"]), str(found["stack"]), str(found["shared"]),
                     " ".join(found["matrix"]), str(found["slots"]),
                 ))  # fmt: skip

@@ -222,11 +222,17 @@ def _tell_folds(
     table = Table("Parameters rescaled", ("site", "parameter", "names in the model"))
     for site, params in scaled.items():
         for p in params:
-            known = next(
-                (q.names for n, q in program.params.items() if n == p or n.startswith(p + ".")), ()
-            )
-            table.rows.append((site, p, " ".join(known)))
+            table.rows.append((site, p, " ".join(_names(program, p))))
     out.table(table)
+
+
+def _names(program: Program, param: str) -> tuple[str, ...]:
+    """What the model calls a parameter, though only its pieces (``.codes``, ``.meta``) are left."""
+    for name, piece in program.params.items():
+        if name == param or name.startswith(param + "."):
+            ending = name.removeprefix(param)
+            return tuple(n.removesuffix(ending) for n in piece.names)
+    return ()
 
 
 def _rescaled(artefact: Loaded, folds: list[dict[str, Any]]) -> dict[str, list[str]]:

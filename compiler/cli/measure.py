@@ -15,7 +15,7 @@ from .use import lowering_arguments, lowering_options
 if TYPE_CHECKING:
     from ..model import Model
     from ..pipeline.data import Stream
-    from ..runtime.evaluate import Comparison, Evaluation
+    from ..runtime.evaluate import Evaluation
 
 DEFAULT_WINDOW = 2048
 # A tensor that takes more memory than this times its stored bytes is listed.
@@ -43,7 +43,7 @@ GROWN = 1.1
               help="Tokens of the timed prefill.")  # fmt: skip
 @click.option("--new-tokens", type=int, default=32, show_default=True,
               help="Tokens of the timed decode.")  # fmt: skip
-@lowering_options
+@lowering_options("reference")
 @output_options
 def eval_command(
     source: str, data: str, baseline: str | None, window: int | None, max_windows: int | None,
@@ -68,13 +68,13 @@ def eval_command(
     with waiting(f"loading {source}", out):
         model = api.open_any(source, **lowering_arguments(lowering))
     stream = read_stream(data, model.tokenizer)
-    size = window or _window(model)
+    size = _window(model) if window is None else window
     other: Model | None = None
     if baseline is not None:
         with waiting(f"loading {baseline}", out):
             other = api.open_any(baseline, **lowering_arguments(lowering))
         _same_tokens(model, other)
-    mine = _evaluate(model, stream, size, batch, max_windows, out, other)
+    mine, theirs = _evaluate(model, stream, size, batch, max_windows, out, other)
     result: dict[str, Any] = {
         "source": source,
         "target": lowering["target"],
@@ -82,10 +82,7 @@ def eval_command(
         "quality": mine.to_json(),
     }
     result["size"] = _size(model)
-    versus: Comparison | None = None
-    theirs: Evaluation | None = None
-    if other is not None:
-        theirs = _evaluate(other, stream, size, batch, max_windows, out, None)
+    if other is not None and theirs is not None:
         versus = compare(mine, theirs)
         recovery = theirs.perplexity / mine.perplexity
         result["baseline"] = {
@@ -97,7 +94,7 @@ def eval_command(
         if other is not None:
             result["baseline"]["speed"] = _speed(other, stream, prompt_tokens, new_tokens)
     result["peak_rss_bytes"] = peak_rss()
-    _tell(result, mine, out)
+    _tell(result, out)
     out.data("eval", result)
     if min_recovery is not None:
         found = result["baseline"]["recovery"]
@@ -127,8 +124,9 @@ def _same_tokens(a: Model, b: Model) -> None:
 def _evaluate(
     model: Model, stream: Stream, window: int, batch: int, limit: int | None, out: Out,
     other: Model | None,
-) -> Evaluation:  # fmt: skip
-    from ..runtime.evaluate import evaluate
+) -> tuple[Evaluation, Evaluation | None]:  # fmt: skip
+    """The model's evaluation, and the baseline's where there is one: each runs once."""
+    from ..runtime.evaluate import evaluate, evaluate_pair
 
     with Progress("evaluating", out) as progress:
 
@@ -137,10 +135,12 @@ def _evaluate(
                 progress.steps(total)
             progress.at(done, "windows")
 
-        return evaluate(
-            model.runner, stream, window, baseline=None if other is None else other.runner,
-            batch=batch, limit=limit, progress=step,
-        )  # fmt: skip
+        if other is None:
+            alone = evaluate(model.runner, stream, window, batch=batch, limit=limit, progress=step)
+            return alone, None
+        return evaluate_pair(
+            model.runner, other.runner, stream, window, batch=batch, limit=limit, progress=step
+        )
 
 
 def _size(model: Model) -> dict[str, Any]:
@@ -167,7 +167,17 @@ def _speed(model: Model, stream: Stream, prompt: int, new: int) -> dict[str, Any
     return speed(model.generator, stream.tokens, prompt=prompt, new=new).to_json()
 
 
-def _tell(result: dict[str, Any], mine: Evaluation, out: Out) -> None:
+def _certainty(c: dict[str, Any]) -> str:
+    """How sure a comparison is, or that its windows are too few to say."""
+    from ..report.text import counted
+
+    over = f"paired bootstrap over {counted(c['windows'], 'window')}"
+    if c["p"] is None:
+        return f"{over}: too few to rank by, give at least {c['windows_needed']}"
+    return f"95 % {math.exp(c['low']):.4f}..{math.exp(c['high']):.4f}, {over}, p {c['p']:.2g}"
+
+
+def _tell(result: dict[str, Any], out: Out) -> None:
     from ..report.text import Table, number, size
 
     base = result.get("baseline")
@@ -188,15 +198,14 @@ def _tell(result: dict[str, Any], mine: Evaluation, out: Out) -> None:
     q = result["quality"]
     out.text(
         f"{q['windows']} windows of {q['window']} tokens ({q['tokens']:,}) of {q['data']} "
-        f"({q['sha256'][:12]}), no overlap, tail dropped"
+        f"({q['sha256'][:12]}), no overlap, tail dropped; target {result['target']}, "
+        f"{result['dtype']}"
     )
     if base:
         c = base["comparison"]
-        low, high = math.exp(c["low"]), math.exp(c["high"])
         out.text(
-            f"perplexity x{c['perplexity_ratio']:.4f} of the baseline "
-            f"(95 % {low:.4f}..{high:.4f}, paired bootstrap over {c['windows']} windows, "
-            f"p {c['p']:.2g}); recovery {base['recovery']:.4f}"
+            f"perplexity x{c['perplexity_ratio']:.4f} of the baseline ({_certainty(c)}); "
+            f"recovery {base['recovery']:.4f}"
         )
         out.text(
             f"KL to the baseline {q['kl_to_baseline']:.4g} nats per token, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,21 +17,27 @@ TARGETS = ("reference", "cpu", "triton")
 F = TypeVar("F")
 
 
-def lowering_options(command: F) -> F:
-    """Add the options that say what a graph is lowered for."""
-    made: Any = command
-    for option in (
-        click.option("--trust-remote-code", is_flag=True,
-                     help="Run modelling code that lies in the model's folder."),
-        click.option("--resident", type=click.Choice(["packed", "dense"]), default="packed",
-                     show_default=True, help="Decode weights in every call, or once (memory)."),
-        click.option("--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32",
-                     show_default=True, help="In which the graph computes."),
-        click.option("--target", type=click.Choice(TARGETS), default="reference",
-                     show_default=True, help="What the graph is lowered for."),
-    ):  # fmt: skip
-        made = option(made)
-    return made
+def lowering_options(target: str) -> Callable[[F], F]:
+    """Add the options that say what a graph is lowered for; ``target`` is the default one."""
+
+    def add(command: F) -> F:
+        made: Any = command
+        for option in (
+            click.option("--trust-remote-code", is_flag=True,
+                         help="Run modelling code that lies in the model's folder."),
+            click.option("--resident", type=click.Choice(["packed", "dense"]), default="packed",
+                         show_default=True, help="Decode weights in every call, or once (memory)."),
+            click.option("--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32",
+                         show_default=True, help="In which the graph computes."),
+            click.option("--target", type=click.Choice(TARGETS), default=target,
+                         show_default=True,
+                         help="What the graph is lowered for: plain torch (the oracle), torch's "
+                         "int4 and int8 kernels, or Triton on a GPU."),
+        ):  # fmt: skip
+            made = option(made)
+        return made
+
+    return add
 
 
 def lowering_arguments(given: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +55,8 @@ def lowering_arguments(given: dict[str, Any]) -> dict[str, Any]:
 @click.argument("source", metavar="ARTEFACT_OR_MODEL")
 @click.option("--prompt", "prompts", multiple=True, required=True,
               help="Text to continue; may be repeated.")  # fmt: skip
-@click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@click.option("--max-new-tokens", type=int, default=64, show_default=True,
+              help="Most tokens to write; the end token stops earlier.")  # fmt: skip
 @click.option("--greedy", is_flag=True, help="Take the likeliest token (the default).")
 @click.option("--temperature", type=float, default=None,
               help="Above 0: draw from the softmax of logits / temperature.")  # fmt: skip
@@ -56,7 +64,7 @@ def lowering_arguments(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--top-p", type=float, default=None,
               help="Draw from the smallest set of tokens of that probability.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@lowering_options
+@lowering_options("cpu")
 @output_options
 def run_command(
     source: str, prompts: tuple[str, ...], max_new_tokens: int, greedy: bool,
@@ -86,13 +94,12 @@ def run_command(
     times: list[float] = []
 
     def on_token(row: int, token: int) -> None:
-        times.append(time.perf_counter())
         if live:
+            out.text("" if times else prompts[0], newline=False)
             out.text(shown.push(token), newline=False)
+        times.append(time.perf_counter())
 
     ids = [tokenizer.encode(p) for p in prompts]
-    if live:
-        out.text(prompts[0], newline=False)
     began = time.perf_counter()
     made = model.generate(
         ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -101,12 +108,15 @@ def run_command(
     took = time.perf_counter() - began
     texts = [tokenizer.decode(row) for row in made]
     if live:
-        out.text(shown.rest())
+        out.text(("" if times else prompts[0]) + shown.rest())
     else:
         for prompt, text in zip(prompts, texts, strict=True):
             out.text(f"--- {prompt}{text}")
     count = sum(len(row) for row in made)
-    out.note(f"{count} tokens in {took:.2f} s ({count / max(took, 1e-9):.1f} tokens/s)")
+    out.note(
+        f"{count} tokens in {took:.2f} s ({count / max(took, 1e-9):.1f} tokens/s, "
+        f"target {lowering['target']})"
+    )
     out.data("run", {
         "source": source, "target": lowering["target"], "cached": runner.cached, "seed": seed,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seconds": took,

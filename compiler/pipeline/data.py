@@ -231,7 +231,8 @@ def _digest(name: str) -> str:
 def _read(path: Path) -> bytes:
     try:
         if not path.is_file():
-            raise UsageError(f"expected a data file, found none at {path}")
+            found = "a folder" if path.is_dir() else "none"
+            raise UsageError(f"expected a data file, found {found} at {path}")
         if path.stat().st_size > _TEXT_BYTES:
             raise UsageError(f"expected a data file of at most {_TEXT_BYTES} bytes at {path}")
         return path.read_bytes()

@@ -22,6 +22,9 @@ from . import order
 from .base import Pass
 from .registry import all_passes, find
 
+# Recipes that come with llmc; --recipe takes their names.
+SHIPPED = Path(__file__).parents[2] / "spec" / "recipes"
+
 
 @dataclass(frozen=True)
 class Override:
@@ -192,7 +195,7 @@ def from_file(path: str | Path) -> Recipe:
     """
     import yaml
 
-    path = Path(path)
+    path = _named(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -207,15 +210,50 @@ def from_file(path: str | Path) -> Recipe:
     return from_mapping(data, where=str(path))
 
 
+def _named(given: str | Path) -> Path:
+    """The file that is meant: the given path, else the shipped recipe of that name.
+
+    Raises:
+        UsageError: neither exists.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        return path
+    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.yaml"))}
+    if path.parent == Path() and path.stem in shipped and path.suffix in ("", ".yaml"):
+        return shipped[path.stem]
+    if path.parent != Path():
+        raise UsageError(f"expected a recipe file, found none at {given}")
+    raise UsageError(
+        f"expected a recipe file or one of {', '.join(shipped)}, found none at {given}",
+        hint=nearest(path.stem, shipped),
+    )
+
+
+def _field_error(error: Any, where: str) -> UsageError:
+    """One finding of pydantic in our words, with the fields that there are."""
+    spot = error["loc"]
+    place = ".".join(str(p) for p in spot)
+    levels: dict[int, type[BaseModel]] = {1: RecipeModel, 3: _OverrideModel, 4: _Where}
+    known = levels[len(spot)].model_fields if len(spot) in levels else ()
+    if error["type"] == "missing":
+        return UsageError(f"{place}: expected this field, found none", where=where)
+    if error["type"] == "extra_forbidden":
+        return UsageError(
+            f"{place}: expected a field of {', '.join(known)}, found {str(spot[-1])!r}",
+            where=where, hint=nearest(str(spot[-1]), known),
+        )  # fmt: skip
+    return UsageError(f"{place}: {error['msg']}", where=where)
+
+
 def from_mapping(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from a mapping of the file's shape."""
     try:
         model = RecipeModel.model_validate(dict(data))
     except ValidationError as e:
-        first = e.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        hint = nearest(str(first["loc"][-1]), RecipeModel.model_fields)
-        raise UsageError(f"{place}: {first['msg']}", where=where, hint=hint) from None
+        # An unknown field first: a misspelt one is missing too, and its own name says more.
+        errors = sorted(e.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        raise _field_error(errors[0], where) from None
     stages = [
         [Call(name, find(name).build(name, dict(raw or {}))) for name, raw in stage.items()]
         for stage in model.stages

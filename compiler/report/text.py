@@ -63,6 +63,12 @@ def size(count: float | None) -> str:
     raise AssertionError("unreachable")
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 site``, ``2 sites``, ``0 near misses``."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number in a few characters, ``-`` for none."""
     if value is None:

@@ -16,6 +16,9 @@ from .executor import Runner
 
 # Rows of the vocabulary-wide softmax computed at once: bounds memory on wide vocabularies.
 _POSITIONS = 512
+# Below this many windows a bootstrap says nothing: of n differences, all have one sign by chance
+# with probability 2^(1-n), and then every resample agrees.
+MIN_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -214,12 +217,13 @@ class Comparison:
     Attributes:
         low, high: 95 % bootstrap interval of ``difference``.
         p: two-sided; the share of resamples on the other side of zero, doubled.
+        All three are None below ``MIN_WINDOWS`` windows.
     """
 
     difference: float
-    low: float
-    high: float
-    p: float
+    low: float | None
+    high: float | None
+    p: float | None
     windows: int
 
     @property
@@ -227,7 +231,9 @@ class Comparison:
         return math.exp(self.difference)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
+        return asdict(self) | {
+            "perplexity_ratio": self.perplexity_ratio, "windows_needed": MIN_WINDOWS,
+        }  # fmt: skip
 
 
 def compare(a: Evaluation, b: Evaluation, samples: int = 10_000, seed: int = 0) -> Comparison:
@@ -244,6 +250,8 @@ def compare(a: Evaluation, b: Evaluation, samples: int = 10_000, seed: int = 0) 
             )
     diff = torch.tensor(a.nll, dtype=torch.float64) - torch.tensor(b.nll, dtype=torch.float64)
     n = len(diff)
+    if n < MIN_WINDOWS:
+        return Comparison(float(diff.mean()), None, None, None, n)
     generator = torch.Generator().manual_seed(seed)
     means = torch.empty(samples, dtype=torch.float64)
     chunk = max(1, 4_000_000 // n)

@@ -195,7 +195,7 @@ def test_passes_and_recipe(refused: Callable[..., str], tiny: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (None, "No such file"),
+        (None, "found none"),
         ("version: 2\nstages: [{w4: }]\n", "version"),
         ("version: 1\nstages: []\n", "stages"),
         ("version: 1\nstages: [{w4: {group: 32}}]\nextra: 1\n", "extra"),

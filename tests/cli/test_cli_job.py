@@ -164,12 +164,12 @@ def test_run_refuses_bad_settings(llmc: Call, artefact: Path, more: list[str], h
 def test_eval_with_baseline(llmc: Call, artefact: Path, tiny: Path, text: Path) -> None:
     """Perplexity with its protocol, KL, agreement, size, speed and memory, in text and JSON."""
     args = ["eval", artefact, "--data", text, "--baseline", tiny, "--window", 32,
-            "--max-windows", 6, "--prompt-tokens", 16, "--new-tokens", 2]  # fmt: skip
+            "--max-windows", 8, "--prompt-tokens", 16, "--new-tokens", 2]  # fmt: skip
     done = llmc(*args, "--json")
     assert done.code == 0, done.err
     told = done.json
     quality, base = told["quality"], told["baseline"]
-    assert (quality["window"], quality["windows"], quality["data"]) == (32, 6, "text.txt")
+    assert (quality["window"], quality["windows"], quality["data"]) == (32, 8, "text.txt")
     assert 0 < quality["kl_to_baseline"] < 5
     assert 0 <= quality["top1_agreement"] <= 1
     assert base["comparison"]["low"] <= base["comparison"]["difference"]
@@ -180,7 +180,7 @@ def test_eval_with_baseline(llmc: Call, artefact: Path, tiny: Path, text: Path) 
     assert base["size"]["resident_above_stored"] == []  # fp32 as stored
     shown = llmc(*args, "--no-speed")
     assert "no overlap, tail dropped" in shown.out
-    assert "paired bootstrap over 6 windows" in shown.out
+    assert "paired bootstrap over 8 windows" in shown.out
     assert "prefill" not in shown.out
 
 

@@ -1,0 +1,161 @@
+"""Corners of the command line that a careful user meets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Call = Callable[..., Any]
+
+
+def test_force_replaces_artefacts_only(
+    llmc: Call, tiny: Path, tmp_path: Path, small_run: list[object],
+    folder_digest: Callable[[Path], str],
+) -> None:  # fmt: skip
+    """--force never throws a model away, not even the one that is being compiled."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    before = folder_digest(model)
+    done = llmc("compile", model, "-p", "w4:group=32", "-o", model, "--force", *small_run)
+    assert done.code == 2
+    assert "expected an artefact to replace" in done.error
+    assert folder_digest(model) == before
+
+
+def test_python_door_replaces_artefacts_only(artefact: Path, tmp_path: Path) -> None:
+    """``save(force=True)`` keeps the same law; an empty folder is nobody's."""
+    import llmc
+    from llmc.compiler.ir.errors import UsageError
+
+    (tmp_path / "mine").mkdir()
+    small = llmc.load(artefact)
+    small.save(tmp_path / "mine", force=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("keep")
+    with pytest.raises(UsageError, match="something else"):
+        small.save(tmp_path / "notes", force=True)
+    assert (tmp_path / "notes" / "a.txt").read_text() == "keep"
+
+
+def test_an_artefact_is_no_model(llmc: Call, artefact: Path, tmp_path: Path) -> None:
+    """Compiling an artefact again is refused in those words."""
+    done = llmc("compile", artefact, "-p", "w4", "-o", tmp_path / "again")
+    assert done.code == 3
+    assert "expected a model, found an artefact" in done.error
+    assert llmc("plan", artefact, "-p", "w4").code == 3
+
+
+def test_files_of_an_artefact_have_one_mode(artefact: Path) -> None:
+    """The process's umask decides, for weights as for JSON."""
+    bits = os.umask(0o022)
+    os.umask(bits)
+    found = {stat.S_IMODE(p.stat().st_mode) for p in artefact.rglob("*") if p.is_file()}
+    assert found == {0o666 & ~bits}
+
+
+def test_home_is_expanded(
+    llmc: Call, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``~`` that a shell left alone means home for artefacts too."""
+    shutil.copytree(artefact, tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "content" in llmc("inspect", "~/a").out
+
+
+def test_rescaled_parameters_have_the_models_names(llmc: Call, artefact: Path) -> None:
+    """``diff --pass smooth`` names weights, not the pieces that later passes left of them."""
+    table = llmc("diff", artefact, "--pass", "smooth").out.partition("Parameters rescaled")[2]
+    assert "model.layers.0.self_attn.q_proj.weight\n" in table
+    assert ".meta" not in table
+    assert ".codes" not in table
+
+
+def test_nothing_is_printed_before_a_refusal(llmc: Call, artefact: Path) -> None:
+    """A run that is refused leaves stdout empty."""
+    for more in (["--max-new-tokens", 0], ["--max-new-tokens", 5000], ["--prompt", ""]):
+        done = llmc("run", artefact, "--prompt", "def", *more)
+        assert done.code == 2
+        assert done.out == ""
+
+
+def test_run_takes_the_fast_target_and_says_so(llmc: Call, artefact: Path) -> None:
+    """By default torch's kernels generate, and what ran is said."""
+    done = llmc("run", artefact, "--prompt", "def", "--max-new-tokens", 3)
+    assert "target cpu" in done.err
+    plain = llmc("run", artefact, "--prompt", "def", "--max-new-tokens", 3, "--target", "reference")
+    assert "target reference" in plain.err
+    assert done.out.startswith("def")
+    assert plain.out.startswith("def")
+
+
+def test_eval_says_what_it_measured_and_how_sure_it_is(
+    llmc: Call, artefact: Path, tiny: Path, text: Path
+) -> None:
+    """The target is printed; a bootstrap over three windows has no p."""
+    args = ["eval", artefact, "--baseline", tiny, "--data", text, "--window", 16, "--no-speed"]
+    few = llmc(*args, "--max-windows", 3)
+    assert "target reference, f32" in few.out
+    assert "too few to rank by" in few.out
+    told = llmc(*args, "--max-windows", 3, "--json").json["baseline"]["comparison"]
+    assert (told["p"], told["low"], told["windows_needed"]) == (None, None, 8)
+    many = llmc(*args, "--max-windows", 8)
+    assert "too few" not in many.out
+    assert ", p " in many.out
+
+
+def test_a_window_of_nothing_is_refused(llmc: Call, artefact: Path, text: Path) -> None:
+    """0 is not the default in disguise."""
+    done = llmc("eval", artefact, "--data", text, "--window", 0)
+    assert done.code == 2
+    assert "found 0" in done.error
+
+
+def test_a_folder_is_no_data_file(llmc: Call, artefact: Path, tmp_path: Path) -> None:
+    """What was found is named."""
+    assert "found a folder" in llmc("eval", artefact, "--data", tmp_path).error
+
+
+def test_kernels_without_a_model(llmc: Call) -> None:
+    """Every row's machine code, for typical problems; without --aot there is nothing to show."""
+    from llmc.codegen.kernels import ROWS
+
+    assert "--aot" in llmc("kernels").error
+    done = llmc("kernels", "--aot", "sm_80", "--json")
+    assert done.code == 0, done.err
+    facts = done.json["aot"]
+    assert {f["row"] for f in facts} == {r.name for r in ROWS}
+    assert all(f["registers"] > 0 and f["stack"] == 0 and f["matrix"] for f in facts)
+    assert any(f["problem"]["norm"] and f["problem"]["bias"] for f in facts)
+
+
+def test_shipped_recipes_have_names(llmc: Call, tiny: Path, tmp_path: Path) -> None:
+    """``--recipe default`` is the file in spec/recipes; a wrong name lists what there is."""
+    done = llmc("plan", tiny, "--recipe", "default", "--json")
+    assert done.code == 0, done.err
+    wrong = llmc("plan", tiny, "--recipe", "defalt")
+    assert wrong.code == 2
+    assert "careful, default" in wrong.error
+    assert "did you mean 'default'?" in wrong.error
+    own = tmp_path / "r.yaml"
+    own.write_text("pases: w4\n")
+    assert (
+        "expected a field of version, stages, overrides"
+        in llmc("plan", tiny, "--recipe", own).error
+    )
+    own.write_text("stages: [{w4: {}}]\n")
+    assert "version: expected this field, found none" in llmc("plan", tiny, "--recipe", own).error
+
+
+def test_tables_count_in_words(llmc: Call, artefact: Path) -> None:
+    """One is not many."""
+    from llmc.compiler.report.text import counted
+
+    assert [counted(n, "site") for n in (0, 1, 2)] == ["0 sites", "1 site", "2 sites"]
+    assert counted(3, "near miss") == "3 near misses"
+    assert "w4 takes 14 sites" in llmc("explain", "w4", artefact).out
