@@ -223,25 +223,3 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
         "not_fused": [r.to_json() for r in lowered.refused],
         "resident_bytes": sum(lowered.resident_bytes.values()),
     }
-
-
-def aot_report(
-    targets: tuple[str, ...] = ("sm_80", "sm_90"), *, N: int = 4096, K: int = 4096
-) -> list[dict[str, Any]]:
-    """Machine-code facts of each row's main variants at one token and at sixteen.
-
-    Needs no GPU. ResourceError under the interpreter, which cannot compile.
-    """
-    from .aot import compile_variant
-    from .kernels import ROWS
-
-    facts = []
-    for row in ROWS:
-        n, m, group = (2, 4, 64) if row.step == 256 else (0, 0, 128)
-        for asym in (False, True):
-            problem = Problem(N, K, group=group, n=n, m=m, asym=asym)
-            tiles = {row.tiles[0], max(t for t in row.tiles if t[0] == 16)}
-            for c in row.configs(problem):
-                if (c.BM, c.BN) in tiles and c.stages == row.stages[1]:
-                    facts += [compile_variant(row, problem, c, t).json() for t in targets]
-    return facts

@@ -68,9 +68,6 @@ class ExpertSite:
     wave: int
 
 
-Site = LinearSite | ExpertSite
-
-
 @dataclass(frozen=True)
 class _Place:
     id: str
@@ -230,12 +227,3 @@ def _makers(value: fx.Node) -> set[str]:
         else:
             found.add(name)
     return found
-
-
-def site_segments(sites: list[LinearSite | ExpertSite | Refusal]) -> dict[str, list[Site]]:
-    """Sites by segment, refusals left out."""
-    out: dict[str, list[Site]] = {}
-    for s in sites:
-        if not isinstance(s, Refusal):
-            out.setdefault(s.segment, []).append(s)
-    return out

@@ -137,11 +137,6 @@ def is_batch(d: Dim) -> bool:
     return not isinstance(d, int) and d.free_symbols == {BATCH}
 
 
-def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """Values that a call reads and that hold tensors, kwargs too, each once."""
-    return [n for n in node.all_input_nodes if shape_of(n) is not None]
-
-
 def constants(graph: fx.Graph) -> set[fx.Node]:
     """Values that depend on no input: parameters and what is computed from them alone."""
     out: set[fx.Node] = set()

@@ -6,12 +6,7 @@ import torch
 from analysis_build import HEADS, INNER, KV, D, H, Stack, scrambled, stack
 
 from llmc.compiler.analysis.blocks import apply_segments
-from llmc.compiler.analysis.linears import (
-    ExpertSite,
-    LinearSite,
-    linear_sites,
-    site_segments,
-)  # fmt: skip
+from llmc.compiler.analysis.linears import ExpertSite, LinearSite, linear_sites
 from llmc.compiler.ir.dims import BATCH, SEQ
 from llmc.compiler.ir.graph import Param, Program
 from llmc.compiler.ir.refusal import Refusal
@@ -144,9 +139,3 @@ def test_names_do_not_matter() -> None:
             assert {**vars(a), "param": ""} == {**vars(b), "param": ""}
         elif isinstance(a, Refusal) and isinstance(b, Refusal):
             assert (a.node, a.predicate) == (b.node, b.predicate)
-
-
-def test_sites_by_segment_leave_refusals_out() -> None:
-    parts = site_segments(found(stack(["silu"], tied=True)))
-    assert set(parts) == {"block0"}
-    assert len(parts["block0"]) == 7
