@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import fx
 
+from ..analysis.flow import is_plain_move
+from ..analysis.ties import WHOLE_ATTENTION
 from ..ir.dims import numel
 from ..ir.graph import Program, tensor_type
 from ..ir.ops import row_of
 
-_PASSES_ON = ("aten.view", "aten.reshape", "aten.transpose", "aten.permute", "aten.unsqueeze",
-              "aten.expand", "aten.to", "aten._to_copy", "aten.alias", "aten.t")  # fmt: skip
+_EXPAND = "aten.expand.default"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _readers(node: fx.Node) -> Iterable[tuple[fx.Node, str]]:
     for user in node.users:
         if user.op != "call_function":
             continue
-        if row_of(user).name.startswith(_PASSES_ON):
+        if is_plain_move(user) or row_of(user).name == _EXPAND:
             yield from _readers(user)
             continue
         for i, arg in enumerate(user.args):
@@ -107,7 +108,7 @@ def _head(program: Program) -> list[fx.Node]:
         seen.add(node)
         if _matrices(node):
             found.append(node)
-        elif "attention" not in row_of(node).name:
+        elif row_of(node).name not in WHOLE_ATTENTION:
             todo.extend(node.all_input_nodes)
     return found
 

@@ -10,9 +10,11 @@ import torch
 from torch import fx
 
 from llmc.compiler.ir import packing
+from llmc.compiler.ir.dims import BATCH
 from llmc.compiler.ir.errors import ModelError, UsageError
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.ir.interpret import run
+from llmc.compiler.pipeline.zoo import Builder
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.sizes import roles, sizes
 
@@ -162,3 +164,14 @@ def test_sizes_count_what_linears_multiply_with(make_tiny: Make) -> None:
     rows16, rows24 = 2 * (16 + 8 + 8 + 16 + 24 + 24), 2 * 16
     assert small.linear_bytes == rows16 * (8 + 4) + rows24 * (12 + 4)
     assert small.to_json()["bits_per_linear_weight"] == small.bits_per_weight
+
+
+def test_a_role_is_not_read_through_what_changes_numbers() -> None:
+    b = Builder()
+    x = b.input("x", torch.float32, BATCH, 4)
+    moved = b.call("aten.transpose.int", b.param(4, 3), 0, 1)
+    changed = b.call("aten.tanh.default", b.param(3, 4))
+    both = [b.call("aten.linear.default", x, w) for w in (moved, changed)]
+    kinds = roles(b.finish(b.call("aten.add.Tensor", *both)))
+    assert kinds["p1"] == "operand"
+    assert kinds["p0"] in ("head", "weight")
