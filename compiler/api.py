@@ -218,9 +218,7 @@ def check_target(name: str) -> None:
 
 def needs_data(planned: Plan) -> bool:
     """Whether any pass of the plan asks for calibration data."""
-    return any(
-        s.migrations or any(d.needs_gram for d in s.decisions.values()) for s in planned.stages
-    )
+    return bool(planned.needing)
 
 
 def calibrate(

@@ -16,12 +16,13 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .api import Settings, calibrate, needs_data, read_recipe
+from .api import Settings, calibrate, read_recipe
 from .borrow import fill_from_artefact, own_params
 from .ir.errors import UsageError, nearest
 from .ir.graph import Program, info, tensor_type
 from .ir.ops import row_of
 from .ir.types import TensorType, same_type
+from .model import fold_params
 from .pipeline.data import Source, Tokenizer
 from .pipeline.encode import refresh_types
 from .pipeline.plan import Plan, make_plan
@@ -231,8 +232,7 @@ def _reached(plan: Plan) -> list[str]:
     out: dict[str, None] = {}
     for stage in plan.stages:
         for m in stage.migrations:
-            out |= dict.fromkeys(c[1] for c in m.site.consumers)
-            out |= dict.fromkeys(a.param for a in m.site.absorbers)
+            out |= dict.fromkeys(fold_params(m.site))
         out |= dict.fromkeys(d.site.param for d in stage.decisions.values())
     return list(out)
 
@@ -281,12 +281,11 @@ def _keep(plan: Plan, reached: list[str], sources: Mapping[str, torch.Tensor], k
 def _solve(plan: Plan, wanted: Options, device: torch.device) -> None:
     """Calibrate and solve on windows of the shape that the graph was traced for."""
     tokens = None
-    if needs_data(plan):
+    if plan.needing:
         if wanted.calibration is None:
-            needing = [c.name for s in plan.stages for c in s.calls if c.made.needs]
             raise UsageError(
-                f"options: expected calibration or artifact for {', '.join(needing)}, which need "
-                "statistics, found neither",
+                f"options: expected calibration or artifact for {', '.join(plan.needing)}, which "
+                "need statistics, found neither",
                 hint="or a solver without statistics, such as w4:solver=rtn",
             )
         settings = _fitted(plan.source, wanted)
@@ -345,7 +344,6 @@ def _callable(
         return (out,) if single else tuple(out)
 
     call.llmc_program = program  # type: ignore[attr-defined]
-    call.llmc_lowered = made  # type: ignore[attr-defined]
     return call
 
 

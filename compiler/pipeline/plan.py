@@ -20,7 +20,7 @@ from ..ir.refusal import Refusal
 from ..ir.scheme import Scheme, Transform, View
 from ..ir.segments import refresh_segments
 from ..ir.serial import to_json
-from ..ir.verifier import verify
+from ..ir.verifier import verify, verify_interface
 from . import order
 from .analysis import Analysis
 from .recipe import Call, Override, Recipe, at_site
@@ -63,6 +63,13 @@ class Stage:
     migrations: list[Migration] = field(default_factory=list)
     decisions: dict[str, Decision] = field(default_factory=dict)
 
+    @property
+    def needing(self) -> list[str]:
+        """Names of the passes that need calibration data here."""
+        names = {m.call.name for m in self.migrations}
+        names |= {n for d in self.decisions.values() if d.needs_gram for n in d.passes}
+        return sorted(names)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -86,6 +93,11 @@ class Plan:
     refusals: list[Refusal]
     snapshots: list[Snapshot]
     schemes: dict[str, Scheme]
+
+    @property
+    def needing(self) -> list[str]:
+        """Names of the passes that need calibration data."""
+        return sorted({name for stage in self.stages for name in stage.needing})
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per weight that some pass speaks about, in graph order."""
@@ -213,6 +225,7 @@ def make_plan(program: Program, recipe: Recipe) -> Plan:
             refresh_segments(final)
             if checks_on():
                 verify(final)
+                verify_interface(source, final)
             touched += here
             snap = Snapshot(call.name, to_json(final), tuple(rewrote), here, str(call.made.effect))
             plan.snapshots.append(snap)

@@ -7,7 +7,7 @@ feed the next block. Peak memory is about one block plus the activations, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -82,9 +82,8 @@ def compile_plan(
         ModelError: a weight or an activation is not finite.
     """
     options = options or Options()
-    needing = sorted({c.name for s in plan.stages for c in s.calls if _needs_data(s, c.name)})
-    if needing and tokens is None:
-        raise UsageError(f"expected calibration data for {', '.join(needing)}, found none")
+    if plan.needing and tokens is None:
+        raise UsageError(f"expected calibration data for {', '.join(plan.needing)}, found none")
     work = Work(plan, torch.device(options.device))
     out = Compiled(plan.program, plan)
     total = len(plan.stages) * len(plan.source.segments)
@@ -98,11 +97,6 @@ def compile_plan(
     return out
 
 
-def _needs_data(stage: Stage, name: str) -> bool:
-    folds = any(m.call.name == name for m in stage.migrations)
-    return folds or any(name in d.passes and d.needs_gram for d in stage.decisions.values())
-
-
 class _Round:
     """One stage over all segments."""
 
@@ -114,9 +108,10 @@ class _Round:
         self.options, self.listener, self.out = options, listener, out
         self.program = plan.source
         self.nodes = {n.name: n for n in self.program.graph.nodes}
-        calibrated = any(_needs_data(stage, c.name) for c in stage.calls)
-        self.envs = _batches(self.program, tokens, options) if calibrated else []
-        assert tokens is not None or not self.envs
+        self.envs: list[Env] = []
+        if stage.needing:
+            assert tokens is not None
+            self.envs = _batches(self.program, tokens, options)
 
     def run(self) -> None:
         later = _needed_later(self.program)
@@ -248,9 +243,8 @@ def _needed_later(program: Program) -> dict[str, set[str]]:
     return out
 
 
-def _batches(program: Program, tokens: Tensor | None, options: Options) -> list[Env]:
+def _batches(program: Program, tokens: Tensor, options: Options) -> list[Env]:
     """Input environments of the calibration batches."""
-    assert tokens is not None
     nodes = {n.name: n for n in program.inputs}
     out: list[Env] = []
     for ids in tokens.split(options.batch):
@@ -287,8 +281,3 @@ def _finish(plan: Plan, work: Work, out: Compiled) -> None:
         if made is not None:
             final.set_tensor(name, made.cpu().contiguous())
     encode.refresh_types(final)
-
-
-def fallbacks_text(records: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per weight that fell back."""
-    return [f"{r['site']}: {'; '.join(r['fallbacks'])}" for r in records if r["fallbacks"]]

@@ -138,7 +138,7 @@ class Moments:
 
 @dataclass
 class Gram:
-    """XᵀX [n, n], accumulated in fp32 (fp64 for fp64 inputs)."""
+    """XᵀX [n, n], accumulated in fp32 (fp64 for fp64 inputs); updated in place, never shared."""
 
     name: ClassVar[str] = "gram"
     scope: ClassVar[str] = "block"
@@ -154,7 +154,7 @@ class Gram:
 
     def merge(self, other: Gram) -> None:
         if other.value is not None:
-            self.value = other.value if self.value is None else self.value + other.value
+            self.value = other.value + (0 if self.value is None else self.value)
         self.tokens += other.tokens
 
     def scaled(self, factor: Tensor) -> Gram:

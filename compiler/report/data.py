@@ -27,12 +27,13 @@ def report(done: Compiled) -> dict[str, Any]:
         solved[record["site"]] = {k: v for k, v in record.items() if k != "seconds"}
     ends = code_ends(done.program)
     params = {d.site.id: d.site.param for s in done.plan.stages for d in s.decisions.values()}
+    stored = done.program.stored_bytes()
     sites = []
     for row in done.plan.rows():
         of = solved.get(row["site"], {})
         keep = ("loss", "damp", "tokens", "zeros", "rows_rtn", "fallbacks", "round")
         weights = row["shape"][0] * row["shape"][1]
-        after = _stored(done.program, params[row["site"]])
+        after = stored[params[row["site"]]]
         sites.append(
             row
             | {k: of[k] for k in keep if k in of}
@@ -54,13 +55,6 @@ def times(done: Compiled) -> dict[str, Any]:
     """Seconds of each solve and their sum; they differ from run to run."""
     rows = [{"site": r["site"], "round": r["round"], "seconds": r["seconds"]} for r in done.records]
     return {"solves": rows, "solving_seconds": sum(r["seconds"] for r in rows)}
-
-
-def _stored(program: Program, param: str) -> int:
-    """Bytes of a weight's parameters as stored."""
-    return sum(
-        p.bytes for n, p in program.params.items() if n == param or n.startswith(param + ".")
-    )
 
 
 def code_ends(program: Program) -> dict[str, float]:
