@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from ...ir.dims import Dim, same_shape
+from ...ir.dims import SEQ, Dim, same_shape
 from ...ir.graph import Program, info, tensor_type
 from ...ir.interpret import run_nodes
 from ...ir.ops import row_of
@@ -154,7 +154,6 @@ def _ancestors(program: Program, mask: fx.Node, *, literals: bool) -> list[fx.No
         if isinstance(info(node).type, SymType):
             continue
         found: list[int] = []
-        fx.map_arg(node.args, lambda n: n)
         _collect(node.args, found)
         free = row_of(node).name == "aten.slice.Tensor" or not literals
         if not free and any(abs(v) > _LITERAL for v in found):
@@ -182,7 +181,7 @@ def _evaluate(
     for node in nodes:
         t = info(node).type
         if isinstance(t, SymType):
-            env[node] = size if str(t.expr) == "S" else 2
+            env[node] = size if t.expr == SEQ else 2
         elif isinstance(t, TensorType):
             todo.append(node)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import fx
@@ -101,9 +102,7 @@ def rename(program: Program) -> None:
             if used.op == "get_attr":
                 first_use.setdefault(str(used.target))
     new_name = {old: f"p{i}" for i, old in enumerate(first_use)}
-    program.params = {
-        new: _renamed(program.params[old], new) for old, new in new_name.items()
-    }  # fmt: skip
+    program.params = {new: replace(program.params[old], name=new) for old, new in new_name.items()}
     weights.leaves = {new: weights.leaves[old] for old, new in new_name.items()}
     counts: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
@@ -111,15 +110,10 @@ def rename(program: Program) -> None:
         if node.op == "get_attr":
             node.target = names[node] = new_name[str(node.target)]
         elif node.op == "call_function":
-            base = _base(node)
-            name = base
-            while name in taken or counts[base]:
-                name = f"{base}_{counts[base]}" if counts[base] else base
+            name = base = _base(node)
+            while name in taken:
                 counts[base] += 1
-                if name not in taken:
-                    break
-            else:
-                counts[base] += 1
+                name = f"{base}_{counts[base]}"
             taken.add(name)
             names[node] = name
     set_names(program.graph, names)
@@ -128,12 +122,6 @@ def rename(program: Program) -> None:
 def _base(node: fx.Node) -> str:
     name = row_of(node).name
     return name.split(".")[1].strip("_")
-
-
-def _renamed(param: Any, name: str) -> Any:
-    from dataclasses import replace
-
-    return replace(param, name=name)
 
 
 def drop_marks(program: Program) -> None:
