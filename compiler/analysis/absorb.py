@@ -11,7 +11,7 @@ from ..ir.graph import Program
 from .flow import LINEAR, is_cut, is_move
 from .linears import sole_param
 from .patterns import UNSCALED, Labels, only_on, pull_back, seen_through
-from .ties import ATTENTION, as_int, op_name, shape_of
+from .ties import ATTENTION, as_int, is_element, op_name, shape_of
 
 _RELU = "aten.relu.default"
 _SCALES = frozenset({"aten.neg.default", "aten.mul.Scalar", "aten.div.Scalar"})
@@ -117,7 +117,7 @@ class Builder:
         for user in value.users:
             if user is reader:
                 continue
-            element = op_name(user).endswith("getitem") and user.args[1] != part
+            element = is_element(user) and user.args[1] != part
             if not element and not seen_through(user, value, pattern, part):
                 reason = f"{user.name} ({op_name(user) or user.op}) reads {value.name} too"
                 raise No("all_users_rewritten", reason, user)

@@ -17,18 +17,11 @@ from ..ir.graph import Program, Segment, info
 from ..ir.ops.base import cost, row_of
 from ..ir.types import show_type, total_bytes
 from .blocks import segments_of
+from .flow import CUTS, VIEWS
+from .ties import is_element, op_name
 
-# Ops whose result shares its memory with their first argument. A reshape may copy; it is counted as
-# a view, as it is one wherever the layout allows.
-_VIEWS = frozenset({
-    "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
-    "aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.unsqueeze.default",
-    "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.flatten.using_ints",
-    "aten.unflatten.int", "aten.alias.default", "aten.detach.default", "aten.expand.default",
-    "aten.slice.Tensor", "aten.select.int", "aten.split.Tensor",
-    "aten.split_with_sizes.default", "aten.chunk.default", "aten.unbind.int",
-    "aten.narrow.default", "aten.dropout.default",
-})  # fmt: skip
+# Ops whose result shares its memory with their first argument.
+_SHARES = VIEWS | CUTS | {"aten.expand.default", "aten.select.int", "aten.unbind.int"}
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,7 @@ class Row:
 
 def is_view(node: fx.Node) -> bool:
     """Whether a call's result shares memory with its first argument."""
-    name = row_of(node).name
-    return name in _VIEWS or name.endswith("getitem")
+    return op_name(node) in _SHARES or is_element(node)
 
 
 class CostModel:

@@ -17,7 +17,18 @@ from torch import fx
 from ..ir.dims import Dim
 from ..ir.errors import ModelError
 from ..ir.graph import Program
-from .ties import Axis, as_int, calls, is_batch, is_sequence, op_name, parts_of, shape_of, ties_of
+from .ties import (
+    Axis,
+    as_int,
+    calls,
+    is_batch,
+    is_element,
+    is_sequence,
+    op_name,
+    parts_of,
+    shape_of,
+    ties_of,
+)
 
 _JOINS = ("same", "contract")
 _RELATES = ("split", "merge", "repeat", "concat", "slice")
@@ -194,4 +205,4 @@ def _size(a: Axis) -> Dim:
 
 def _element(node: fx.Node, a: Axis) -> bool:
     """Whether ``a`` belongs to an element of a tuple that this getitem does not take."""
-    return op_name(node).endswith("getitem") and a.node is not node and a.part != node.args[1]
+    return is_element(node) and a.node is not node and a.part != node.args[1]

@@ -7,28 +7,31 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import fx
 
-from .ties import op_name
+from .ties import is_element, op_name
 
 LINEAR = "aten.linear.default"
 EXPERTS = "llmc.experts"
 
-# Ops that only move, rename or retype numbers: each output element is one input element.
-MOVES = frozenset({
+# Ops whose result holds the same numbers in the same memory. A reshape may copy; it counts as a
+# view, as it is one wherever the layout allows.
+VIEWS = frozenset({
     "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
     "aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.unsqueeze.default",
     "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.flatten.using_ints",
-    "aten.unflatten.int", "aten.contiguous.default", "aten.clone.default", "aten.alias.default",
-    "aten.detach.default", "aten.lift_fresh_copy.default", "aten._to_copy.default",
-    "aten.to.dtype", "aten.to.dtype_layout", "aten.type_as.default", "aten.dropout.default",
+    "aten.unflatten.int", "aten.alias.default", "aten.detach.default", "aten.dropout.default",
 })  # fmt: skip
+
+# Ops that only move, rename or retype numbers: each output element is one input element.
+MOVES = VIEWS | {
+    "aten.contiguous.default", "aten.clone.default", "aten.lift_fresh_copy.default",
+    "aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.type_as.default",
+}  # fmt: skip
 
 # Ops whose result is a part of their first argument.
 CUTS = frozenset({
     "aten.slice.Tensor", "aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default",
     "aten.narrow.default",
 })  # fmt: skip
-
-GETITEM = "getitem"
 
 NONLINEAR = frozenset({
     "llmc.activation", "aten.relu.default", "aten.gelu.default", "aten.silu.default",
@@ -47,8 +50,7 @@ def is_plain_move(node: object) -> bool:
 
 def is_move(node: object) -> bool:
     """Whether a call moves numbers without changing them (the element of a tuple included)."""
-    name = op_name(node)
-    return name in MOVES or name.endswith(GETITEM)
+    return is_plain_move(node) or is_element(node)
 
 
 def is_cut(node: object) -> bool:

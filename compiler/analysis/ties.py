@@ -52,6 +52,11 @@ def op_name(node: object) -> str:
     return ""
 
 
+def is_element(node: object) -> bool:
+    """Whether a call takes one element of a tuple value."""
+    return op_name(node) == "operator.getitem"
+
+
 def operands(node: fx.Node) -> list[tuple[fx.Node, int] | Any]:
     """Positional arguments laid out flat, as tie indices count them: values as (node, element)."""
     flat: list[Any] = []

@@ -15,8 +15,7 @@ from ..ir.dims import BATCH, SEQ, Dim
 from ..ir.graph import Program, info
 from ..ir.refusal import Refusal
 from ..ir.types import SymType
-from .flow import GETITEM
-from .ties import ATTENTION, Axis, is_sequence, op_name, parts_of, shape_of, ties_of
+from .ties import ATTENTION, Axis, is_element, is_sequence, op_name, parts_of, shape_of, ties_of
 
 # Ops that repeat one value for every token: what they make holds the same for each of them.
 _SPREAD = frozenset({
@@ -77,7 +76,7 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
     for part in range(parts_of(node)):
         if sum(a.part == part for a in outs) > 1:
             return "one_sequence_axis", f"{name} pairs tokens with tokens in one value"
-    if name.endswith(GETITEM):
+    if is_element(node):
         ins = [a for a in ins if a.part == node.args[1]]
     ties = ties_of(node)
     if ties is None:

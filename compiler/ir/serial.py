@@ -180,8 +180,9 @@ def from_json(data: Any, weights: Weights) -> Program:
             )
         program.states[state.name] = state
     seen: set[str] = set()
+    known = set(reader.nodes)
     for i, s in enumerate(_bounded(top["segments"], "segments", MAX_NODES)):
-        segment = _at(f"segments[{i}]", _segment, s, set(reader.nodes))
+        segment = _at(f"segments[{i}]", _segment, s, known)
         if segment.name in seen:
             raise ModelError(
                 f"expected names that differ, found {segment.name!r} twice", where=f"segments[{i}]"
