@@ -11,10 +11,18 @@ import torch
 
 from .errors import ModelError
 
+# Codes that are packed at once: the 64-bit words in between take 24 bytes for each.
+_AT_ONCE = 1 << 20
+
 
 def packed_words(columns: int, bits: int) -> int:
     """Number of int32 words that hold ``columns`` codes of ``bits`` bits."""
     return -(-columns * bits // 32)
+
+
+def _rows_at_once(tensor: torch.Tensor) -> int:
+    """Rows of the first axis to work on together, so that temporaries stay small."""
+    return max(1, _AT_ONCE * tensor.shape[0] // max(tensor.numel(), 1)) if tensor.dim() > 1 else 0
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -23,6 +31,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Raises:
         ModelError: a code is out of range.
     """
+    rows = _rows_at_once(codes)
+    if 0 < rows < codes.shape[0]:
+        return torch.cat([pack(part, bits) for part in codes.split(rows)])
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ModelError(
             f"expected codes in [0, {1 << bits}), found [{int(codes.min())}, {int(codes.max())}]"
@@ -80,6 +91,11 @@ def compress_nm(
     Raises:
         ModelError: a block that does not keep exactly ``n``.
     """
+    rows = _rows_at_once(values)
+    if 0 < rows < values.shape[0]:
+        parts = zip(values.split(rows), mask.split(rows), strict=True)
+        made = [compress_nm(v, keep, n, m) for v, keep in parts]
+        return torch.cat([kept for kept, _ in made]), torch.cat([meta for _, meta in made])
     blocks = mask.unflatten(-1, (-1, m))
     if not bool((blocks.sum(-1) == n).all()):
         raise ModelError(

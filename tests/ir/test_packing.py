@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.packing import (
     compress_nm,
@@ -77,3 +78,16 @@ def test_a_block_with_another_count_is_refused() -> None:
     mask = torch.tensor([[True, True, True, False]])
     with pytest.raises(ModelError, match="exactly 2"):
         compress_nm(torch.ones(1, 4), mask, 2, 4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_pieces_pack_as_the_whole(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 1 << bits, (2, 37, 24), generator=g).to(torch.uint8)
+    mask = torch.rand(37, 6, 4, generator=g).argsort(-1).lt(2).flatten(1)
+    whole = pack(codes, bits), *compress_nm(codes[0], mask, 2, 4)
+    monkeypatch.setattr(packing, "_AT_ONCE", 100)
+    pieces = pack(codes, bits), *compress_nm(codes[0], mask, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    with pytest.raises(ModelError, match="expected codes"):
+        pack(codes.to(torch.int32) + (1 << bits), bits)
