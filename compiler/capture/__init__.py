@@ -38,13 +38,19 @@ def capture(
         where the model reads fewer, and the result is its logits (else its first output).
         ``facts["refusals"]`` lists what nearly was a semantic op and was left as it is.
     Raises:
+        UsageError: something that is no model at all.
         ModelError: no such model, or a checkpoint that is not sound.
         CaptureError: a model that cannot be expressed without guessing.
     """
     import torch
 
-    from ..ir.errors import CaptureError
+    from ..ir.errors import CaptureError, UsageError
 
+    if not isinstance(source, (str, Path, torch.nn.Module)):
+        raise UsageError(
+            "expected a model: a folder, a hub id, an nn.Module or a Program, "
+            f"found {type(source).__name__}"
+        )
     if isinstance(source, torch.nn.Module):
         from transformers import PreTrainedModel
 

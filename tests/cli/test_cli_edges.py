@@ -159,3 +159,12 @@ def test_tables_count_in_words(llmc: Call, artefact: Path) -> None:
     assert [counted(n, "site") for n in (0, 1, 2)] == ["0 sites", "1 site", "2 sites"]
     assert counted(3, "near miss") == "3 near misses"
     assert "w4 takes 14 sites" in llmc("explain", "w4", artefact).out
+
+
+def test_a_number_is_no_model() -> None:
+    """The Python door says what it takes."""
+    import llmc
+    from llmc.compiler.ir.errors import UsageError
+
+    with pytest.raises(UsageError, match="expected a model: .* found int"):
+        llmc.compile(3, "w4")
