@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..analysis.migrate import migrated
 from ..ir.errors import ModelError
@@ -129,7 +129,10 @@ def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
     view = replace(work.program, weights=work)
     for name, tensor in migrated(view, site, s).items():
         work.replace(name, tensor)
-    stats.scale(site.value, 1.0 / spread)
+    # Readers may see the value through moves, each under a name of its own.
+    seen = (work.program.node(node).args[0] for node, _, _ in site.consumers)
+    for value in dict.fromkeys(v.name for v in seen if isinstance(v, fx.Node)):
+        stats.scale(value, 1.0 / spread)
     return {
         "site": site.id, "kind": site.kind, "pass": m.call.name, "scales": site.n_scales,
         "smallest": float(s.min()), "largest": float(s.max()),

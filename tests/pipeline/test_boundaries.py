@@ -12,6 +12,10 @@ from llmc.compiler.ir.graph import Program, tensor_type
 from llmc.compiler.ir.refusal import Refusal
 from llmc.compiler.ir.verifier import verify
 from llmc.compiler.pipeline.encode import refresh_types
+from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.pipeline.recipe import from_strings
+from llmc.compiler.pipeline.solving import Work, fold
+from llmc.compiler.pipeline.statistics import Collection
 from llmc.compiler.pipeline.zoo import ZOO, Builder, build
 
 
@@ -42,6 +46,28 @@ def test_absorbers_lie_where_their_readers_do(name: str) -> None:
     assert sites
     for s in sites:
         assert {home[program.param_node(a.param).name] for a in s.absorbers} == {s.segment}
+
+
+def test_statistics_follow_a_fold_through_moves() -> None:
+    b = Builder()
+    ids = b.input("input_ids", torch.int64, BATCH, SEQ)
+    x = b.call("aten.embedding.default", b.param(20, 16), ids)
+    plain = b.call("llmc.rms_norm", x, b.param(16, near=1.0), eps=1e-5)
+    moved = b.call("aten.clone.default", plain)
+    both = [b.linear(value, 16, 16) for value in (plain, moved)]
+    program = b.finish(b.linear(b.call("llmc.gated", *both, act="silu"), 20, 16))
+    plan = make_plan(program, from_strings(["smooth"]))
+    site = next(m for m in plan.stages[0].migrations if len(m.site.consumers) == 2)
+    stats = Collection()
+    rows = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    for value in (plain.name, moved.name):
+        stats.want(value, "gram")
+        stats.want(value, "absmax")
+        stats.update(value, rows)
+    fold(Work(plan, torch.device("cpu")), site, stats)
+    first, second = (stats.get(v.name, "gram").value for v in (plain, moved))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, rows.T @ rows)
 
 
 def test_types_follow_a_new_shape_through_a_chain() -> None:
