@@ -166,5 +166,5 @@ def test_a_number_is_no_model() -> None:
     import llmc
     from llmc.compiler.ir.errors import UsageError
 
-    with pytest.raises(UsageError, match="expected a model: .* found int"):
+    with pytest.raises(UsageError, match=r"expected a model: .* found int"):
         llmc.compile(3, "w4")
