@@ -131,10 +131,11 @@ class _Round:
     ) -> Iterator[tuple[list[Migration], list[list[Decision]]]]:
         """A block's waves, each in parts whose Hessians fit the budget; folds go with the first."""
         ordered = sorted(solves, key=lambda d: d.site.wave)
-        if self.options.true_sequential:
+        waves = [solves]
+        if self.options.true_sequential and solves:
             waves = [list(g) for _, g in groupby(ordered, key=lambda d: d.site.wave)]
-        else:
-            waves = [solves] if solves or folds else []
+        if not solves and not folds:
+            return
         for i, wave in enumerate(waves):
             yield (folds if i == 0 else []), list(self._fitting(wave)) or [[]]
 

@@ -114,6 +114,13 @@ def test_sixteen_bit_programs_are_calibrated_in_their_own_dtype():
         assert run(done.program, model_inputs(tokens(1))).dtype == dtype
 
 
+def test_folds_need_no_solve_beside_them():
+    want = [f["site"] for f in compiled(["smooth"]).folds]
+    got = compiled(["smooth"], options=Options(true_sequential=True)).folds
+    assert want
+    assert [f["site"] for f in got] == want
+
+
 @pytest.mark.parametrize("strings", [["smooth"], ["smooth,prune24"], ["prune24", W4]])
 def test_only_what_is_stored_is_held_at_the_end(monkeypatch, strings):
     """Whatever the passes: no working copy and no mask of a finished block stays behind."""
