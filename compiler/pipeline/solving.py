@@ -48,8 +48,14 @@ class Work:
 
     def frozen(self) -> Fetch:
         """``fetch`` of this moment, whatever is replaced later."""
-        held = dict(self.dense)
-        return lambda name: self._computed(name, held)
+        held, loaded = dict(self.dense), dict(self._loaded)
+
+        def fetch(name: str) -> Tensor:
+            if name not in loaded:
+                loaded[name] = self._computed(name, held)
+            return loaded[name]
+
+        return fetch
 
     def _computed(self, name: str, dense: Mapping[str, Tensor]) -> Tensor:
         if name in dense:
