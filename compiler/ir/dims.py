@@ -19,6 +19,8 @@ def symbol(name: str) -> sympy.Symbol:
 
 
 BATCH, SEQ = symbol("B"), symbol("S")
+PAST = symbol("P")
+"""Tokens already in a state."""
 
 
 def dim(value: object) -> Dim:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .build import result_type
-from .dims import Dim, same, symbol
+from .dims import PAST, Dim, same
 from .errors import ModelError, VerifierError
 from .graph import DictWeights, Info, Program, info
 from .ops import row_for, row_of
@@ -21,9 +21,6 @@ from .ops.base import infer
 from .segments import segment_of
 from .tensors import TENSOR_RULES
 from .types import SymType, TensorType, ValueType, same_type, show_type
-
-PAST = symbol("P")
-"""Tokens already in a state."""
 
 _KINDS = ("placeholder", "get_attr", "call_function", "output")
 _COMPUTE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

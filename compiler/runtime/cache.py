@@ -13,14 +13,13 @@ import torch
 from torch import fx
 
 from ..analysis.tokenwise import prove_tokenwise
-from ..ir.dims import BATCH, SEQ, symbol
+from ..ir.dims import BATCH, PAST, SEQ
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, info, tensor_type
 from ..ir.refusal import Refusal
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
 
-PAST = symbol("P")
 _BY = "cache"
 
 

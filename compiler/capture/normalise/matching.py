@@ -166,7 +166,8 @@ def _match_all(
             yield more, [*inside, *rest]
 
 
-def _position(node: fx.Node) -> Any:
+def position(node: fx.Node) -> Any:
+    """What sorts nodes by their place in the graph, known without a walk over it."""
     return node._sort_key
 
 
@@ -224,7 +225,7 @@ class Lift:
         if isinstance(new, str):
             return Refusal(by, found.root.name, new, "form", path)
         found.root.replace_all_uses_with(new)
-        for node in sorted(found.inside, key=_position, reverse=True):
+        for node in sorted(found.inside, key=position, reverse=True):
             if not node.users:
                 node.meta["llmc_gone"] = True
                 program.graph.erase_node(node)

@@ -9,6 +9,7 @@ from torch import fx
 from ...ir.dims import numel, same, same_shape
 from ...ir.graph import Program, tensor_type
 from ...ir.ops import row_of
+from .matching import position
 
 # Ops that treat every token alike and leave the leading axes as they are.
 _TOKEN_WISE = {
@@ -82,5 +83,4 @@ def _region(back: fx.Node) -> tuple[list[fx.Node], dict[fx.Node, fx.Node]] | Non
             return None
     if not inside or any(u not in inside and u is not back for n in inside for u in n.users):
         return None
-    order = {n: i for i, n in enumerate(back.graph.nodes)}
-    return sorted(inside, key=lambda n: order[n]), leaves
+    return sorted(inside, key=position), leaves
