@@ -97,6 +97,9 @@ def _on_term(number: int, frame: FrameType | None) -> NoReturn:
 
 def _guarded(group: App, args: list[str], name: str, extra: dict[str, Any]) -> int:
     """Run the command line; return the exit code, having said why on stderr."""
+    if not args:
+        click.echo(group.get_help(click.Context(group, info_name=name)), err=True)
+        return 2
     try:
         before = signal.signal(signal.SIGTERM, _on_term)
     except ValueError:  # not the main thread: nothing to install, nothing to restore

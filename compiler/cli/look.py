@@ -52,7 +52,10 @@ def inspect_command(
     source: str, block: int | None, prefix: str | None, as_python: bool, text: str | None,
     trust_remote_code: bool, out: Out,
 ) -> None:  # fmt: skip
-    """Show program, segments, sites, schemes and bytes. Reads headers, never a tensor."""
+    """Show program, segments, sites, schemes and bytes. Reads headers, never a tensor.
+
+    With -v also every site, each migrated scale, and the values between segments.
+    """
     if sum(x is not None for x in (block, prefix, text)) + as_python > 1:
         raise UsageError("expected one of --block, --path, --where and --python, found several")
     program, artefact = open_headers(source, trust_remote_code)
@@ -131,11 +134,12 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
     table = Table("Bytes by role", ("role", "bytes"), right=("bytes",))
     table.rows = [(k, size(v)) for k, v in sorted(total.by_role.items(), key=lambda i: -i[1])]
     out.table(table)
-    table = Table("Segments", ("segment", "nodes", "linears", "params", "bytes", "reads", "gives"),
-                  right=("nodes", "linears", "params", "bytes"))  # fmt: skip
+    numbers = ("nodes", "linears", "params", "bytes")
+    values = ("reads", "gives") if out.verbose else ()
+    table = Table("Segments", ("segment", *numbers, *values), right=numbers)
     table.rows = [
         (s["name"], str(s["nodes"]), str(s["linears"]), str(s["params"]), size(s["bytes"]),
-         " ".join(s["reads"]), " ".join(s["gives"]))
+         *(" ".join(s[v]) for v in values))
         for s in about["segments"]
     ]  # fmt: skip
     out.table(table)

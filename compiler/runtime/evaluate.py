@@ -216,7 +216,8 @@ class Comparison:
 
     Attributes:
         low, high: 95 % bootstrap interval of ``difference``.
-        p: two-sided; the share of resamples on the other side of zero, doubled.
+        p: two-sided; the share of resamples on the other side of zero, doubled, and at least
+            2^(1-windows), the chance that all differences have one sign.
         All three are None below ``MIN_WINDOWS`` windows.
     """
 
@@ -261,7 +262,7 @@ def compare(a: Evaluation, b: Evaluation, samples: int = 10_000, seed: int = 0) 
         means[start : start + rows] = diff[picked].mean(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     side = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    p = min(1.0, 2 * (side + 1) / (samples + 1))
+    p = min(1.0, max(2 * (side + 1) / (samples + 1), 2.0 ** (1 - n)))
     return Comparison(float(diff.mean()), low, high, p, n)
 
 

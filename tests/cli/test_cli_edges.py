@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def test_eval_says_what_it_measured_and_how_sure_it_is(
     assert (told["p"], told["low"], told["windows_needed"]) == (None, None, 8)
     many = llmc(*args, "--max-windows", 8)
     assert "too few" not in many.out
-    assert ", p " in many.out
+    assert re.search(r"over 8 windows, p [0-9.]+\)", many.out)
 
 
 def test_a_window_of_nothing_is_refused(llmc: Call, artefact: Path, text: Path) -> None:
@@ -168,3 +169,18 @@ def test_a_number_is_no_model() -> None:
 
     with pytest.raises(UsageError, match=r"expected a model: .* found int"):
         llmc.compile(3, "w4")
+
+
+def test_without_a_command_the_help_is_shown(llmc: Call) -> None:
+    """As it is written, not squeezed into one line."""
+    done = llmc()
+    assert done.code == 2
+    assert "\n  compile  compress a model" in done.err
+    assert done.out == ""
+
+
+def test_segments_are_short_unless_asked(llmc: Call, artefact: Path) -> None:
+    """What flows between segments is shown with -v and in JSON."""
+    assert "position_ids attention_mask" not in llmc("inspect", artefact).out
+    assert "position_ids attention_mask" in llmc("inspect", artefact, "-v").out
+    assert llmc("inspect", artefact, "--json").json["segments"][1]["reads"]

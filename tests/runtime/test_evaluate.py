@@ -130,6 +130,13 @@ def test_bootstrap_sees_a_small_steady_difference() -> None:
     assert (turned.low, turned.high) == pytest.approx((-got.high, -got.low), rel=0.05)
 
 
+@pytest.mark.parametrize(("windows", "p"), [(7, None), (8, 2.0**-7), (11, 2.0**-10)])
+def test_few_windows_that_agree_prove_little(windows: int, p: float | None) -> None:
+    got = compare(result([2.0] * windows), result([1.0] * windows))
+    assert (got.difference, got.p) == (1.0, p)
+    assert (got.low is None) == (p is None)
+
+
 def test_bootstrap_does_not_see_noise() -> None:
     noise = torch.randn(2, 100, generator=torch.Generator().manual_seed(2)).tolist()
     got = compare(result(noise[0]), result(noise[1]))
