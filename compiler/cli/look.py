@@ -76,6 +76,7 @@ def _nodes(
 ) -> None:  # fmt: skip
     from ..analysis.blocks import is_block
     from ..report.nodes import nodes_table, query, rows
+    from ..report.text import counted
 
     found = query(program, text) if text is not None else rows(program)
     if block is not None:
@@ -94,7 +95,7 @@ def _nodes(
             )
     table = nodes_table(found)
     out.table(table)
-    out.text(f"{len(found)} nodes")
+    out.text(counted(len(found), "node"))
     out.data("inspect", {"source": source, "nodes": found})
 
 

@@ -229,8 +229,14 @@ class Program:
         node.meta["llmc"] = Info(infer(node), origin.path, made_by, origin.source)
         return node
 
-    def add_param(self, param: Param, tensor: torch.Tensor | None, *, before: fx.Node) -> fx.Node:
-        """Declare a new parameter, with its tensor in memory, and return its ``get_attr`` node."""
+    def add_param(
+        self, param: Param, tensor: torch.Tensor | None, *, before: fx.Node,
+        made_by: str = "param", like: fx.Node | None = None,
+    ) -> fx.Node:  # fmt: skip
+        """Declare a new parameter, with its tensor in memory, and return its ``get_attr`` node.
+
+        ``like`` gives the module path and source line for provenance.
+        """
         if param.name in self.params:
             raise ModelError(f"expected a new parameter name, found {param.name!r} twice")
         self.params[param.name] = param
@@ -238,7 +244,8 @@ class Program:
             self.set_tensor(param.name, tensor)
         with self.graph.inserting_before(before):
             node = self.graph.create_node("get_attr", param.name)
-        node.meta["llmc"] = Info(self.param_type(param), made_by="param")
+        origin = info(like) if like is not None else Info(None)
+        node.meta["llmc"] = Info(self.param_type(param), origin.path, made_by, origin.source)
         return node
 
     def param_type(self, param: Param) -> TensorType:

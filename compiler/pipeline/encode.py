@@ -7,6 +7,7 @@ must agree byte for byte, and :func:`tensors` checks that decoding gives the sol
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ def _columns(node: fx.Node) -> int:
 
 
 def _new(
-    program: Program, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Param,
-    before: fx.Node, keep: bool = True,
+    program: Program, param: Param, before: fx.Node, linear: fx.Node, made_by: str,
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, keep: bool = True,
 ) -> fx.Node:  # fmt: skip
+    """A piece of a weight: named after the weight, placed and made as the linear is rewritten."""
     suffix = name.rsplit(".", 1)[1]
-    names = tuple(f"{_base(n)}.{suffix}" for n in like.names)
-    param = Param(name, shape, dtype, names, trained=True, keep=keep)
-    return program.add_param(param, None, before=before)
+    names = tuple(f"{_base(n)}.{suffix}" for n in param.names)
+    piece = Param(name, shape, dtype, names, trained=True, keep=keep)
+    return program.add_param(piece, None, before=before, made_by=made_by, like=linear)
 
 
 def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> list[str]:
@@ -63,11 +65,12 @@ def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> lis
     linear = program.node(node)
     weight, param, base = _weight_of(program, linear)
     rows, columns = param.shape
+    new_piece = partial(_new, program, param, linear, linear, made_by)
     if mask.structured:
         kept = columns // mask.m * mask.n
         words = packing.packed_words(kept, packing.nm_bits(mask.m))
-        values = _new(program, f"{base}.values", (rows, kept), param.dtype, param, linear, False)
-        meta = _new(program, f"{base}.meta", (rows, words), torch.int32, param, linear)
+        values = new_piece(f"{base}.values", (rows, kept), param.dtype, False)
+        meta = new_piece(f"{base}.meta", (rows, words), torch.int32)
         new = program.emit(
             "llmc.expand_nm", values, meta, n=mask.n, m=mask.m, columns=columns,
             before=linear, made_by=made_by, like=linear,
@@ -76,8 +79,8 @@ def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> lis
     else:
         kept = kept_count(rows * columns, mask.sparsity)
         words = packing.packed_words(columns, 1)
-        values = _new(program, f"{base}.values", (kept,), param.dtype, param, linear, False)
-        bitmap = _new(program, f"{base}.bitmap", (rows, words), torch.int32, param, linear)
+        values = new_piece(f"{base}.values", (kept,), param.dtype, False)
+        bitmap = new_piece(f"{base}.bitmap", (rows, words), torch.int32)
         new = program.emit(
             "llmc.expand_bitmap", values, bitmap, columns=columns,
             before=linear, made_by=made_by, like=linear,
@@ -114,12 +117,13 @@ def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> 
     groups = groups_of(columns, step)
     scale_dtype = DTYPES[codes.scale_dtype]
     words = (rows, packing.packed_words(columns, codes.bits))
-    packed = _new(program, f"{base}.codes", words, torch.int32, param, before)
-    scale = _new(program, f"{base}.scale", (rows, groups), scale_dtype, param, before)
+    new_piece = partial(_new, program, param, before, linear, made_by)
+    packed = new_piece(f"{base}.codes", words, torch.int32)
+    scale = new_piece(f"{base}.scale", (rows, groups), scale_dtype)
     parts: list[Any] = [packed, scale]
     made = [f"{base}.codes", f"{base}.scale"]
     if not codes.symmetric:
-        parts.append(_new(program, f"{base}.zero", (rows, groups), torch.uint8, param, before))
+        parts.append(new_piece(f"{base}.zero", (rows, groups), torch.uint8))
         made.append(f"{base}.zero")
     new = program.emit(
         "llmc.dequantize", *parts, bits=codes.bits, group=step, columns=columns,

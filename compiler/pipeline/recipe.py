@@ -42,7 +42,7 @@ class Override:
 
     def covers(self, site: str, role: str, block: int, blocks: int) -> bool:
         """Whether the override speaks about that site."""
-        wanted = {b % blocks if blocks else b for b in self.blocks}
+        wanted = {b + blocks if b < 0 else b for b in self.blocks}
         return (
             (not self.roles or role in self.roles)
             and (not self.blocks or block in wanted)
@@ -197,7 +197,9 @@ def from_file(path: str | Path) -> Recipe:
 
     path = _named(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, yaml.SafeLoader), str(path))
+        data = yaml.safe_load(text)
     except OSError as e:
         raise UsageError(
             f"expected a recipe file, found {e.strerror or e}", where=str(path)
@@ -208,6 +210,23 @@ def from_file(path: str | Path) -> Recipe:
     if not isinstance(data, dict):
         raise UsageError("expected a mapping with 'version' and 'stages'", where=str(path))
     return from_mapping(data, where=str(path))
+
+
+def _check_keys(node: Any, where: str) -> None:
+    """YAML keeps the last of two equal keys in silence; a recipe that says two things is refused.
+
+    Raises:
+        UsageError: naming key and line.
+    """
+    for entry in node.value if node is not None and not isinstance(node.value, str) else ():
+        if isinstance(entry, tuple):
+            keys = [k.value for k, _ in node.value]
+            key = entry[0]
+            if keys.count(key.value) > 1:
+                line = key.start_mark.line + 1
+                raise UsageError(f"line {line}: expected {key.value!r} once", where=where)
+        for child in entry if isinstance(entry, tuple) else (entry,):
+            _check_keys(child, where)
 
 
 def _named(given: str | Path) -> Path:

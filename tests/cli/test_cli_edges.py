@@ -184,3 +184,35 @@ def test_segments_are_short_unless_asked(llmc: Call, artefact: Path) -> None:
     assert "position_ids attention_mask" not in llmc("inspect", artefact).out
     assert "position_ids attention_mask" in llmc("inspect", artefact, "-v").out
     assert llmc("inspect", artefact, "--json").json["segments"][1]["reads"]
+
+
+def test_stored_pieces_remember_their_maker_and_place(llmc: Call, artefact: Path) -> None:
+    """Codes, scales and positions carry the pass that made them and the module they belong to."""
+    assert llmc("inspect", artefact, "--where", "made_by=param", "--json").json["nodes"] == []
+    shown = llmc("inspect", artefact, "--where", "name=p3_codes")
+    assert re.search(r" w4 +model.layers.0.self_attn.q_proj\n", shown.out)
+    assert "1 node\n" in shown.out
+    under = llmc("inspect", artefact, "--path", "model.layers.0.mlp.up_proj", "--json").json
+    assert {"p9_codes", "p9_scale", "p9_meta"} <= {n["name"] for n in under["nodes"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version: 1\nstages: [{w4: {group: 32, group: 16}}]\n", "line 2: expected 'group' once"),
+        (
+            "version: 1\nstages: [{w4: {group: 32}}]\n"
+            "overrides: [{where: {block: [9]}, skip: [w4]}]\n",
+            "overrides.0.where: expected at least one site",
+        ),
+    ],
+)
+def test_recipes_that_say_two_things_or_nothing(
+    llmc: Call, tiny: Path, tmp_path: Path, text: str, words: str
+) -> None:
+    """Equal keys and overrides of blocks that do not exist are refused."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    done = llmc("plan", tiny, "--recipe", path)
+    assert done.code == 2
+    assert words in done.error

@@ -238,7 +238,7 @@ def test_inspect_narrows(llmc: Call, artefact: Path) -> None:
     assert all(r["path"].startswith("model.layers.0.mlp") for r in rows)
     rows = llmc("inspect", artefact, "--where", "op=linear,input.users>2", "--json").json["nodes"]
     assert len(rows) == 6
-    rows = llmc("inspect", artefact, "--where", "made_by=w4", "--json").json["nodes"]
+    rows = llmc("inspect", artefact, "--where", "made_by=w4,op=dequantize", "--json").json["nodes"]
     assert len(rows) == 14
     python = llmc("inspect", artefact, "--python").out
     compile(python, "program.py", "exec")
