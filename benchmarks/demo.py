@@ -119,6 +119,12 @@ def markdown(data: dict[str, Any]) -> str:
         "",
     ]
     for c in data["pairs"]:
+        if c["p"] is None:
+            out.append(
+                f"- {c['better']} against {c['worse']}: {c['perplexity_ratio']:.4f}, "
+                f"too few windows ({c['windows']}) to rank by"
+            )
+            continue
         low, high = (2.718281828459045 ** c[k] for k in ("low", "high"))
         out.append(
             f"- {c['better']} against {c['worse']}: {c['perplexity_ratio']:.4f} "
