@@ -59,8 +59,9 @@ $(TEXT): examples/make_text.py $(SETUP)
 demo: $(SETUP) $(TEXT)  ## compress the demo model, judge it and let it write
 	$(LLMC) compile examples/pylm --passes smooth,w4,prune24 --length 512 \
 	  --calibration examples/pylm/text/calibration.txt -o out/pylm --force
-	$(LLMC) eval out/pylm --baseline examples/pylm --data $(TEXT) --window 512 --max-windows 200 --batch 8
-	$(LLMC) run out/pylm --prompt "def main(" --temperature 0.6 --seed 1
+	$(LLMC) eval out/pylm --baseline examples/pylm --data $(TEXT) --target cpu --window 512 \
+	  --max-windows 200 --batch 8
+	$(LLMC) run out/pylm --prompt "def main(" --temperature 0.6 --seed 2
 
 test: $(SETUP) $(TEXT)  ## the tests that every change must pass (no GPU, no long suites)
 	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -78,4 +78,4 @@ class Prune(Pass):
         return out | {k: getattr(self, k) for k in _SHARED if self.explicit(k)}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
-        return encode_mask(program, site.node, self.facts(site)["mask"], made_by="prune")
+        return encode_mask(program, site.node, self.facts(site)["mask"], made_by=self.called)

@@ -78,4 +78,4 @@ class QuantizeWeights(Pass):
         return out | {k: getattr(self, k) for k in _SHARED if self.explicit(k)}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
-        return encode_codes(program, site.node, self.facts(site)["codes"], made_by=f"w{self.bits}")
+        return encode_codes(program, site.node, self.facts(site)["codes"], made_by=self.called)

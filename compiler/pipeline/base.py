@@ -145,6 +145,8 @@ class Pass:
         source: the paper.
         pattern: finds candidate sites; preconditions decide.
         hits, misses: examples that the generic tests run.
+
+    An instance knows under which variant it was ``called`` and which knobs were ``given``.
     """
 
     variants: ClassVar[dict[str, dict[str, Any]]]
@@ -171,6 +173,9 @@ class Pass:
     def rewrite(self, program: Program, site: Any) -> list[str]:
         """Rewrite the graph at one site; return the names of parameters that get new tensors."""
         raise UsageError(f"{type(self).__name__} has no rewrite")
+
+    called: str = field(default="", kw_only=True, compare=False, repr=False)
+    given: frozenset[str] = field(default=frozenset(), kw_only=True, compare=False, repr=False)
 
     # ** derived **
 
@@ -201,14 +206,13 @@ class Pass:
                     hint=nearest(key, free),
                 )
             values[key] = known[key].parse(raw, name)
-        made = cls(**values)
-        object.__setattr__(made, "_given", frozenset(given))
+        made = cls(**values, called=name, given=frozenset(given))
         made.check()
         return made
 
     def explicit(self, name: str) -> bool:
         """Whether the user gave that knob (a default may bend where an explicit value refuses)."""
-        return name in self.__dict__.get("_given", frozenset())
+        return name in self.given
 
     def values(self) -> dict[str, Any]:
         """Every knob's value."""
