@@ -99,7 +99,7 @@ class Recipe:
 def _call_text(call: Call) -> str:
     knobs, preset = type(call.made).knobs(), call.preset
     shown = [
-        f"{k}={v}"
+        f"{k}={str(v).lower()}"
         for k, v in call.made.values().items()
         if k not in preset and v != knobs[k].default
     ]

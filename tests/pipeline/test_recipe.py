@@ -32,6 +32,13 @@ def test_knobs_continue_the_pass_before_them():
     assert recipe.from_strings([r.text()]).text() == r.text()
 
 
+@pytest.mark.parametrize("text", ["w3:group=row,symmetric=false", "prune:n=1,m=4,act_order=true"])
+def test_the_canonical_text_parses_back(text):
+    r = recipe.from_strings([text])
+    assert recipe.from_strings([r.text()]).calls == r.calls
+    assert r.text() == r.text().lower()
+
+
 def test_repeated_strings_are_barriers():
     r = recipe.from_strings(["smooth", "prune24", "w4"])
     assert names(r) == [["smooth"], ["prune24"], ["w4"]]
