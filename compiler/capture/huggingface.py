@@ -17,7 +17,7 @@ from . import interface
 from .checkpoint import Checkpoint, read_json
 from .export import TRACE_BATCH, TRACE_SEQ, trace, traced
 from .importer import import_graph
-from .keys import leaves_by_name
+from .keys import leaves_by_name, unread
 from .sources import Leaf
 from .twin import live_leaves, weightless_copy
 
@@ -288,8 +288,9 @@ def capture_folder(folder: Path, trust_remote_code: bool = False) -> Program:
     cls = model_class(config, folder, trust_remote_code)
     model, attention = build(config, cls)
     leaves = leaves_by_name(model, checkpoint)
+    facts = facts_of(config, model, folder) | {"unread": unread(model, checkpoint)}
     fake(model)
-    return trace_model(model, leaves, facts_of(config, model, folder), attention)
+    return trace_model(model, leaves, facts, attention)
 
 
 def capture_model(model: Any) -> Program:

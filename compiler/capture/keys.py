@@ -58,8 +58,16 @@ def leaves_by_name(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
     return out
 
 
-def _converted(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
-    """Leaves by the model's names, through transformers' own renaming and conversion tables."""
+def unread(model: Any, checkpoint: Checkpoint) -> list[str]:
+    """Checkpoint tensors that the model has no place for, e.g. layers beyond its config."""
+    return [key for key, name, _ in _matches(model, checkpoint)[0] if name is None]
+
+
+def _matches(
+    model: Any, checkpoint: Checkpoint
+) -> tuple[list[tuple[str, str | None, str | None]], list[Any]]:
+    """(checkpoint key, the model's name or None, converter pattern or None) by transformers' own
+    renaming and conversion tables, and the converters."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 
@@ -67,23 +75,33 @@ def _converted(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     wanted = model.state_dict()
-    out: dict[str, Leaf] = {}
-    parts: dict[str, dict[str, list[str]]] = {}
+    out: list[tuple[str, str | None, str | None]] = []
     for key in sorted(checkpoint, key=dot_natural_key):
         name, pattern = rename_source_key(
             key, renamings, converters, model.base_model_prefix, wanted
         )  # fmt: skip
-        if pattern is None or (name not in wanted and key in wanted):
-            name = key if name not in wanted and key in wanted else name
-            if name in wanted:
-                entry = checkpoint.entries[key]
-                out[name] = Leaf((name,), entry.shape, entry.dtype, _loader(checkpoint, key))
+        if name not in wanted and key in wanted:
+            name, pattern = key, None
+        out.append((key, name if name in wanted else None, pattern))
+    return out, converters
+
+
+def _converted(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
+    """Leaves by the model's names."""
+    matches, converters = _matches(model, checkpoint)
+    out: dict[str, Leaf] = {}
+    parts: dict[str, dict[str, list[str]]] = {}
+    for key, name, pattern in matches:
+        if name is None:
+            continue
+        if pattern is None:
+            entry = checkpoint.entries[key]
+            out[name] = Leaf((name,), entry.shape, entry.dtype, _loader(checkpoint, key))
         else:
             parts.setdefault(name, {}).setdefault(pattern, []).append(key)
     for name, by_pattern in parts.items():
-        if name in wanted:
-            converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
-            out[name] = _fused(checkpoint, name, converter, by_pattern)
+        converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
+        out[name] = _fused(checkpoint, name, converter, by_pattern)
     return out
 
 

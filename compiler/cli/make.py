@@ -72,6 +72,10 @@ def _plan(model: str, given: dict[str, Any], out: Out) -> tuple[Plan, Settings]:
     settings = _settings(given)
     with waiting(f"capturing {model}", out):
         program = api.capture(model, trust_remote_code=given["trust_remote_code"])
+    unread = program.facts.get("unread") or []
+    if unread:
+        count = "1 tensor" if len(unread) == 1 else f"{len(unread)} tensors"
+        out.note(f"{count} of the checkpoint without a place in the model, first {unread[0]!r}")
     settings = settings.for_program(program)
     return make_plan(program, recipe), settings
 

@@ -121,3 +121,16 @@ def test_a_big_checkpoint_is_not_read(tmp_path: Path) -> None:
     assert program.weight_bytes() > 1.3e9
     assert grown * 1024 < 300e6
     assert program.weights.loads == 0
+
+
+def test_tensors_without_a_place_are_named(build: Build, tmp_path: Path) -> None:
+    """Layers beyond the config are not an error, and not silent either."""
+    build("llama").save_pretrained(tmp_path)
+    assert capture(tmp_path).facts["unread"] == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    unread = capture(tmp_path).facts["unread"]
+    assert len(unread) == 9
+    assert all(".layers.1." in k for k in unread)

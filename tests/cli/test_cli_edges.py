@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -216,3 +217,16 @@ def test_recipes_that_say_two_things_or_nothing(
     done = llmc("plan", tiny, "--recipe", path)
     assert done.code == 2
     assert words in done.error
+
+
+def test_plan_names_tensors_without_a_place(llmc: Call, tiny: Path, tmp_path: Path) -> None:
+    """Layers beyond the config compile, and the plan says what is left behind."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    config = json.loads((model / "config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    config.pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    done = llmc("plan", model, "-p", "w4:solver=rtn")
+    assert done.code == 0
+    assert "9 tensors of the checkpoint without a place in the model" in done.err
