@@ -157,6 +157,8 @@ def build(config: Any, cls: Any) -> tuple[Any, str]:
                 )  # fmt: skip
             return model.eval(), attention
         except (KeyError, ValueError, NotImplementedError) as e:
+            # A class without the attention interface refuses our name in one of these ways; the
+            # next implementation is tried, and the last refusal is what the user is told.
             last = e
     text = " ".join(str(last).split())[:200]
     raise ModelError(f"expected a config that {cls.__name__} accepts, found: {text}") from None

@@ -278,7 +278,7 @@ def _token_file(path: Path, data: bytes) -> torch.Tensor:
         from safetensors.torch import load
 
         tensors = load(data)
-    except Exception as e:
+    except Exception as e:  # numpy and safetensors raise many types; all mean a bad file
         raise UsageError(f"expected tokens, found ({str(e)[:100]})", where=str(path)) from e
     if len(tensors) != 1:
         raise UsageError(f"expected one tensor of tokens, found {len(tensors)}", where=str(path))

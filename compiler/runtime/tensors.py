@@ -190,7 +190,7 @@ class ArtefactWeights:
             raise ModelError(f"expected a tensor named {name!r}, found none", where=str(self.root))
         try:
             tensor: torch.Tensor = self._open[record.file].get_tensor(name)
-        except Exception as e:
+        except Exception as e:  # the library has an exception class of its own per fault
             raise ModelError(
                 f"expected tensor {name}, found ({str(e)[:100]})", where=record.file
             ) from e
