@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import networkx as nx
 import torch
 from analysis_build import HEADS, INNER, KV, VOCAB, D, H, Stack, scrambled, stack
 
 from llmc.compiler.analysis.dimensions import DimClass, Dimensions
-from llmc.compiler.analysis.groups import parameter_groups
 from llmc.compiler.analysis.linears import LinearSite, linear_sites
 from llmc.compiler.ir.dims import BATCH, SEQ
 from llmc.compiler.ir.graph import Program
@@ -61,12 +59,19 @@ def test_what_mixes_an_axis_blocks_it() -> None:
     vocabulary = d.of(table, 0)
     assert vocabulary.size == VOCAB
     assert "embedding" in vocabulary.blocked[0].reason
-    w = weights(program)
-    router = axis_class(program, d, w["router"], 0)
-    assert "softmax_int" in {b.node for b in router.blocked}
+    result = axis_class(program, d, str(program.output.args[0].args[1].target), 0)
+    assert "result of the program" in result.blocked[0].reason
 
 
-def test_rope_blocks_the_head_size() -> None:
+def test_experts_compete_and_are_picked_where_they_were_chosen() -> None:
+    program = stack(["moe"])
+    d = Dimensions(program)
+    router = axis_class(program, d, weights(program)["router"], 0)
+    assert set(router.chosen) == {"softmax_int", "topk_default", "experts_default"}
+    assert not router.blocked
+
+
+def test_rope_pairs_the_head_size() -> None:
     s = Stack()
     n = s.norm(s.x)
     q = s.heads(s.linear(n, HEADS * D, H), HEADS)
@@ -78,8 +83,9 @@ def test_rope_blocks_the_head_size() -> None:
     s.x = s.add(s.x, s.linear(s.attend(q, k, v), H, HEADS * D))
     program = s.done()
     d = Dimensions(program)
-    assert d.of(q, 3).blocked
+    assert not d.of(q, 3).blocked
     assert not d.of(v, 3).blocked
+    assert {r.ins for r in d.relations if r.kind == "pair"} == {(d.of(q, 3).id,)}
     assert d.of(q, 3).id == d.of(k, 3).id
 
 
@@ -105,31 +111,6 @@ def test_index_maps_agree_with_running_the_op() -> None:
         [r for r in d.relations if r.kind == "concat"], (6, 12), strict=True)]  # fmt: skip
     assert torch.equal(out[places[1]], torch.arange(12))
     assert torch.equal(out[places[0]], want)
-
-
-def test_groups() -> None:
-    program = stack(["silu"] * 2, kv=2)
-    g = parameter_groups(Dimensions(program))
-    parts = [set(p) for p in nx.connected_components(g)]
-    for block in ("block0", "block1"):
-        w = weights(program, block)
-        assert {(w["gate"], 0), (w["up"], 0), (w["down"], 1)} in parts
-        heads = {(w["q"], 0), (w["k"], 0), (w["v"], 0), (w["o"], 1)}
-        assert heads in parts
-    kinds = {d["kind"] for _, _, d in g.edges(data=True)}
-    assert kinds == {"same", "merge+repeat+split"}
-    assert all(size == program.params[p].shape[a] for (p, a), size in g.nodes(data="size"))
-
-
-def test_a_fused_projection_ties_its_slices() -> None:
-    s = Stack()
-    both = s.linear(s.norm(s.x), 2 * INNER, H)
-    gate, up = (s.call("aten.slice.Tensor", both, 2, i * INNER, (i + 1) * INNER) for i in (0, 1))
-    s.x = s.add(s.x, s.linear(s.call("llmc.gated", gate, up, act="silu"), H, INNER))
-    program = s.done()
-    w = weights(program, "main")
-    parts = [set(p) for p in nx.connected_components(parameter_groups(Dimensions(program)))]
-    assert {(w["gate_up"], 0), (w["down"], 1)} in parts
 
 
 def test_names_do_not_matter() -> None:

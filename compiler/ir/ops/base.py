@@ -30,7 +30,13 @@ class Tie:
         slice    the result's axis is ``offset : offset+size`` of the axis
         contract the ``ins`` axes are summed over together (matrix product)
         norm     the axis is normalised over; it can be cut when the divisor (count) is kept
-        mix      the axis is mixed in a way that forbids cutting (softmax, sort, cumsum)
+        pair     as same, and elements i and i + n/2 of the axis rotate together
+        choose   as same, and entries compete by value along it (softmax, top-k): one that is cut
+                 is one that is masked with -inf
+        pick     the axis is read at the indices that argument ``offset`` holds
+        twice    the first axis is both halves of the second (gate rows, then up rows)
+        source   the result counts along the axis: a cut selects from it
+        mix      the axis is mixed in a way that forbids cutting (sort, cumsum)
     ``ins`` holds (argument index, axis); list arguments count on: cat([a, b]) has 0 and 1, and
     so do the elements of a tuple value: getitem((a, b), 1) reads argument 1. None counts too.
     ``outs`` holds axes of the result, of its element ``result`` where the result is a tuple.
@@ -57,6 +63,8 @@ class OpRow:
         flops: (result type, *argument types) -> multiply and add operations.
         stateful: takes a ``state`` name that the executor resolves.
         samples: small fp64 argument lists for the generic gradient test.
+        resize: (keep, args, kwargs) -> (args, kwargs) with size literals fitted to a cut (see
+            :mod:`.resize`); None where a call of this row holds no literal that a cut changes.
     """
 
     name: str
@@ -67,6 +75,7 @@ class OpRow:
     flops: Callable[..., Dim] | None = None
     stateful: bool = False
     samples: Callable[[], Sequence[tuple[tuple[Any, ...], dict[str, Any]]]] | None = None
+    resize: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 ROWS: dict[str, OpRow] = {}

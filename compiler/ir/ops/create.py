@@ -13,6 +13,7 @@ from ..dims import Dim, dim
 from ..errors import ModelError
 from ..types import SymType, TensorType, ValueType
 from .base import OpRow, Tie, as_dim, aten, register
+from .resize import Resize, sizes_at
 from .rules import MAX_ELEMENTS, Samples, axis, kept, randn, shape_from
 
 
@@ -26,9 +27,10 @@ def _nothing(*types: Any, **attrs: Any) -> list[Tie]:
 
 
 def _row(
-    name: str, infer: Callable[..., Any], samples: Callable[[], Samples], ties: Any = _nothing
-) -> None:
-    aten(name, infer, ties=ties, flops=_free, samples=samples)
+    name: str, infer: Callable[..., Any], samples: Callable[[], Samples], ties: Any = _nothing,
+    resize: Resize | None = None,
+) -> None:  # fmt: skip
+    aten(name, infer, ties=ties, flops=_free, samples=samples, resize=resize)
 
 
 # ** from sizes **
@@ -60,13 +62,28 @@ def _scalar(value: Any, *, dtype: Any = None, **attrs: Any) -> TensorType:
 
 
 for _name in ("zeros.default", "ones.default"):
-    _row(_name, _filled, lambda: [(([2, 3],), {}), (([2],), {"dtype": torch.int64})])
+    _row(
+        _name,
+        _filled,
+        lambda: [(([2, 3],), {}), (([2],), {"dtype": torch.int64})],
+        resize=sizes_at(0),
+    )
 # Only where every entry is written before it is read, as in the inverse of a permutation.
-_row("empty.memory_format", _filled, lambda: [(([2, 3],), {})])
-_row("full.default", _full, lambda: [(([2, 3], v), {}) for v in (1, 1.5, True)])
+_row("empty.memory_format", _filled, lambda: [(([2, 3],), {})], resize=sizes_at(0))
+_row(
+    "full.default",
+    _full,
+    lambda: [(([2, 3], v), {}) for v in (1, 1.5, True)],
+    resize=sizes_at(0),
+)
 for _name in ("new_zeros.default", "new_ones.default", "new_empty.default"):
-    _row(_name, _new, lambda: [((randn(2), [2, 3]), {}), ((randn(2), [2]), {"dtype": torch.bool})])
-_row("new_full.default", _new, lambda: [((randn(2), [2, 3], 1.5), {})])
+    _row(
+        _name,
+        _new,
+        lambda: [((randn(2), [2, 3]), {}), ((randn(2), [2]), {"dtype": torch.bool})],
+        resize=sizes_at(1),
+    )
+_row("new_full.default", _new, lambda: [((randn(2), [2, 3], 1.5), {})], resize=sizes_at(1))
 for _name in ("zeros_like", "ones_like", "empty_like"):
     _row(f"{_name}.default", _like, lambda: [((randn(2, 3),), {})], _like_ties)
 _row("full_like.default", _like, lambda: [((randn(2, 3), 1.5), {})], _like_ties)
@@ -110,7 +127,7 @@ def _arange_start(
 
 
 def _range_ties(*types: Any, **attrs: Any) -> list[Tie]:
-    return [Tie("mix", (), (0,))]
+    return [Tie("source", (), (0,))]
 
 
 _row("arange.default", _arange, lambda: [((5,), {}), ((5,), {"dtype": torch.float32})], _range_ties)

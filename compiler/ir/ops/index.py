@@ -133,7 +133,7 @@ def _gather_ties(
         whole = b != a and same(x.shape[b], index.shape[b])
         ties.append(Tie("same", ((0, b), (2, b)) if whole else ((2, b),), (b,)))
         if not whole:
-            ties.append(Tie("mix", ((0, b),)))
+            ties.append(Tie("pick" if b == a else "mix", ((0, b),), offset=2))
     return ties
 
 

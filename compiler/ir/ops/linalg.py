@@ -10,7 +10,7 @@ from ..dims import Dim, divide, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, aten
-from .rules import axes, broadcast, broadcast_ties, mixed, one_dtype, positive, randn
+from .rules import axes, broadcast, broadcast_ties, one_dtype, positive, randn
 
 
 def _meet(a: Dim, b: Dim, what: str) -> None:
@@ -208,7 +208,8 @@ def _softmax(x: TensorType, where: int, dtype: Any = None, **attrs: Any) -> Tens
 def _softmax_ties(
     out: TensorType, x: TensorType, where: int, *rest: Any, **attrs: Any
 ) -> list[Tie]:
-    return mixed(x, out, axes(where, x.rank))
+    over = axes(where, x.rank)
+    return [Tie("choose" if a in over else "same", ((0, a),), (a,)) for a in range(x.rank)]
 
 
 for _name in ("softmax.int", "log_softmax.int"):

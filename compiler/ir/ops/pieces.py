@@ -10,14 +10,18 @@ from ..dims import Dim, dim, same, same_shape
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, as_dim, aten
+from .resize import Resize, sliced, split_evenly, split_into
 from .rules import Samples, axis, kept, one_dtype, promote, randn
 
 # What torch writes for "to the end" in a slice.
 _END = 1 << 62
 
 
-def _row(name: str, infer: Callable[..., Any], ties: Any, samples: Callable[[], Samples]) -> None:
-    aten(name, infer, ties=ties, flops=lambda *types, **attrs: 0, samples=samples)
+def _row(
+    name: str, infer: Callable[..., Any], ties: Any, samples: Callable[[], Samples],
+    resize: Resize | None = None,
+) -> None:  # fmt: skip
+    aten(name, infer, ties=ties, flops=lambda *types, **attrs: 0, samples=samples, resize=resize)
 
 
 # ** cut **
@@ -143,11 +147,18 @@ _row(
     _slice,
     _slice_ties,
     lambda: [((randn(4, 6), 1, *w), {}) for w in ((2,), (-3, -1), (1, _END), (0, 6, 4), (4, 2))],
+    sliced,
 )
 _row("select.int", _select, _select_ties, lambda: [((randn(2, 3), 1, -1), {})])
-_row("split.Tensor", _pieces, _pieces_ties, lambda: [((randn(2, 7), 3, 1), {})])
-_row("split_with_sizes.default", _pieces, _pieces_ties, lambda: [((randn(2, 7), [3, 4], 1), {})])
-_row("chunk.default", _chunk, _pieces_ties, lambda: [((randn(2, 7), 2, -1), {})])
+_row("split.Tensor", _pieces, _pieces_ties, lambda: [((randn(2, 7), 3, 1), {})], split_evenly)
+_row(
+    "split_with_sizes.default",
+    _pieces,
+    _pieces_ties,
+    lambda: [((randn(2, 7), [3, 4], 1), {})],
+    split_into,
+)
+_row("chunk.default", _chunk, _pieces_ties, lambda: [((randn(2, 7), 2, -1), {})], split_evenly)
 _row("unbind.int", _unbind, _unbind_ties, lambda: [((randn(2, 3), 1), {})])
 
 

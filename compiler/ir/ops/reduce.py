@@ -175,7 +175,11 @@ def _topk(x: TensorType, k: int, where: int = -1, *rest: Any) -> tuple[TensorTyp
 
 
 def _topk_ties(out: Any, x: TensorType, k: int, where: int = -1, *rest: Any) -> list[Tie]:
-    return _axis_ties(out, x, where)
+    a = axis(where, x.rank)
+    keep = [b for b in range(x.rank) if b != a]
+    ties = [Tie("same", ((0, b),), (b,), result=i) for i in range(2) for b in keep]
+    places = [Tie("mix", (), (a,), result=i) for i in range(2)]
+    return [*ties, Tie("choose", ((0, a),)), *places]
 
 
 def _sort(x: TensorType, where: int = -1, *rest: Any, **attrs: Any) -> tuple[TensorType, ...]:

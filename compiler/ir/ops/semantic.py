@@ -11,6 +11,7 @@ from ..dims import Dim, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
+from .resize import counted
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -114,8 +115,7 @@ def _rope_ties(out: TensorType, x: TensorType, cos: TensorType, sin: TensorType)
             if b >= 0 and same(part.shape[b], x.shape[a]):
                 ins.append((i, b))
         ties.append(Tie("same", tuple(ins), (a,)))
-    # Channels i and i + D/2 rotate together, so the axis is one dim that only pairs may cut.
-    return [*ties, Tie("mix", ((0, last), (1, cos.rank - 1), (2, sin.rank - 1)), (last,))]
+    return [*ties, Tie("pair", ((0, last), (1, cos.rank - 1), (2, sin.rank - 1)), (last,))]
 
 
 _ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -188,8 +188,8 @@ def _experts_ties(out: TensorType, *types: Any, **attrs: Any) -> list[Tie]:
         Tie("contract", ((0, 1), (3, 2))),
         Tie("same", ((4, 1),), (1,)),
         Tie("same", ((3, 0), (4, 0))),
-        # A channel is a gate row, an up row half-way down, and a column: no tie has that form.
-        Tie("mix", ((3, 1), (4, 2))),
+        Tie("pick", ((3, 0),), offset=1),
+        Tie("twice", ((4, 2), (3, 1))),
         Tie("mix", ((1, 1), (2, 1))),
     ]
 
@@ -224,6 +224,7 @@ llmc_op(
     rms_norm,
     ties=_norm_ties,
     flops=lambda out, *t, **a: 4 * numel(out.shape),
+    resize=counted,
     samples=lambda: [
         ((_randn(2, 5), _randn(5)), {"eps": 1e-5}),
         ((_randn(2, 5), _randn(5)), {"eps": 1e-5, "offset": 1.0, "count": 7}),
@@ -237,6 +238,7 @@ llmc_op(
     layer_norm,
     ties=_norm_ties,
     flops=lambda out, *t, **a: 7 * numel(out.shape),
+    resize=counted,
     samples=lambda: [
         ((_randn(2, 5), _randn(5), _randn(5)), {"eps": 1e-5}),
         ((_randn(2, 5), None, None), {"eps": 1e-5, "count": 7}),

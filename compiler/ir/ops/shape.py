@@ -9,6 +9,7 @@ from ..dims import Dim, dim, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, as_dim, aten
+from .resize import Resize, sizes_at, unflattened
 from .rules import (
     Samples,
     axes,
@@ -22,8 +23,11 @@ from .rules import (
 )  # fmt: skip
 
 
-def _row(name: str, infer: Callable[..., Any], ties: Any, samples: Callable[[], Samples]) -> None:
-    aten(name, infer, ties=ties, flops=lambda *types, **attrs: 0, samples=samples)
+def _row(
+    name: str, infer: Callable[..., Any], ties: Any, samples: Callable[[], Samples],
+    resize: Resize | None = None,
+) -> None:  # fmt: skip
+    aten(name, infer, ties=ties, flops=lambda *types, **attrs: 0, samples=samples, resize=resize)
 
 
 # ** reshape **
@@ -58,9 +62,16 @@ for _name in ("view", "reshape", "_unsafe_view"):
         _view,
         _refactor,
         lambda: [((randn(2, 6), [2, 3, -1]), {}), ((randn(2, 3, 4), [6, 2, 2]), {})],
+        sizes_at(1),
     )
 _row("flatten.using_ints", _flatten, _refactor, lambda: [((randn(2, 3, 4), 1), {})])
-_row("unflatten.int", _unflatten, _refactor, lambda: [((randn(2, 6), -1, [3, -1]), {})])
+_row(
+    "unflatten.int",
+    _unflatten,
+    _refactor,
+    lambda: [((randn(2, 6), -1, [3, -1]), {})],
+    unflattened,
+)
 
 
 # ** expand, squeeze, permute **
@@ -183,6 +194,7 @@ _row(
     _expand,
     _expand_ties,
     lambda: [((randn(2, 1, 3), [4, 2, 5, -1]), {}), ((randn(1, 3), [2, 3]), {})],
+    sizes_at(1),
 )
 _row("expand_as.default", _expand_as, broadcast_ties, lambda: [((randn(1, 3), randn(2, 3)), {})])
 _row("repeat.default", _repeat, _repeat_ties, lambda: [((randn(2, 3), [2, 1, 2]), {})])
