@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from ..analysis.blocks import apply_segments, is_block
+from ..analysis.groups import Group, dependency_groups
 from ..analysis.linears import ExpertSite, LinearSite, linear_sites
 from ..analysis.migrate import MigrationSite, migration_sites
 from ..ir.graph import Program, info
@@ -27,6 +28,10 @@ class Analysis:
     @cached_property
     def migrations(self) -> list[MigrationSite | Refusal]:
         return migration_sites(self.program)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return dependency_groups(self.program)
 
     @cached_property
     def blocks(self) -> dict[str, int]:
