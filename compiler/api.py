@@ -19,12 +19,13 @@ import torch
 from .ir.errors import GateError, UsageError, nearest
 from .ir.graph import Program
 from .model import Model, Resident
+from .pipeline.compile import Compiled, compile_plan
 from .pipeline.data import Calibration, Source, Tokenizer
 from .pipeline.data import calibration as draw
 from .pipeline.events import Listener, silent
+from .pipeline.measure import Options
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe, from_file, from_mapping, from_strings
-from .pipeline.rounds import Compiled, Options, compile_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

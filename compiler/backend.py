@@ -23,11 +23,12 @@ from .ir.graph import Program, info, tensor_type
 from .ir.ops import row_of
 from .ir.types import TensorType, same_type
 from .model import fold_params
+from .pipeline.compile import compile_plan
 from .pipeline.data import Source, Tokenizer
 from .pipeline.encode import refresh_types
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe
-from .pipeline.rounds import compile_plan
+from .pipeline.structure import Structural
 from .runtime.attend import attention_implementations
 
 _SETTINGS = ("samples", "length", "seed", "batch", "propagate", "true_sequential", "budget")
@@ -82,6 +83,12 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         wanted = _artefact_recipe(Path(artifact))
     else:
         wanted = read_recipe(passes, recipe)
+    for call in wanted.calls:
+        if isinstance(call.made, Structural):
+            raise UsageError(
+                f"options: expected passes that keep every shape, found {call.name!r}",
+                hint="llmc compile runs every pass",
+            )
     tokenizer = given.get("tokenizer")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)

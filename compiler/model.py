@@ -14,9 +14,9 @@ from .ir.errors import UsageError
 from .ir.graph import Program
 from .ir.interpret import run as run_plain
 from .ir.serial import to_json
+from .pipeline.compile import Compiled
 from .pipeline.data import Tokenizer
 from .pipeline.plan import Plan
-from .pipeline.rounds import Compiled
 from .report.data import report, times
 from .runtime.cache import cache_refusals
 from .runtime.executor import INPUTS, Runner
@@ -254,19 +254,19 @@ def applied(plan: Plan) -> list[dict[str, Any]]:
     ``folds`` names the parameters that each scale migration of the pass rescales.
     """
     out = []
-    snapshots = iter(plan.snapshots[1:])
-    for i, stage in enumerate(plan.stages):
-        for call in stage.calls:
-            snapshot = next(snapshots)
-            folds = {
-                m.site.id: fold_params(m.site) for m in stage.migrations if m.call.name == call.name
-            }
-            out.append({
-                "pass": call.name, "stage": i, "knobs": call.made.values(),
-                "given": {k: v for k, v in call.made.values().items() if call.made.explicit(k)},
-                "effect": snapshot.effect, "sites": snapshot.sites,
-                "new_params": list(snapshot.rewrote), "folds": folds,
-            })  # fmt: skip
+    for (i, call), snapshot in zip(plan.applied, plan.snapshots[1:], strict=True):
+        folds = {
+            m.site.id: fold_params(m.site)
+            for stage in plan.stages
+            for m in stage.migrations
+            if (stage.index, m.call.name) == (i, call.name)
+        }
+        out.append({
+            "pass": call.name, "stage": i, "knobs": call.made.values(),
+            "given": {k: v for k, v in call.made.values().items() if call.made.explicit(k)},
+            "effect": snapshot.effect, "sites": snapshot.sites,
+            "new_params": list(snapshot.rewrote), "folds": folds,
+        })  # fmt: skip
     return out
 
 

@@ -222,6 +222,12 @@ def segments_of(program: Program) -> list[Segment]:
     return program.segments or segment(program)
 
 
+def residual_stream(program: Program) -> list[str]:
+    """Names of the values through which every path from the tokens to the output runs, in order."""
+    chain = _chain(program)
+    return [] if chain is None else [n.name for n in chain.links]
+
+
 def is_block(name: str) -> bool:
     """Whether a segment's name is that of a repeated block."""
     return name not in (PROLOGUE, EPILOGUE, MAIN)

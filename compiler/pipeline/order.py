@@ -13,6 +13,17 @@ from ..ir.errors import UsageError
 
 # (stage, what it writes, why it stands here)
 STAGES: tuple[tuple[str, str, str], ...] = (
+    ("depth", "blocks", "whole blocks go first: nothing is measured in a block that will be gone"),
+    (
+        "heads",
+        "shared heads",
+        "heads are shared before widths are cut, so that what is cut is what stays",
+    ),
+    (
+        "width",
+        "widths",
+        "a new shape makes scales, zeros and codes stale, so widths come before all three",
+    ),
     (
         "equivalence",
         "scales",
@@ -20,7 +31,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ),
     ("mask", "zeros", "OBS updates leave the grid, so zeros are chosen before or with codes"),
     ("grid", "codes", "codes are last: nothing may move a weight that is on its grid"),
+    ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
+# Stages that change shapes or topology, before anything is written into a weight.
+SHAPES = ("depth", "heads", "width")
+STALE = "what changes shapes makes the scales, zeros and codes that are there stale"
 RANK = {stage: i for i, (stage, _, _) in enumerate(STAGES)}
 # Stages whose facts are solved together when they stand in one string.
 JOINT = ("mask", "grid")
@@ -64,7 +79,8 @@ def check_barriers(strings: Sequence[Sequence[Named]]) -> None:
         for p in string:
             for earlier in done:
                 if RANK[earlier.stage] > RANK[p.stage] or earlier.stage == p.stage:
-                    why = next(r for s, _, r in STAGES if s == earlier.stage)
+                    stale = p.stage in SHAPES and earlier.stage not in SHAPES
+                    why = STALE if stale else reason(earlier.stage)
                     legal = _legal([n for s in strings for n in s])
                     raise UsageError(
                         f"expected {p.name!r} before {earlier.name!r}, found it behind a barrier "

@@ -1,13 +1,13 @@
 """The plan: every pass at every site with predicted bytes, made without loading a weight.
 
 Planning runs the very rewrites that compiling keeps: the planned program has the final graph and
-the exact shape and dtype of every packed parameter; solving only fills them.
+the exact shape and dtype of every packed parameter; solving only fills them. Structural passes come
+first, on predicted choices; the rest is planned on the program that they leave.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from ..ir.serial import to_json
 from ..ir.verifier import verify, verify_interface
 from . import order
 from .analysis import Analysis
-from .recipe import Call, Override, Recipe, at_site
+from .recipe import Call, Recipe
+from .restructure import Choose, Step, checks_on, own_call, take
+from .structure import Choice, Structural
 
 FORMAT = 1
 
@@ -57,9 +59,10 @@ class Decision:
 
 @dataclass
 class Stage:
-    """One round: passes between two barriers."""
+    """One round: passes between two barriers; ``index`` is the recipe's number of it."""
 
     calls: tuple[Call, ...]
+    index: int = 0
     migrations: list[Migration] = field(default_factory=list)
     decisions: dict[str, Decision] = field(default_factory=dict)
 
@@ -84,20 +87,38 @@ class Snapshot:
 
 @dataclass
 class Plan:
-    """What compiling will do. ``program`` is the final graph, its new parameters still empty."""
+    """What compiling will do. ``program`` is the final graph, its new parameters still empty.
 
+    Attributes:
+        captured: the model as it came.
+        source: what the rounds work on: the captured program after the structural passes.
+        steps: the structural passes in applied order; exits, which come last, end the list.
+    """
+
+    captured: Program
     source: Program
     program: Program
     recipe: Recipe
-    stages: list[Stage]
-    refusals: list[Refusal]
-    snapshots: list[Snapshot]
-    schemes: dict[str, Scheme]
+    stages: list[Stage] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
 
     @property
     def needing(self) -> list[str]:
         """Names of the passes that need calibration data."""
-        return sorted({name for stage in self.stages for name in stage.needing})
+        names = {name for stage in self.stages for name in stage.needing}
+        steps = [s.call for s in self.steps if s.sites]
+        return sorted(names | {c.name for c in steps if _structural(c).calibrated()})
+
+    @property
+    def applied(self) -> list[tuple[int, Call]]:
+        """Every pass in applied order, with the recipe's stage in which it was asked for."""
+        rounds = [(s.index, c) for s in self.stages for c in s.calls]
+        early = [(s.stage, s.call) for s in self.steps if s.call.made.stage != "exit"]
+        late = [(s.stage, s.call) for s in self.steps if s.call.made.stage == "exit"]
+        return [*early, *rounds, *late]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per weight that some pass speaks about, in graph order."""
@@ -132,11 +153,10 @@ class Plan:
         Args:
             tokens: of all calibration windows together; length: of one.
         """
-        widest, grams = 0, 0
-        for segment in self.source.segments:
-            nodes = [self.source.node(n) for n in segment.nodes]
-            held = [p for n in nodes if (p := self.source.param_of(n)) is not None]
-            widest = max(widest, sum(4 * p.bytes // p.dtype.itemsize for p in held))
+        grams = 0
+        widest = max(
+            _widest(p) for p in (self.source, self.captured if self.steps else self.source)
+        )
         for stage in self.stages:
             by_block: dict[str, dict[str, int]] = {}
             for d in stage.decisions.values():
@@ -147,10 +167,10 @@ class Plan:
             grams = max([grams, *(sum(v.values()) for v in by_block.values())])
         flops, stream = self._forward(tokens // length, length) if tokens and length else (0, 0)
         return {
-            "bytes_before": self.source.weight_bytes(),
+            "bytes_before": self.captured.weight_bytes(),
             "bytes_after": self.program.weight_bytes(),
             "ram_bound": widest + 3 * grams + 2 * stream,
-            "calibration_flops": 2 * flops * len(self.stages),
+            "calibration_flops": 2 * flops * len(self.stages) + self._measuring(tokens, length),
             "calibration_tokens": tokens,
         }
 
@@ -161,6 +181,14 @@ class Plan:
         stream = sum(costs.bytes_of(self.source.node(n)) for n in between)
         return costs.table()["total"]["flops"], stream
 
+    def _measuring(self, tokens: int, length: int) -> int:
+        """Operations that deciding the structural steps takes, as if on the captured program."""
+        forwards = sum(s.forwards for s in self.steps)
+        if not (forwards and tokens and length):
+            return 0
+        costs = CostModel(self.captured, max(tokens // length, 1), length)
+        return int(forwards * costs.table()["total"]["flops"])
+
     def to_json(self, tokens: int = 0, length: int = 0) -> dict[str, Any]:
         """The plan as data; ``path`` fields are provenance, everything else is name-free."""
         return {
@@ -168,9 +196,9 @@ class Plan:
             "recipe": self.recipe.to_json(),
             "order": [
                 {"pass": c.name, "stage": i, "why": order.reason(c.made.stage)}
-                for i, s in enumerate(self.stages)
-                for c in s.calls
+                for i, c in self.applied
             ],
+            "structure": [s.to_json() for s in self.steps],
             "sites": self.rows(),
             "migrations": [
                 {"site": m.site.id, "kind": m.site.kind, "channels": m.site.channels,
@@ -190,68 +218,107 @@ def _short_group(d: Decision) -> str:
     return f"last group of {d.site.in_features % codes.group} of {d.site.in_features} inputs"
 
 
-def checks_on() -> bool:
-    """Whether the verifier runs after each pass (on unless LLMC_CHECK=0)."""
-    return os.environ.get("LLMC_CHECK", "1") != "0"
+def _widest(program: Program) -> int:
+    """fp32 bytes of the parameters of the segment that has most."""
+    out = 0
+    for segment in program.segments:
+        nodes = [program.node(n) for n in segment.nodes]
+        held = [p for n in nodes if (p := program.param_of(n)) is not None]
+        out = max(out, sum(4 * p.bytes // p.dtype.itemsize for p in held))
+    return out
 
 
-def make_plan(program: Program, recipe: Recipe) -> Plan:
+def make_plan(
+    program: Program, recipe: Recipe, choices: Mapping[str, Choice] | None = None
+) -> Plan:  # fmt: skip
     """Plan a recipe for a captured program; nothing is loaded and the program is not changed.
 
+    Args:
+        choices: of structural passes, by the pass's name; the others are predicted.
     Raises:
         UsageError: passes that disagree about a weight, or a knob that a site cannot take.
         GateError: nothing to do anywhere.
     """
-    source = program.clone()
-    analysis = Analysis(source)
-    final = source.clone()
-    plan = Plan(source, final, recipe, [], [], [], {})
-    plan.snapshots.append(Snapshot("captured", to_json(final), (), 0, ""))
-    touched = 0
-    for calls in recipe.stages:
-        stage = Stage(calls)
-        for call in calls:
-            sites, refused = call.made.sites(analysis)
-            plan.refusals += [replace(r, by=call.name) for r in refused]
-            rewrote: list[str] = []
-            here = 0
-            for site in sites:
-                own = _own_call(call, recipe.overrides, site, analysis, plan.refusals)
-                if own is None:
-                    continue
-                here += 1
-                rewrote += own.made.rewrite(final, site)
-                _state(plan, stage, own, site)
-            refresh_segments(final)
-            if checks_on():
-                verify(final)
-                verify_interface(source, final)
-            touched += here
-            snap = Snapshot(call.name, to_json(final), tuple(rewrote), here, str(call.made.effect))
-            plan.snapshots.append(snap)
-        plan.stages.append(stage)
-    if not touched:
+    given = choices or {}
+
+    def choose(call: Call, analysis: Analysis, sites: list[Any]) -> Choice:
+        return given.get(call.name) or _structural(call).predict(analysis, sites)
+
+    plan = lay_out(program, recipe, choose)
+    add_exits(plan, choose)
+    if not any(snapshot.sites for snapshot in plan.snapshots):
         why = plan.refusals[0].reason if plan.refusals else "the graph has no such place"
         raise GateError(f"expected a place for {recipe.text()}, found none: {why}")
-    _unused_overrides(recipe.overrides, analysis)
+    _unused_overrides(plan)
     return plan
 
 
-def _own_call(
-    call: Call, overrides: Iterable[Override], site: Any, analysis: Analysis, out: list[Refusal]
-) -> Call | None:
-    role = getattr(site, "role", getattr(site, "kind", ""))
-    block = analysis.block_of(site.segment)
-    own = at_site(call, list(overrides), site.id, role, block, len(analysis.blocks))
-    if own is None:
-        node = getattr(site, "node", getattr(site, "value", site.id))
-        out.append(Refusal(call.name, node, "the recipe skips it here", "override"))
-        return None
-    again = own.made.test(site) if own is not call else None
-    if again is not None:
-        out.append(again)
-        return None
-    return own
+def _structural(call: Call) -> Structural:
+    assert isinstance(call.made, Structural)
+    return call.made
+
+
+def lay_out(program: Program, recipe: Recipe, choose: Choose) -> Plan:
+    """The plan of everything but the exits, which are chosen on the finished program."""
+    captured = program.clone()
+    Analysis(captured)
+    plan = Plan(captured, captured, captured, recipe)
+    plan.snapshots.append(Snapshot("captured", to_json(captured), (), 0, ""))
+    staged = [(i, c) for i, calls in enumerate(recipe.stages) for c in calls]
+    for i, call in staged:
+        if isinstance(call.made, Structural) and call.made.stage != "exit":
+            _take(plan, i, call, choose)
+    plan.source = plan.program
+    plan.program = plan.source.clone()
+    analysis = Analysis(plan.source)
+    for i, calls in enumerate(recipe.stages):
+        rest = tuple(c for c in calls if not isinstance(c.made, Structural))
+        if rest:
+            plan.stages.append(Stage(rest, i))
+            _round(plan, plan.stages[-1], analysis)
+    return plan
+
+
+def add_exits(plan: Plan, choose: Choose) -> None:
+    """Take the exit passes on the program that everything else has left, in place."""
+    for i, calls in enumerate(plan.recipe.stages):
+        for call in calls:
+            if call.made.stage == "exit":
+                _take(plan, i, call, choose)
+
+
+def _take(plan: Plan, stage: int, call: Call, choose: Choose) -> None:
+    """One structural pass on the plan's program."""
+    taken = take(plan.program, call, stage, plan.recipe.overrides, choose)
+    plan.program = taken.program
+    plan.steps.append(taken.step)
+    plan.refusals += taken.refusals
+    step, effect = taken.step, str(call.made.effect)
+    snap = Snapshot(call.name, to_json(taken.program), step.resized, step.sites, effect)
+    plan.snapshots.append(snap)
+
+
+def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
+    """The passes of one round on the plan's program, in place."""
+    final = plan.program
+    for call in stage.calls:
+        sites, refused = call.made.sites(analysis)
+        plan.refusals += [replace(r, by=call.name) for r in refused]
+        rewrote: list[str] = []
+        here = 0
+        for site in sites:
+            own = own_call(call, plan.recipe.overrides, site, analysis, plan.refusals)
+            if own is None:
+                continue
+            here += 1
+            rewrote += own.made.rewrite(final, site)
+            _state(plan, stage, own, site)
+        refresh_segments(final)
+        if checks_on():
+            verify(final)
+            verify_interface(plan.source, final)
+        snap = Snapshot(call.name, to_json(final), tuple(rewrote), here, str(call.made.effect))
+        plan.snapshots.append(snap)
 
 
 def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:
@@ -291,19 +358,22 @@ def _blocks_fit(call: Call, site: LinearSite, scheme: Scheme) -> None:
     )  # fmt: skip
 
 
-def _unused_overrides(overrides: Iterable[Override], analysis: Analysis) -> None:
+def _unused_overrides(plan: Plan) -> None:
     """An override that names no site is a mistake in the recipe.
 
     Raises:
         UsageError: naming the override by its place.
     """
+    analysis = Analysis(plan.source)
+    blocks = len(analysis.blocks)
     sites = [s for s in analysis.linears if isinstance(s, LinearSite)]
     kinds = [s for s in analysis.migrations if isinstance(s, MigrationSite)]
-    known = [(s.id, s.role, s.segment) for s in sites] + [(s.id, s.kind, s.segment) for s in kinds]
-    for i, o in enumerate(overrides):
-        blocks = len(analysis.blocks)
-        if not any(o.covers(s, r, analysis.block_of(g), blocks) for s, r, g in known):
-            roles = sorted({r for _, r, _ in known})
+    known = [(s.id, s.role, analysis.block_of(s.segment), blocks) for s in sites]
+    known += [(s.id, s.kind, analysis.block_of(s.segment), blocks) for s in kinds]
+    known += [one for step in plan.steps for one in step.covers]
+    for i, o in enumerate(plan.recipe.overrides):
+        if not any(o.covers(*one) for one in known):
+            roles = sorted({r for _, r, _, _ in known})
             raise UsageError(
                 f"overrides.{i}.where: expected at least one site, found none",
                 hint=f"roles here: {', '.join(roles)}; blocks 0..{blocks - 1}",

@@ -21,6 +21,7 @@ from ..ir.errors import UsageError, nearest
 from . import order
 from .base import Pass
 from .registry import all_passes, find
+from .structure import Structural
 
 # Recipes that come with llmc; --recipe takes their names.
 SHIPPED = Path(__file__).parents[2] / "spec" / "recipes"
@@ -288,7 +289,14 @@ def from_mapping(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
                 )  # fmt: skip
         recipe = _ordered(stages)
         for name, given in o.set.items():
-            next(c for c in recipe.calls if c.name == name).adjusted(given)
+            call = next(c for c in recipe.calls if c.name == name)
+            if isinstance(call.made, Structural):
+                raise UsageError(
+                    f"overrides.{i}.set: expected a pass that is solved site by site, found "
+                    f"{name!r}, which decides about all its sites together",
+                    where=where, hint="skip: leaves sites out; knobs go into the stage",
+                )  # fmt: skip
+            call.adjusted(given)
         overrides.append(
             Override(
                 tuple(o.where.role),

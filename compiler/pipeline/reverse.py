@@ -15,16 +15,10 @@ from torch import Tensor, fx
 from ..ir.errors import ModelError
 from ..ir.graph import Program, Segment
 from ..ir.interpret import Fetch, run_nodes
-from .rounds import model_inputs
+from .measure import logits_of, model_inputs, next_token_loss
 from .statistics import Fisher
 
 Env = dict[fx.Node, Any]
-
-
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of token t+1 given tokens up to t: logits [B, S, V], ids int64 [B, S]."""
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1])
-    return torch.nn.functional.cross_entropy(flat.float(), ids[:, 1:].reshape(-1))
 
 
 def gradients(
@@ -51,11 +45,7 @@ class _Sweep:
         self.program, self.fetch, self.wanted = program, fetch, wanted
         self.nodes = {n.name: n for n in program.graph.nodes}
         self.found: dict[str, Tensor] = {}
-        out = program.output.args[0]
-        out = out[0] if isinstance(out, (tuple, list)) and len(out) == 1 else out
-        if not isinstance(out, fx.Node):
-            raise ModelError("expected one output of logits, found several")
-        self.logits = out
+        self.logits = logits_of(program)
 
     def run(self, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
         stored: Env = {}

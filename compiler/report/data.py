@@ -10,7 +10,7 @@ from typing import Any
 
 from ..ir.graph import Program
 from ..ir.packing import unpack
-from ..pipeline.rounds import Compiled
+from ..pipeline.compile import Compiled
 from .text import Table, number, size
 
 FORMAT = 1
@@ -44,6 +44,7 @@ def report(done: Compiled) -> dict[str, Any]:
         "format_version": FORMAT,
         "passes": done.plan.recipe.text(),
         "sites": sites,
+        "structure": done.structure,
         "folds": done.folds,
         "fallbacks": done.fallbacks,
         "refusals": [r.to_json() for r in done.plan.refusals],
@@ -74,7 +75,7 @@ def code_ends(program: Program) -> dict[str, float]:
 
 
 def _totals(done: Compiled, sites: list[dict[str, Any]]) -> dict[str, Any]:
-    before, after = done.plan.source.weight_bytes(), done.program.weight_bytes()
+    before, after = done.plan.captured.weight_bytes(), done.program.weight_bytes()
     weights = sum(s["shape"][0] * s["shape"][1] for s in sites)
     losses = [s["loss"] for s in sites if s.get("loss") is not None]
     return {

@@ -7,9 +7,10 @@ from llmc.compiler.ir.interpret import run
 from llmc.compiler.pipeline import recipe, zoo
 from llmc.compiler.pipeline.analysis import Analysis
 from llmc.compiler.pipeline.base import Exact, Lossy, Pass
+from llmc.compiler.pipeline.compile import compile_plan
+from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.pipeline.registry import all_passes
-from llmc.compiler.pipeline.rounds import compile_plan, model_inputs
 
 PASSES = all_passes()
 HITS = [(n, e) for n, p in PASSES.items() for e in p.hits if n != "prune48"]

@@ -10,8 +10,8 @@ from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.interpret import run
 from llmc.compiler.pipeline import zoo
 from llmc.compiler.pipeline.analysis import Analysis
-from llmc.compiler.pipeline.reverse import fisher, gradients, next_token_loss
-from llmc.compiler.pipeline.rounds import model_inputs
+from llmc.compiler.pipeline.measure import model_inputs, next_token_loss
+from llmc.compiler.pipeline.reverse import fisher, gradients
 
 PYLM = Path(__file__).parents[2] / "examples" / "pylm"
 

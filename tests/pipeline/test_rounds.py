@@ -7,8 +7,9 @@ from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import GateError, ModelError, UsageError
 from llmc.compiler.ir.interpret import run
 from llmc.compiler.pipeline import recipe, rounds, zoo
+from llmc.compiler.pipeline.compile import compile_plan
+from llmc.compiler.pipeline.measure import Options, model_inputs
 from llmc.compiler.pipeline.plan import make_plan
-from llmc.compiler.pipeline.rounds import Options, compile_plan, model_inputs
 from llmc.compiler.pipeline.solving import Work
 from llmc.compiler.runtime.lowering import recast
 

@@ -13,9 +13,9 @@ from llmc.compiler.ir.graph import Info, info
 from llmc.compiler.ir.serial import to_json
 from llmc.compiler.pipeline import recipe, zoo
 from llmc.compiler.pipeline.analysis import Analysis
+from llmc.compiler.pipeline.compile import compile_plan
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.pipeline.registry import find
-from llmc.compiler.pipeline.rounds import compile_plan
 
 RECIPE = "smooth,w4:group=8,prune24"
 
