@@ -163,7 +163,6 @@ def written_out() -> Iterator[None]:
 
 _UNSUPPORTED = (
     "head_mask",
-    "position_bias",
     "cu_seq_lens_q",
     "cu_seq_lens_k",
     "cache",
@@ -183,6 +182,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: one ``llmc.attention`` node.
@@ -193,6 +193,7 @@ def attention(
     Args:
         query: [B, H, S, D]; key, value: [B, KV, S, D]; KV heads are not repeated.
         s_aux: attention sinks [H].
+        position_bias: added to the scores, [B or 1, H, S, S].
     Raises:
         CaptureError: cross attention, a custom mask, dropout, or an argument that the op lacks.
     """
@@ -220,8 +221,8 @@ def attention(
         rule = known
     current.attentions += 1
     out = torch.ops.llmc.attention(
-        query, key, value, current.positions, current.positions, attention_mask, None, s_aux,
-        scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        query, key, value, current.positions, current.positions, attention_mask, position_bias,
+        s_aux, scale=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         causal=rule.causal, window=rule.window, softcap=None if softcap is None else float(softcap),
     )  # fmt: skip
     return out, None

@@ -56,7 +56,7 @@ MORE: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **BASE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1,
         "first_k_dense_replace": 1, "n_shared_experts": 1,
     },
     "cohere": GROUPED,

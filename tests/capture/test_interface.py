@@ -85,7 +85,7 @@ def test_masks_refused(given: dict[str, Any], says: str) -> None:
         ({"attention_mask": None}, "expected a mask from the mask function"),
         ({"attention_mask": None, "dropout": 0.1}, "expected no dropout"),
         ({"attention_mask": None, "head_mask": Q}, "found head_mask"),
-        ({"attention_mask": None, "position_bias": Q}, "found position_bias"),
+        ({"attention_mask": None, "block_table": Q}, "found block_table"),
         ({"attention_mask": None, "key": torch.zeros(2, 2, 9, 8)}, "keys of another length"),
     ],
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ...ir.graph import Program
 from ...ir.refusal import Refusal
-from . import activations, attention, linears, norms, rope, tidy, tokens, views
+from . import activations, attention, constants, linears, norms, rope, tidy, tokens, views
 
 LIFTS = (
     linears.LINEAR, norms.LAYER_NORM, norms.ATEN_RMS_NORM, norms.RMS_NORM, norms.CENTRED,
-    rope.ROPE, *activations.ACTIVATIONS, activations.GATED, attention.SDPA, attention.EAGER,
+    *rope.ROPES, *activations.ACTIVATIONS, activations.GATED, attention.SDPA, attention.EAGER,
+    attention.FOLDED,
 )  # fmt: skip
 
 
@@ -23,6 +24,8 @@ def normalise(program: Program) -> list[Refusal]:
     tidy.share_equal_calls(program)
     refusals = [r for lift in LIFTS for r in lift.run(program)]
     program.prune()
+    constants.drop_idle_masks(program)
+    constants.fold_tables(program)
     tokens.unflatten_tokens(program)
     views.simplify_views(program)
     tidy.share_equal_calls(program)

@@ -33,7 +33,11 @@ _MUL = "mul.Tensor"
 _HALF_X = Either((call(_MUL, _X, Number(value=0.5)), call("div.Tensor", _X, Number(value=2.0))))
 _CUBE = call("pow.Tensor_Scalar", _X, Number(value=3.0))
 _INNER = call("add.Tensor", _X, call(_MUL, _CUBE, Number(value=0.044715)))
-_TANH = call("tanh.default", call(_MUL, _INNER, Number(value=math.sqrt(2 / math.pi))))
+_ROOT = Number(value=math.sqrt(2 / math.pi))
+# The same polynomial with x taken out, as bloom writes it.
+_SQUARE = call(_MUL, call(_MUL, _X, Number(value=0.044715)), _X)
+_TAKEN_OUT = call(_MUL, call(_MUL, _X, _ROOT), call("add.Tensor", _SQUARE, Number(value=1.0)))
+_TANH = call("tanh.default", Either((call(_MUL, _INNER, _ROOT), _TAKEN_OUT)))
 _ERF = call(
     "erf.default",
     Either(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ...ir.dims import divide, same
+from ...ir.dims import dim, divide, same, same_shape
 from ...ir.graph import Program, tensor_type
 from ...ir.ops import row_of
 from .matching import Either, Last, Lift, Match, Number, Var, call
@@ -156,3 +156,67 @@ def _eager(program: Program, found: Match) -> fx.Node | str:
 
 
 EAGER = Lift("attention", (call("matmul.default", _SOFTMAX, Var("v")),), _eager)
+
+
+def _flat(name: str, *, free: bool = False) -> Any:
+    """A value [B, H, …] viewed as [B·H, …]."""
+    return call("reshape.default", Var(name), Var(f"{name}_to"), bind=f"{name}_flat", free=free)
+
+
+# Heads folded into the batch for a batched product, the bias added by it (bloom).
+_FOLDED_SCORES = call(
+    "baddbmm.default", _flat("bias", free=True), _flat("q"),
+    call("transpose.int", _flat("k"), 1, 2), bind="core",
+)  # fmt: skip
+_FOLDED_SOFTMAX = call(
+    "softmax.int",
+    call("add.Tensor", call("reshape.default", _FOLDED_SCORES, Var("scores_to")), Var("added")),
+    Last(),
+)
+
+
+def _folded(program: Program, found: Match) -> fx.Node | str:
+    b = found.bound
+    q, k, v, bias, core = (b[key] for key in ("q", "k", "v", "bias", "core"))
+    if core.kwargs.get("beta", 1) != 1:
+        return f"expected a bias that is added whole, found {core.kwargs['beta']} of it"
+    wide = tensor_type(found.root).shape
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        kept = tensor_type(t).shape
+        want = (dim(kept[0] * kept[1]), *kept[2:])
+        if len(kept) != 4 or not same_shape(tensor_type(b[f"{name}_flat"]).shape, want):
+            return f"expected heads folded into the batch, found {tensor_type(t)}"
+    if not same_shape(tensor_type(q).shape, wide):
+        return f"expected heads unfolded again, found {tensor_type(found.root)}"
+    each_key = (dim(wide[0] * wide[1]), 1, tensor_type(k).shape[2])
+    if not same_shape(tensor_type(bias).shape, (*wide[:2], each_key[2])):
+        return f"expected a bias [B, H, S], found {tensor_type(bias)}"
+    if not same_shape(tensor_type(b["bias_flat"]).shape, each_key):
+        return f"expected one bias of each key, found {tensor_type(b['bias_flat'])}"
+    if not isinstance(b["added"], fx.Node):
+        return "expected a mask tensor"
+    rule = additive_rule(program, b["added"], _lengths(q, k))
+    if isinstance(rule, str):
+        return rule
+    each = program.emit(
+        "aten.unsqueeze.default", bias, 2, before=found.root, made_by=_MADE_BY, like=found.root
+    )
+    return _emit(program, found, q, k, v, core.kwargs.get("alpha", 1.0), rule, each)
+
+
+FOLDED = Lift(
+    "attention",
+    (
+        call(
+            "reshape.default",
+            call(
+                "bmm.default",
+                call("reshape.default", _FOLDED_SOFTMAX, Var("weights_to")),
+                _flat("v"),
+            ),
+            Var("back"),
+        ),
+    ),
+    _folded,
+    anchors=("aten.baddbmm.default",),
+)

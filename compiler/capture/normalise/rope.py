@@ -43,3 +43,32 @@ ROPE = Lift(
     ),
     _rope,
 )
+
+_EVEN = call("slice.Tensor", _X, Last(), 0, Var("e1"), 2, bind="even")
+_ODD = call("slice.Tensor", _X, Last(), 1, Var("o1"), 2, bind="odd")
+_COS, _SIN = Var("cos"), Var("sin")
+
+
+def _regrouped(program: Program, found: Match) -> fx.Node | str:
+    """Channels 2i and 2i+1 rotate together and come out as halves: regroup them, then rotate."""
+    even, odd, cos, sin = (found.bound[k] for k in ("even", "odd", "cos", "sin"))
+    t = tensor_type(even)
+    if not same(t.shape[-1], tensor_type(odd).shape[-1]):
+        return f"expected an even number of channels, found {tensor_type(found.bound['x'])}"
+    parts = [[even, odd]]
+    for part in (cos, sin):
+        if not isinstance(part, fx.Node) or not same(tensor_type(part).shape[-1], t.shape[-1]):
+            return f"expected cos and sin of {t.shape[-1]} channels, found {part}"
+        parts.append([part, part])
+    x, wide_cos, wide_sin = (
+        emit(program, found, "rope", "aten.cat.default", p, tensor_type(p[0]).rank - 1)
+        for p in parts
+    )
+    return emit(program, found, "rope", "llmc.rope", x, wide_cos, wide_sin)
+
+
+_REAL = call("sub.Tensor", call("mul.Tensor", _EVEN, _COS), call("mul.Tensor", _ODD, _SIN))
+_IMAGINARY = call("add.Tensor", call("mul.Tensor", _ODD, _COS), call("mul.Tensor", _EVEN, _SIN))
+REGROUPED = Lift("rope", (call("cat.default", [_REAL, _IMAGINARY], Last()),), _regrouped)
+
+ROPES = (ROPE, REGROUPED)

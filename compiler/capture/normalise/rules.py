@@ -103,7 +103,7 @@ def _is_low(value: float | None) -> bool:
 
 
 def _proved(program: Program, mask: fx.Node, lengths: Lengths, inverted: bool) -> MaskRule | str:
-    """Evaluate index arithmetic at several sizes and compare with a causal band."""
+    """Evaluate index arithmetic at several sizes: a causal band, or nothing masked."""
     if not isinstance(info(mask).type, TensorType) or tensor_type(mask).rank < 2:
         return "expected a mask [S, S]"
     if not same_shape(tensor_type(mask).shape[-2:], lengths):
@@ -116,7 +116,7 @@ def _proved(program: Program, mask: fx.Node, lengths: Lengths, inverted: bool) -
     sides = [min(t.shape[-2:]) for t in _matrices(program, nodes)]
     last = fixed if isinstance(fixed, int) else min([_LAST, *sides])
     smaller = () if isinstance(fixed, int) else (n for n in _SIZES if n < last)
-    width = last
+    width, causal, both = last, True, True
     for size in (*smaller, last):
         value = _evaluate(program, nodes, mask, size)
         if value is None:
@@ -125,13 +125,20 @@ def _proved(program: Program, mask: fx.Node, lengths: Lengths, inverted: bool) -
         if value.is_floating_point() and not bool((value[~allowed] <= _LOW).all()):
             return "expected 0 or very low values in the mask"
         allowed = ~allowed if inverted else allowed
-        if allowed.ndim < 2 or allowed.numel() != size * size or allowed.shape[-1] != size:
+        if allowed.ndim < 2 or allowed.shape[-2:] != (size, size):
             return f"expected one mask [S, S], found {tuple(allowed.shape)}"
-        band = allowed.reshape(size, size)
+        copies = allowed.reshape(-1, size, size)
+        band = copies[0]
+        if not bool((copies == band).all()):
+            return f"expected one mask [S, S], found several in {tuple(allowed.shape)}"
         width = int(band[-1].sum())
         back = torch.arange(size)[:, None] - torch.arange(size)[None]
-        if not torch.equal(band, (back >= 0) & (back < width)):
+        causal = causal and torch.equal(band, (back >= 0) & (back < width))
+        both = both and bool(band.all())
+        if not causal and not both:
             return "expected a causal band, found another mask"
+    if both and last > 1:
+        return MaskRule(False)
     return MaskRule(True, None if width == last else width)
 
 

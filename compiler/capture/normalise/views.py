@@ -146,7 +146,47 @@ def _slice(program: Program, node: fx.Node) -> fx.Node | None:
     if isinstance(low, int) and isinstance(high, int):
         low, high = (max(0, v + size) if v < 0 else min(v, size) for v in (low, high))
         node.args = (x, axis, low, high)
+        return _piece_of_cat(program, node)
     return None
+
+
+def _slice_scatter(program: Program, node: fx.Node) -> fx.Node | None:
+    """A part put into a tensor: what lies before it, the part, and what lies behind."""
+    given = list(node.args[2:]) + [0, None, None, 1][len(node.args) - 2 :]
+    x, part = _input(node), node.args[1]
+    axis, start, stop, step = given
+    axis = int(axis) % tensor_type(x).rank  # type: ignore[arg-type]
+    size = tensor_type(x).shape[axis]
+    low, high = 0 if start is None else start, size if stop is None else stop
+    if step != 1 or not all(isinstance(v, int) for v in (size, low, high)):
+        return None
+    low, high = (max(0, v + size) if v < 0 else min(v, size) for v in (low, high))  # type: ignore[operator, type-var]
+    sides = ((0, low), (high, size))
+    head, tail = (
+        [_emit(program, node, "aten.slice.Tensor", x, axis, a, b)] if a < b else []  # type: ignore[operator]
+        for a, b in sides
+    )
+    return _emit(program, node, "aten.cat.default", [*head, part, *tail], axis)
+
+
+def _piece_of_cat(program: Program, node: fx.Node) -> fx.Node | None:
+    """Whole parts of a concatenation, taken out again."""
+    x, axis, low, high = _input(node), node.args[1], node.args[2], node.args[3]
+    if x.op != "call_function" or row_of(x).name != "aten.cat.default":
+        return None
+    parts: Any = x.args[0]
+    if len(node.args) > 4 or (x.args[1] if len(x.args) > 1 else 0) != axis:
+        return None
+    sizes = [tensor_type(p).shape[axis] for p in parts]  # type: ignore[index]
+    if not all(isinstance(v, int) for v in (*sizes, low, high)):
+        return None
+    edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    if low not in edges or high not in edges:
+        return None
+    found = parts[edges.index(low) : edges.index(high)]
+    if len(found) == 1:
+        return cast(fx.Node, found[0])
+    return _emit(program, node, "aten.cat.default", found, axis) if found else None
 
 
 _RULES = {
@@ -159,4 +199,5 @@ _RULES = {
     "aten.expand.default": _expand,
     "aten.index.Tensor": _index,
     "aten.slice.Tensor": _slice,
+    "aten.slice_scatter.default": _slice_scatter,
 }

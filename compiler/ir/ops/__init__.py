@@ -3,6 +3,7 @@
 from . import (
     attention,
     compressed,
+    conv,
     create,
     elementwise,
     index,
@@ -17,7 +18,7 @@ from .base import ROWS, OpRow, Tie, cost, infer, row, row_for, row_of
 from .rules import flat
 
 __all__ = [
-    "ROWS", "OpRow", "Tie", "attention", "compressed", "cost", "create", "elementwise", "flat",
-    "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of", "semantic",
-    "shape",
+    "ROWS", "OpRow", "Tie", "attention", "compressed", "conv", "cost", "create", "elementwise",
+    "flat", "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of",
+    "semantic", "shape",
 ]  # fmt: skip

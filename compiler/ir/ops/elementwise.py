@@ -97,8 +97,8 @@ _row("rsub.Tensor", _promoted, _pair())
 _row("pow.Tensor_Scalar", _promoted, _number(2, 3.0, 0.5, -1), 2)
 _row("pow.Tensor_Tensor", _promoted, lambda: [((positive(2, 3), randn(3)), {})], 2)
 _row("pow.Scalar", _promoted, lambda: [((2.0, randn(2, 3)), {}), ((2, torch.arange(3)), {})], 2)
-_row("maximum.default", _promoted, _pair())
-_row("minimum.default", _promoted, _pair())
+for _name in ("maximum.default", "minimum.default", "max.other", "min.other"):
+    _row(_name, _promoted, _pair())
 _row("addcmul.default", _promoted, lambda: [((randn(2, 3), randn(3), randn(2, 3)), {"value": 0.5})])
 _row("lerp.Scalar", _promoted, lambda: [((randn(2, 3), positive(2, 3), 0.3), {})])
 
