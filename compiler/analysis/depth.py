@@ -13,7 +13,7 @@ import networkx as nx
 from torch import fx
 
 from ..ir.errors import ModelError
-from ..ir.graph import Program, info
+from ..ir.graph import Program, Segment, info
 from ..ir.refusal import Refusal
 from ..ir.types import same_type, show_type
 from .blocks import is_block, residual_stream, segments_of
@@ -78,28 +78,49 @@ def depth_sites(program: Program) -> list[Span | Refusal]:
         why = "the program has no repeated blocks on one residual stream"
         return [Refusal(_BY, program.output.name, why, "has_blocks")]
     for span in found:
-        refused = _other_way_out(program, span) or _shape_kept(program, span)
-        out.append(refused or span)
+        out.append(_refusal(program, span) or span)
     return out
+
+
+def _refusal(program: Program, span: Span) -> Refusal | None:
+    return _other_way_out(program, span) or _shape_kept(program, span)
 
 
 def _other_way_out(program: Program, span: Span) -> Refusal | None:
     """A value, other than the stream, that the block makes from the stream for others to read."""
-    segment = next(s for s in segments_of(program) if s.name == span.block)
-    inside = set(segment.nodes)
-    flow = nx.DiGraph()
-    flow.add_node(span.enters)
-    for name in segment.nodes:
-        flow.add_edges_from((i.name, name) for i in program.node(name).all_input_nodes)
-    made = nx.descendants(flow, span.enters)
+    segment = segment_named(program, span.block)
+    made = nx.descendants(_flow(program, segment, span.enters), span.enters)
     for name in segment.live_out:
         if name == span.leaves or name not in made:
             continue
         node = program.node(name)
-        readers = [u.name for u in node.users if u.name not in inside]
-        why = f"{readers[0]} reads {name}, which {span.block} makes beside the stream"
+        reader = next(u.name for u in node.users if u.name not in segment.nodes)
+        why = f"{reader} reads {name}, which {span.block} makes beside the stream"
         return Refusal(_BY, name, why, "one_way_out", info(node).path)
     return None
+
+
+def beside(program: Program, span: Span) -> list[fx.Node]:
+    """The block's nodes that others need though it is left out (shared weights), in order."""
+    segment = segment_named(program, span.block)
+    wanted = [n for n in segment.live_out if n != span.leaves]
+    flow = _flow(program, segment, span.enters)
+    needed = set(wanted).union(*(nx.ancestors(flow, n) for n in wanted))
+    return [program.node(n) for n in segment.nodes if n in needed]
+
+
+def segment_named(program: Program, name: str) -> Segment:
+    """The segment of that name."""
+    return next(s for s in segments_of(program) if s.name == name)
+
+
+def _flow(program: Program, segment: Segment, enters: str) -> nx.DiGraph:
+    """What flows into what inside a segment, by name."""
+    flow = nx.DiGraph()
+    flow.add_nodes_from((enters, *segment.nodes))
+    for name in segment.nodes:
+        flow.add_edges_from((i.name, name) for i in program.node(name).all_input_nodes)
+    return flow
 
 
 def _shape_kept(program: Program, span: Span) -> Refusal | None:
@@ -118,22 +139,33 @@ def leave_out(program: Program, blocks: Collection[str]) -> list[str]:
     Raises:
         ModelError: a block that is not there or may not be left out; the node is named.
     """
-    known = {s.block if isinstance(s, Span) else s.node: s for s in depth_sites(program)}
     stands: dict[fx.Node, fx.Node] = {}
-    for span in spans(program):
-        if span.block not in blocks:
-            continue
-        if span.block not in known:
-            refused = next(r for r in known.values() if isinstance(r, Refusal))
-            raise ModelError(f"expected a block that may be left out: {refused}")
-        enters, leaves = program.node(span.enters), program.node(span.leaves)
-        stands[leaves] = stands.get(enters, enters)
-    missing = sorted(set(blocks) - {s.block for s in spans(program)})
+    found = {s.block: s for s in spans(program) if s.block in set(blocks)}
+    missing = sorted(set(blocks) - set(found))
     if missing:
         raise ModelError(f"expected blocks of the program, found {missing[0]!r}")
+    for span in found.values():
+        refused = _refusal(program, span)
+        if refused is not None:
+            raise ModelError(f"expected a block that may be left out, found {refused.reason}",
+                             where=f"node {refused.node}")  # fmt: skip
+        enters, leaves = program.node(span.enters), program.node(span.leaves)
+        stands[leaves] = stands.get(enters, enters)
     before = set(program.params)
     for leaves, enters in stands.items():
         leaves.replace_all_uses_with(enters)
     program.prune()
     program.segments = []
     return sorted(before - set(program.params))
+
+
+def own_bytes(program: Program) -> dict[str, int]:
+    """Stored bytes that go with each block: of the parameters that nothing else reads."""
+    home = {n: s.name for s in segments_of(program) for n in s.nodes}
+    out = dict.fromkeys((s.block for s in spans(program)), 0)
+    for node in program.graph.nodes:
+        param = program.param_of(node)
+        places = {home[u.name] for u in node.users}
+        if param is not None and len(places) == 1 and (block := places.pop()) in out:
+            out[block] += param.bytes
+    return out

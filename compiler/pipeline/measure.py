@@ -118,7 +118,8 @@ class Walk:
         self.program, self.segments = program, program.segments
         self.device = torch.device(device)
         self._nodes = {n.name: n for n in program.graph.nodes}
-        self._fetch, self._loaded = fetch, dict[str, Tensor]()
+        self._loaded: dict[str, Tensor] = {}
+        self.fetch: Fetch = fetch or self._load
         self._later: dict[str, set[str]] = {}
         later: set[str] = set()
         for segment in reversed(program.segments):
@@ -139,7 +140,7 @@ class Walk:
     ) -> Env:  # fmt: skip
         """What the segment gives to others, from a batch's environment, which stays as it is."""
         keep = [self._nodes[n] for n in segment.live_out if self._nodes[n].op != "output"]
-        get = fetch or self._fetch or self._load
+        get = fetch or self.fetch
         done = run_nodes(self.calls(segment), dict(env), get, observe=observe, keep=keep)
         return {n: done[n] for n in keep if n in done}
 
@@ -254,27 +255,32 @@ def loss(program: Program, tokens: Tensor, options: Options, listener: Listener 
         ModelError: the program gives more than logits, or they are not finite.
     """
     walk = Walk(program, device=options.device)
+    meter = Meter(program, tokens)
     with torch.no_grad():
-        return loss_from(walk, 0, batches(program, tokens, options), tokens, options, listener)
+        envs = batches(program, tokens, options)
+        for segment in walk.segments:
+            listener(Event("tick", {"where": segment.name}))
+            envs = walk.step(segment, envs, meter)
+    return meter.mean()
 
 
-def loss_from(
-    walk: Walk, start: int, envs: list[Env], tokens: Tensor, options: Options,
-    listener: Listener = silent,
-) -> float:  # fmt: skip
-    """The loss when only the segments from ``start`` on are run, from environments before it."""
-    logits = logits_of(walk.program)
-    found: list[Tensor] = []
+class Meter:
+    """Observes the logits of batch after batch and keeps each window's loss."""
 
-    def observe(node: fx.Node, value: object) -> None:
-        if node is logits:
-            assert isinstance(value, Tensor)
-            ids = tokens[sum(map(len, found)) :][: len(value)].to(value.device)
-            one = next_token_loss(value, ids)
-            check_finite(node, one)
-            found.append(one.double().expand(len(ids)))
+    def __init__(self, program: Program, tokens: Tensor) -> None:
+        self.logits, self.tokens = logits_of(program), tokens
+        self._found: list[Tensor] = []
 
-    for segment in walk.segments[start:]:
-        listener(Event("tick", {"where": segment.name}))
-        envs = walk.step(segment, envs, observe)
-    return float(torch.cat(found).mean())
+    def __call__(self, node: fx.Node, value: object) -> None:
+        if node is not self.logits:
+            return
+        assert isinstance(value, Tensor)
+        done = sum(map(len, self._found))
+        ids = self.tokens[done : done + len(value)].to(value.device)
+        one = next_token_loss(value, ids)
+        check_finite(node, one)
+        self._found.append(one.double().expand(len(ids)))
+
+    def mean(self) -> float:
+        """Mean cross-entropy over the windows seen, which all have one length."""
+        return float(torch.cat(self._found).mean())

@@ -109,8 +109,8 @@ class Plan:
     def needing(self) -> list[str]:
         """Names of the passes that need calibration data."""
         names = {name for stage in self.stages for name in stage.needing}
-        steps = [s.call for s in self.steps if s.sites]
-        return sorted(names | {c.name for c in steps if _structural(c).calibrated()})
+        steps = {s.call.name for s in self.steps if _structural(s.call).calibrated()}
+        return sorted(names | steps)
 
     @property
     def applied(self) -> list[tuple[int, Call]]:

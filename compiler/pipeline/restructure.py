@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from ..analysis.blocks import apply_segments, is_block
+from ..ir.errors import GateError
 from ..ir.graph import Program
 from ..ir.refusal import Refusal
 from ..ir.segments import refresh_segments
@@ -75,7 +76,7 @@ def take(
     Blocks are found anew behind it, so their names count from 0 again; behind an exit pass they
     keep their names.
     Raises:
-        UsageError: knobs that these sites cannot take.
+        GateError: the pass has no place here. UsageError: knobs that these sites cannot take.
         VerifierError: the rewrite broke a rule, or the program's inputs or outputs.
     """
     made = call.made
@@ -84,23 +85,27 @@ def take(
     found, refused = made.sites(analysis)
     refusals = [replace(r, by=call.name) for r in refused]
     sites = [s for s in found if own_call(call, overrides, s, analysis, refusals) is not None]
-    new, choice, resized = program.clone(), Choice({}), list[str]()
-    if sites:
-        choice = choose(call, analysis, sites)
-        resized = made.apply(new, choice)
-        if made.stage == "exit":
-            refresh_segments(new)
-        else:
-            new.segments = []
-            apply_segments(new)
-        if checks_on():
-            verify(new)
-            verify_interface(program, new)
+    if not sites:
+        first = refusals[0] if refusals else None
+        why = first.reason if first else "the graph has no such place"
+        raise GateError(f"expected a place for {call.name}, found none: {why}",
+                        where=f"node {first.node}" if first else "")  # fmt: skip
+    choice = choose(call, analysis, sites)
+    new = program.clone()
+    resized = made.apply(new, choice)
+    if made.stage == "exit":
+        refresh_segments(new)
+    else:
+        new.segments = []
+        apply_segments(new)
+    if checks_on():
+        verify(new)
+        verify_interface(program, new)
     blocks = len(analysis.blocks)
     covers = tuple((s.id, kind_of(s), analysis.block_of(s.segment), blocks) for s in found)
     step = Step(
         call, stage, len(sites), choice, amounts(program), amounts(new), tuple(resized), covers,
-        made.forwards(sites) if sites else 0.0,
+        made.forwards(sites),
     )  # fmt: skip
     return Taken(new, step, refusals)
 

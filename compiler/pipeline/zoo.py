@@ -57,12 +57,14 @@ class Builder:
 def decoder(
     *, hidden: int = 16, inner: int = 24, heads: int = 4, kv: int = 2, size: int = 4,
     vocab: int = 20, norm: str = "rms", offset: float = 0.0, mlp: str = "gated",
-    bias: bool = False, tied: bool = False, leak: bool = False, blocks: int = 2, seed: int = 0,
+    bias: bool = False, tied: bool = False, leak: bool = False, share: bool = False,
+    blocks: int = 2, seed: int = 0,
 ) -> Program:  # fmt: skip
     """A small decoder: embedding, blocks of attention and MLP, final norm, head.
 
     norm: ``rms`` or ``layer``; offset 1 is the 1 + g form. mlp: ``gated``, ``relu`` or ``gelu``.
-    leak: the residual also reads the first norm of each block.
+    leak: the residual also reads the first norm of each block. share: every block reads the first
+    block's keys and values.
     """
     b = Builder(seed)
     ids = b.input("input_ids", torch.int64, BATCH, SEQ)
@@ -82,11 +84,12 @@ def decoder(
         y = b.call("aten.reshape.default", value, [*length, count, size])
         return b.call("aten.transpose.int", y, 1, 2)
 
-    for _ in range(blocks):
+    k = v = x
+    for i in range(blocks):
         n = normed(x)
         q = split(b.linear(n, heads * size, hidden, bias=bias), heads)
-        k = split(b.linear(n, kv * size, hidden, bias=bias), kv)
-        v = split(b.linear(n, kv * size, hidden, bias=bias), kv)
+        if i == 0 or not share:
+            k, v = (split(b.linear(n, kv * size, hidden, bias=bias), kv) for _ in range(2))
         a = b.call("llmc.attention", q, k, v, pos, pos, valid, scale=size**-0.5)
         a = b.call("aten.reshape.default", a, [*length, heads * size])
         x = b.call("aten.add.Tensor", x, b.linear(a, hidden, heads * size, bias=bias))
@@ -113,6 +116,8 @@ ZOO: dict[str, Callable[[], Program]] = {
     "with_bias": lambda: decoder(bias=True),
     "tied_head": lambda: decoder(tied=True),
     "odd_inputs": lambda: decoder(inner=26),
+    "four_blocks": lambda: decoder(blocks=4),
+    "shared_keys": lambda: decoder(blocks=4, share=True),
 }
 
 
