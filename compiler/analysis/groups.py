@@ -7,7 +7,7 @@ A group starts at one dimension of the graph and holds all that its units reach 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -154,6 +154,7 @@ class _Find:
     def run(self) -> list[Group]:
         out: list[Group] = []
         covered: set[int] = set()
+        refused: set[frozenset[int]] = set()
         made = self._composite()
         for late in (False, True):
             for c in self.dims.classes:
@@ -163,10 +164,17 @@ class _Find:
                 if (c.id in made) != late or (late and not c.params):
                     continue
                 found = spread(self.dims, c.id)
-                covered |= {i for i, m in found.maps.items() if (m >= 0).any()}
                 group = self.group(c, found)
-                if group.members:
-                    out.append(group)
+                reached = frozenset(group.classes)
+                if found.units < 2 or not group.members or reached in refused:
+                    continue
+                if group.blocked:
+                    # What it reaches on the way may well be cut from another start.
+                    refused.add(reached)
+                    covered.add(c.id)
+                else:
+                    covered |= reached
+                out.append(replace(group, id=self._name(group)))
         return sorted(out, key=lambda g: self.rank[g.node])
 
     def _composite(self) -> set[int]:
@@ -178,10 +186,15 @@ class _Find:
             elif r.kind in ("merge", "concat", "twice", "repeat"):
                 # One head that all share is no part that could be cut in their stead.
                 alone = r.kind == "repeat" and self.dims.classes[r.ins[0]].size == 1
-                out.update(() if alone else r.outs)
+                out.update(() if alone or r.ins == r.outs else r.outs)
         return out
 
-    def group(self, root: DimClass, found: Spread, name: str | None = None) -> Group:
+    def _name(self, group: Group) -> str:
+        index = self.counts.setdefault((group.segment, group.kind), 0)
+        self.counts[group.segment, group.kind] += 1
+        return f"{group.segment}/{group.kind}{index}"
+
+    def group(self, root: DimClass, found: Spread, name: str = "") -> Group:
         """A group from what a spread reached."""
         classes = {
             c: torch.from_numpy(m).to(torch.int64) for c, m in found.maps.items() if (m >= 0).any()
@@ -202,10 +215,8 @@ class _Find:
         segment = self._home(parts)
         bytes_, flops = self._costs(members, found.units)
         first = next((v.node for v in values), members[0].node if members else "")
-        index = self.counts.setdefault((segment, kind), 0)
-        self.counts[segment, kind] += bool(members)
         return Group(
-            name or f"{segment}/{kind}{index}", kind, segment, found.units, members, values,
+            name, kind, segment, found.units, members, values,
             tuple(dict.fromkeys(n for c in parts for n in c.norms)), chosen,
             max([1, *(self._chooses(n) for n in chosen)]), tuple(blocked), bytes_, flops, first,
             classes,
@@ -248,6 +259,8 @@ class _Find:
         blocks = {self.segment[a.node.name] for c in parts for a in c.members if a.node.users}
         if sum(is_block(b) for b in blocks) > 1 or self._streams(parts):
             return "hidden"
+        if any(c.norms for c in parts):
+            return "channel"
         return "neuron" if {"writes", "reads"} <= self._roles(parts) else "channel"
 
     def _roles(self, parts: list[DimClass]) -> set[str]:

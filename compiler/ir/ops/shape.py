@@ -95,7 +95,9 @@ def _expand(x: TensorType, sizes: Any, **attrs: Any) -> TensorType:
 def _expand_ties(out: TensorType, x: TensorType, *rest: Any, **attrs: Any) -> list[Tie]:
     lead = out.rank - x.rank
     same_axes = [a for a in range(x.rank) if x.shape[a] != 1 or out.shape[a + lead] == 1]
-    return kept(same_axes, [a + lead for a in same_axes])
+    outs = [a + lead for a in same_axes]
+    fresh = [a for a in range(out.rank) if a not in outs]
+    return [*kept(same_axes, outs), *(Tie("same", (), (a,)) for a in fresh)]
 
 
 def _expand_as(x: TensorType, other: TensorType) -> TensorType:
