@@ -34,7 +34,7 @@ def explain_command(
 ) -> None:
     """List every site that PASS takes and every near miss, with the failing condition.
 
-    For an artefact the captured graph is asked again, with the knobs that were used.
+    For an artefact the graph that the pass found is asked again, with the knobs that were used.
     """
     from ..pipeline.analysis import Analysis
     from ..pipeline.recipe import from_strings
@@ -46,7 +46,7 @@ def explain_command(
     program, artefact = open_headers(source, trust_remote_code)
     call = calls[0]
     if artefact is not None:
-        program = graph_of(artefact, artefact.graphs[0])
+        program = graph_of(artefact, artefact.graphs[_found_by(call, artefact)])
         call = _as_used(call, artefact)
     analysis = Analysis(program)
     sites, refused = call.made.sites(analysis)
@@ -82,6 +82,21 @@ def explain_command(
                  f"there: {type(call.made).law()}")  # fmt: skip
     out.text(f"{len(taken)} taken, {len(missed)} refused")
     out.data("explain", about | {"taken": taken, "refused": missed})
+
+
+def _found_by(call: Call, artefact: Loaded) -> int:
+    """Place of the graph that a pass finds: structural passes change what the next one sees.
+
+    The others all look at the graph behind the last structural pass that came before them.
+    """
+    from ..pipeline.order import RANK, SHAPES
+    from ..pipeline.registry import find
+
+    stages = [find(row["pass"]).stage for row in artefact.manifest.passes]
+    mine = call.made.stage
+    if mine not in (*SHAPES, "exit"):
+        return sum(stage in SHAPES for stage in stages)
+    return sum(RANK[stage] < RANK[mine] for stage in stages)
 
 
 def _as_used(call: Call, artefact: Loaded) -> Call:

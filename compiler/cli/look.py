@@ -146,7 +146,13 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
     out.table(table)
     if artefact is not None:
         from ..report.data import folds_table, result_table
+        from ..report.structure import record_tables, structure_table
 
+        steps = artefact.report["structure"]
+        out.table(structure_table(steps))
+        for table in record_tables(steps, out.verbose):
+            out.table(table)
+        about["structure"] = steps
         out.table(result_table(artefact.report, out.verbose))
         if out.verbose:
             out.table(folds_table(artefact.report["folds"]))

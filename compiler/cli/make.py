@@ -198,8 +198,12 @@ def check_disk(folder: Path, weights: int) -> None:
 
 def _result(made: Model, folder: Path, plan: dict[str, Any], out: Out) -> None:
     from ..report.data import result_table, summary
+    from ..report.structure import record_tables, structure_table
 
     told = made.report
+    out.table(structure_table(told["structure"]))
+    for table in record_tables(told["structure"], out.verbose):
+        out.table(table)
     out.table(result_table(told, out.verbose))
     for line in summary(told):
         out.text(line)

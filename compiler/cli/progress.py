@@ -91,6 +91,11 @@ class Solving(Progress):
         elif event.kind == "block":
             self.at(self._started, data["segment"])
             self._started += 1
+        elif event.kind == "structure":
+            self.at(self._started, data["pass"])
+            self._started += 1
+        elif event.kind == "tick" and "where" in data:
+            self.at(self.done, f"{self.where.partition(' ')[0]} {data['where']}")
         elif event.kind == "end":
             self.at(self.total, "")
         elif event.kind == "site" and self.out.verbose:

@@ -11,8 +11,9 @@ from typing import Any
 class Event:
     """One thing that happened.
 
-    Kinds: ``start`` and ``end`` of the run, ``block`` (before a segment), ``site`` (a weight was
-    solved), ``fold`` (a scale was migrated), ``tick`` (one calibration batch ran).
+    Kinds: ``start`` and ``end`` of the run, ``structure`` (before a structural pass measures),
+    ``block`` (before a segment), ``site`` (a weight was solved), ``fold`` (a scale was migrated),
+    ``tick`` (one calibration batch ran, or ``where``, a segment, is being measured).
     """
 
     kind: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..pipeline.registry import all_passes
+from .structure import structure_table
 from .text import Table, size
 
 
@@ -104,7 +105,8 @@ def totals(plan: dict[str, Any]) -> list[str]:
     """The predicted figures, one line each."""
     p = plan["predicted"]
     before, after = p["bytes_before"], p["bytes_after"]
-    lines = [f"weights {size(before)} -> {size(after)} ({after / before:.1%})"]
+    most = "" if p["exact"] else "at most "
+    lines = [f"weights {size(before)} -> {most}{size(after)} ({after / before:.1%})"]
     if plan["bits_per_weight"] is not None:
         lines[0] += f", {plan['bits_per_weight']:.3f} bits per compressed weight"
     if p["calibration_tokens"]:
@@ -119,6 +121,7 @@ def plan_tables(plan: dict[str, Any], full: bool = False) -> list[Table]:
     """Every table of a plan, in reading order."""
     return [
         order_table(plan),
+        structure_table(plan["structure"]),
         migrations_table(plan),
         sites_table(plan, full),
         refusals_table(plan["refusals"], full),
