@@ -20,6 +20,7 @@ from .pipeline.plan import Plan
 from .report.data import report, times
 from .runtime.cache import cache_refusals
 from .runtime.executor import INPUTS, Runner
+from .runtime.exits import ExitRunner
 from .runtime.generate import Sampling
 from .runtime.generate import generate as run_generation
 from .runtime.lowering import runner_for
@@ -43,6 +44,8 @@ class Model(torch.nn.Module):
         target: what the graph is lowered for.
         dtype: in which it computes; None for the program's own (fp32).
         resident: ``packed`` decodes weights in every call, ``dense`` once, which takes memory.
+        layers_used: blocks executed for each new token of the last ``generate``, by prompt; None
+            for a model without exits. A prompt, and so its first new token, takes all of them.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Model(torch.nn.Module):
         self.loaded, self.dtype, self.resident = loaded, dtype, resident
         self.program, self.solved, self.record = program, solved, record
         self.tokenizer, self.target, self.seconds = tokenizer, target, seconds
+        self.layers_used: list[list[int]] | None = None
         self.eval()
 
     @property
@@ -102,10 +106,18 @@ class Model(torch.nn.Module):
             return self.runner
         return self._lowered(cached=True)
 
-    def _lowered(self, *, cached: bool) -> Runner:
+    @cached_property
+    def full_generator(self) -> Runner:
+        """:attr:`generator` with its exits off: every token runs every block."""
+        if self.program.exits is None or not self.generator.cached:
+            return self.generator
+        return self._lowered(cached=True, exits=False)
+
+    def _lowered(self, *, cached: bool, exits: bool = True) -> Runner:
         return runner_for(
-            self.program, self.target, cached=cached, dtype=self.dtype, resident=self.resident
-        )
+            self.program, self.target, cached=cached, dtype=self.dtype, resident=self.resident,
+            exits=exits,
+        )  # fmt: skip
 
     def why_no_cache(self) -> str:
         """Why generation runs without a KV cache; empty where it has one."""
@@ -157,10 +169,12 @@ class Model(torch.nn.Module):
         eos = self.program.facts.get("eos") or ()
         if self.tokenizer is not None and not eos:
             eos = self.tokenizer.eos
+        used: list[list[int]] = [[] for _ in ids]
         made = run_generation(
             self.generator, ids, max_new_tokens=max_new_tokens, sampling=sampling, eos=eos,
-            on_token=on_token,
+            on_token=on_token, on_depth=lambda row, blocks: used[row].append(blocks),
         )  # fmt: skip
+        self.layers_used = used if isinstance(self.generator, ExitRunner) else None
         if not texts:
             return made
         assert self.tokenizer is not None

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .errors import ModelError
+from .exits import Exits
 from .names import set_names
 from .types import TensorType, ValueType
 
@@ -136,6 +137,7 @@ class Program:
         segments: ordered ranges of the graph; empty until analysed.
         states: declared state by name.
         facts: small JSON-able facts about the model (vocabulary, context length, special tokens).
+        exits: where a token may leave early, between segments; None where it may not.
     """
 
     graph: fx.Graph
@@ -145,6 +147,7 @@ class Program:
     segments: list[Segment] = field(default_factory=list)
     states: dict[str, State] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    exits: Exits | None = None
     _known: dict[str, fx.Node] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # ** looking **
@@ -301,7 +304,7 @@ class Program:
         )
         return Program(
             graph, dict(self.params), weights, self.dtype,
-            list(self.segments), dict(self.states), copy.deepcopy(self.facts),
+            list(self.segments), dict(self.states), copy.deepcopy(self.facts), self.exits,
         )  # fmt: skip
 
     def fetch(self, name: str) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import exits
 from .build import Builder, result_type
 from .errors import ModelError
 from .graph import DictWeights, Info, Param, Program, State
@@ -38,6 +39,7 @@ from .types import TensorType, ValueType
 
 _MAX_CHARS = 1 << 26
 _TABLES = ("DTYPE", "FACTS", "INPUTS", "STATES", "PARAMS")
+_HEADER = (*_TABLES, "EXITS")
 _IMPORTS = ("import operator", "import torch", "from llmc.compiler.ir.ops import ROWS")
 
 
@@ -103,7 +105,7 @@ class _Reader:
                 match item:
                     case ast.Import() | ast.ImportFrom() if ast.unparse(item) in _IMPORTS:
                         continue
-                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in _TABLES:
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in _HEADER:
                         if name in header:
                             raise ModelError(f"expected one {name}, found two")
                         header[name] = value
@@ -126,6 +128,9 @@ class _Reader:
             if not isinstance(facts, dict):
                 raise ModelError(f"expected a table of facts, found {facts!r}")
             self.program.facts = facts
+        if "EXITS" in header:
+            with _located(header["EXITS"]):
+                self.program.exits = exits.from_json(self.literal(header["EXITS"]))
         for name, row, at in self.rows(header["STATES"]):
             with _located(at):
                 kind, *types = self.texts(row)

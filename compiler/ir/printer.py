@@ -46,6 +46,8 @@ def print_python(program: Program, title: str = "") -> str:
         head, *_IMPORTS,
         f'DTYPE = "{short(program.dtype)}"', f"FACTS = {_fact(check_facts(program.facts))}",
     ]  # fmt: skip
+    if program.exits is not None:
+        lines.append(f"EXITS = {_fact(program.exits.to_json())}")
     lines += _table("INPUTS", ((n.name, _quote(_type_text(n))) for n in program.inputs))
     lines += _table("STATES", ((s.name, _state(s)) for s in program.states.values()))
     lines += _table("PARAMS", ((p.name, _param(p)) for p in program.params.values()))

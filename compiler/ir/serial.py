@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from . import exits
 from .build import Builder
 from .errors import ModelError
 from .graph import Info, Param, Program, Segment, State, Weights, info
@@ -37,12 +38,12 @@ _OPS = ("placeholder", "get_attr", "call_function", "output")
 
 
 def to_json(program: Program) -> dict[str, Any]:
-    """The program as JSON values: format, dtype, nodes, params, segments, states, facts.
+    """The program as JSON values: format, dtype, nodes, params, segments, states, facts, exits.
 
     Raises:
         ModelError: an argument that has no JSON form.
     """
-    return {
+    out = {
         "format": FORMAT,
         "version": VERSION,
         "dtype": short(program.dtype),
@@ -67,6 +68,7 @@ def to_json(program: Program) -> dict[str, Any]:
         ],
         "facts": check_facts(program.facts),
     }  # fmt: skip
+    return out if program.exits is None else out | {"exits": program.exits.to_json()}
 
 
 def provenance(program: Program) -> dict[str, Any]:
@@ -152,8 +154,9 @@ def from_json(data: Any, weights: Weights) -> Program:
         "program",
         {
             "format": str, "version": int, "dtype": str, "nodes": list, "params": list,
-            "segments": list, "states": list, "facts": dict,
+            "segments": list, "states": list, "facts": dict, "exits": dict,
         },
+        optional=("exits",),
     )  # fmt: skip
     if (top["format"], top["version"]) != (FORMAT, VERSION):
         raise ModelError(
@@ -189,6 +192,8 @@ def from_json(data: Any, weights: Weights) -> Program:
             )
         seen.add(segment.name)
         program.segments.append(segment)
+    if "exits" in top:
+        program.exits = _at("exits", exits.from_json, top["exits"])
     return program
 
 

@@ -15,6 +15,7 @@ from torch import fx
 from .build import result_type
 from .dims import PAST, Dim, same
 from .errors import ModelError, VerifierError
+from .exits import check_exits
 from .graph import DictWeights, Info, Program, info
 from .ops import row_for, row_of
 from .ops.base import infer
@@ -277,6 +278,14 @@ def _kept(value: ValueType, stored: TensorType) -> bool:
     return all(same(value.shape[a], stored.shape[a]) for a in (0, 1, 3))
 
 
+def _exits(program: Program) -> None:
+    """Exits lie after segments that exist, in their order."""
+    try:
+        check_exits(program)
+    except ModelError as e:
+        _fail("exits", e.message)
+
+
 RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("lint", _lint),
     ("users", _users),
@@ -290,6 +299,7 @@ RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("symbols", _symbols),
     ("segments", _segments),
     ("states", _states),
+    ("exits", _exits),
 ]
 """The laws, in an order in which each may build on those before it."""
 

@@ -14,8 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..ir.errors import ModelError, UsageError, VerifierError
-from ..ir.graph import Program
+from ..ir.exits import CLASSIFIER, classifier_of
+from ..ir.graph import Param, Program
 from ..ir.literals import check_facts
 from ..ir.serial import attach, from_json, provenance, to_json
 from ..ir.types import short
@@ -119,17 +122,18 @@ def save(path: str | Path, contents: Contents, *, force: bool = False) -> Manife
     """
     program = contents.program
     documents = _documents(contents)
-    params = {p.name: p for p in program.params.values()}
+    params = _stored(program)
     weights = sum(p.bytes + 256 for p in params.values())
     needed = weights + sum(len(d) for d in documents.values()) + 512 * (len(params) + 16)
     if force:
         check_replaceable(Path(path))
-    kinds = roles(program)
+    kinds = roles(program) | {CLASSIFIER: "classifier"}
     with new_folder(Path(path), needed=needed, force=force) as folder:
         tensors: dict[str, Tensor] = {}
         files: dict[str, File] = {}
         for name, names in files_of(program).items():
-            tensors |= write_tensors(folder, name, [params[n] for n in names], program, kinds)
+            mine = [params[n] for n in names]
+            tensors |= write_tensors(folder, name, mine, program.weights, kinds)
             files[name] = _file(folder, name)
         for name, data in documents.items():
             folder.write(name, data)
@@ -142,6 +146,14 @@ def save(path: str | Path, contents: Contents, *, force: bool = False) -> Manife
         )  # fmt: skip
         folder.write(manifests.NAME, sealed)
     return manifests.read_manifest(sealed)
+
+
+def _stored(program: Program) -> dict[str, Param]:
+    """What is stored as tensors: the graph's parameters, and the classifier of its exits."""
+    out = {p.name: p for p in program.params.values()}
+    if program.exits is not None and program.exits.classifies:
+        out[CLASSIFIER] = Param(CLASSIFIER, program.exits.shape, torch.float32, keep=True)
+    return out
 
 
 def _file(folder: Folder, name: str) -> File:
@@ -290,10 +302,11 @@ def _listed_json(root: Path, manifest: Manifest, name: str) -> Any:
 
 def _program(root: Path, manifest: Manifest, body: Any, origin: Any) -> Program:
     program = from_json(body, ArtefactWeights(root, manifest.tensors))
-    for name in sorted(set(program.params) ^ set(manifest.tensors)):
-        where = "the program" if name in program.params else "the manifest"
+    stored = _stored(program)
+    for name in sorted(set(stored) ^ set(manifest.tensors)):
+        where = "the program" if name in stored else "the manifest"
         raise ModelError(f"expected tensor {name} in both, found it only in {where}")
-    for name, param in program.params.items():
+    for name, param in stored.items():
         record = manifest.tensors[name]
         if (list(param.shape), short(param.dtype)) != (record.shape, record.dtype):
             raise ModelError(
@@ -309,4 +322,7 @@ def _program(root: Path, manifest: Manifest, body: Any, origin: Any) -> Program:
         verify_program(program)
     except VerifierError as e:
         raise ModelError(f"expected a lawful program, found {e}", where="program.json") from None
+    if program.exits is not None:
+        # A few numbers, so they are checked now and not when the first token leaves.
+        classifier_of(program.exits, program.weights)
     return program

@@ -6,7 +6,8 @@ one by one, so running new tokens alone against the kept keys and values is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,6 +125,21 @@ class Step:
         return self._seen[-1][1]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a batch: a run of them as a slice, which copies nothing, else their indices."""
+
+    index: slice | torch.Tensor
+    count: int
+
+    @staticmethod
+    def of(rows: Sequence[int], device: torch.device | str = "cpu") -> Rows:
+        """Ascending row numbers, at least one."""
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return Rows(slice(rows[0], rows[-1] + 1), len(rows))
+        return Rows(torch.tensor(rows, device=device), len(rows))
+
+
 class KVState:
     """One layer's keys and values in buffers that grow by doubling, with positions and validity.
 
@@ -132,6 +148,8 @@ class KVState:
         batch: rows; capacity: tokens to make room for at first.
     Attributes:
         pending: validity of the next tokens where the graph carries none.
+        rows: which rows the next tokens are of; None for all. While it is set, ``append`` writes
+            behind what is kept and ``advance`` counts the tokens once all rows are written.
         step: the running forward, None outside of ``Cache.begin``.
     """
 
@@ -143,6 +161,7 @@ class KVState:
         self._shapes = [(batch, int(t.shape[1]), int(t.shape[3]), t.dtype) for t in (k, v)]
         self.batch = batch
         self.pending: torch.Tensor | None = None
+        self.rows: Rows | None = None
         self.step: Step | None = None
         self._allocate(capacity)
 
@@ -183,28 +202,38 @@ class KVState:
         Raises:
             ModelError: another batch than the state was made for.
         """
-        if k.shape[0] != self.batch:
+        rows = self.rows
+        expected = self.batch if rows is None else rows.count
+        if k.shape[0] != expected:
             raise ModelError(
-                f"expected a batch of {self.batch}, found {k.shape[0]}", where=f"state {self.name}"
+                f"expected a batch of {expected}, found {k.shape[0]}", where=f"state {self.name}"
             )
+        at: Any = slice(None) if rows is None else rows.index
         start, end = self.length, self.length + k.shape[2]
         self.reserve(end)
-        valid = self.pending if valid is None else valid
-        self._kv[0][:, :, start:end] = k
-        self._kv[1][:, :, start:end] = v
-        self._pos[:, start:end] = pos
+        if valid is None:
+            valid = self.pending if rows is None or self.pending is None else self.pending[at]
+        self._kv[0][at, :, start:end] = k
+        self._kv[1][at, :, start:end] = v
+        self._pos[at, start:end] = pos
         if valid is not None:
-            self._valid[:, start:end] = valid
+            self._valid[at, start:end] = valid
             self._padded = self._padded or (self.step or Step()).padded(valid)
         else:
-            self._valid[:, start:end] = True
-        self.length = end
+            self._valid[at, start:end] = True
+        if rows is None:
+            self.length = end
         return (
-            self._kv[0][:, :, :end],
-            self._kv[1][:, :, :end],
-            self._pos[:, :end],
-            self._valid[:, :end] if self._padded else None,
+            self._kv[0][at, :, :end],
+            self._kv[1][at, :, :end],
+            self._pos[at, :end],
+            self._valid[at, :end] if self._padded else None,
         )
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were appended row by row; all rows are whole again."""
+        self.rows = None
+        self.length += tokens
 
     def tokens(self) -> torch.Tensor:
         """int64 [B]: real tokens kept in each row."""
@@ -229,7 +258,11 @@ class KVState:
 
 
 class Cache:
-    """All states of one running batch, by name."""
+    """All states of one running batch, by name.
+
+    Attributes:
+        prompt: tokens that were kept when decoding token by token began.
+    """
 
     def __init__(
         self,
@@ -238,7 +271,7 @@ class Cache:
         capacity: int = 256,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.batch = batch
+        self.batch, self.prompt = batch, 0
         self.states: dict[str, KVState] = {}
         for s in states:
             if s.kind != "kv":

@@ -6,7 +6,7 @@ which keeps the per-node overhead near that of eager torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,64 +171,76 @@ class Runner:
     __call__ = forward
 
     def _run(self, given: Mapping[str, torch.Tensor], cache: Cache | None) -> torch.Tensor:
+        env = self._start(given, cache)
+        run_steps(self._steps, env)
+        out: torch.Tensor = self._result.read(env)
+        return out
+
+    def _start(self, given: Mapping[str, torch.Tensor], cache: Cache | None) -> list[Any]:
+        """The environment before the first step: inputs and states in their slots."""
         env: list[Any] = [None] * len(self._slots)
         for name, dtype in self._inputs.items():
             env[self._slots[name]] = given[name].to(dtype)
         if cache is not None:
             for name, state in cache.states.items():
                 env[self._slots["state", name]] = state
-        for step in self._steps:
-            args = step.base.copy()
-            for at, what in step.fill:
-                args[at] = env[what] if type(what) is int else what.read(env)
-            if step.kwfill:
-                kwargs = step.kwargs.copy()
-                for key, what in step.kwfill:
-                    kwargs[key] = env[what] if type(what) is int else what.read(env)
-                env[step.out] = step.call(*args, **kwargs)
-            else:
-                env[step.out] = step.call(*args, **step.kwargs)
-            for slot in step.dead:
-                env[slot] = None
-        out: torch.Tensor = self._result.read(env)
-        return out
+        return env
 
     # ** construction **
 
     def _build(self, resident: str) -> None:
         limit = _SMALL if resident == "packed" else None
-        constants = _Constants(self.program, self._implementations, self.device, limit)
+        constants = Constants(self.program, self._implementations, self.device, limit)
         nodes = list(self.program.graph.nodes)
         steps = [n for n in nodes if n.op == "call_function" and n not in constants.folded]
         for node in [*self.program.inputs, *steps]:
             self._slots[node.name] = len(self._slots)
         for name in self.program.states:
             self._slots["state", name] = len(self._slots)
-        last: dict[fx.Node, fx.Node] = {}
-        for node in steps:
-            for used in (node, *node.all_input_nodes):
-                last[used] = node
-        output = self.program.output
-        kept = {*self.program.inputs, *output.all_input_nodes}
-        dead: dict[fx.Node, list[int]] = {}
-        for value, at in last.items():
-            if value not in kept and value.name in self._slots:
-                dead.setdefault(at, []).append(self._slots[value.name])
-        self._steps = [self._step(n, constants, tuple(dead.get(n, ()))) for n in steps]
-        self._result = _Template.of(_logits(output.args[0]), self._slots, constants)
+        self._steps = self._listed(steps, constants)
+        self._result = _Template.of(_logits(self.program.output.args[0]), self._slots, constants)
+        self._prepare(constants)
         self._constants = constants.used()
 
-    def _step(self, node: fx.Node, constants: _Constants, dead: tuple[int, ...]) -> Step:
+    def _prepare(self, constants: Constants) -> None:
+        """What a kind of runner makes beside the list of all steps."""
+
+    def _listed(
+        self, nodes: Sequence[fx.Node], constants: Constants, keep: Container[fx.Node] = ()
+    ) -> list[Step]:
+        """Steps of nodes in order; what only they read is dropped after its last use."""
+        inside = set(nodes)
+        last: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            for used in (node, *node.all_input_nodes):
+                last[used] = node
+        dead: dict[fx.Node, list[int]] = {}
+        for value, at in last.items():
+            if value not in inside or value in keep:
+                continue
+            if all(u in inside for u in value.users):
+                dead.setdefault(at, []).append(self._slots[value.name])
+        return [self._step(n, constants, tuple(dead.get(n, ()))) for n in nodes]
+
+    def _step(self, node: fx.Node, constants: Constants, dead: tuple[int, ...] = ()) -> Step:
         row = row_of(node)
-        given = {k: self.device if k == "device" else v for k, v in node.kwargs.items()}
-        args = [_Template.of(a, self._slots, constants) for a in node.args]
+        call = self._implementations.get(node.name, row.reference)
+        return self._calling(call, node, node.args, node.kwargs, constants, dead)
+
+    def _calling(
+        self, call: Callable[..., Any], node: fx.Node, args: Sequence[Any],
+        kwargs: Mapping[str, Any], constants: Constants, dead: tuple[int, ...] = (),
+    ) -> Step:  # fmt: skip
+        """The step of ``call`` on these arguments; its value goes where ``node``'s goes."""
+        given = {k: self.device if k == "device" else v for k, v in kwargs.items()}
+        made = [_Template.of(a, self._slots, constants) for a in args]
         named = {k: _Template.of(v, self._slots, constants) for k, v in given.items()}
-        if row.stateful:
+        if row_of(node).stateful:
             named["state"] = _Template("slot", self._slots["state", str(given["state"])])
         return Step(
-            self._implementations.get(node.name, row.reference),
-            [a.value if a.kind == "constant" else None for a in args],
-            tuple((i, a.compact()) for i, a in enumerate(args) if a.kind != "constant"),
+            call,
+            [a.value if a.kind == "constant" else None for a in made],
+            tuple((i, a.compact()) for i, a in enumerate(made) if a.kind != "constant"),
             {k: a.value for k, a in named.items() if a.kind == "constant"},
             tuple((k, a.compact()) for k, a in named.items() if a.kind != "constant"),
             self._slots[node.name], dead, node.name,
@@ -238,6 +250,23 @@ class Runner:
         """Bytes held for weights and for what was computed from them."""
         weights, computed = self._constants
         return Memory(weights, computed, self.program.weight_bytes())
+
+
+def run_steps(steps: Sequence[Step], env: list[Any]) -> None:
+    """Run steps in order over an environment of slots."""
+    for step in steps:
+        args = step.base.copy()
+        for at, what in step.fill:
+            args[at] = env[what] if type(what) is int else what.read(env)
+        if step.kwfill:
+            kwargs = step.kwargs.copy()
+            for key, what in step.kwfill:
+                kwargs[key] = env[what] if type(what) is int else what.read(env)
+            env[step.out] = step.call(*args, **kwargs)
+        else:
+            env[step.out] = step.call(*args, **step.kwargs)
+        for slot in step.dead:
+            env[slot] = None
 
 
 def _logits(out: Any) -> Any:
@@ -253,7 +282,7 @@ class _Template:
     value: Any
 
     @staticmethod
-    def of(value: Any, slots: Mapping[Any, int], constants: _Constants) -> _Template:
+    def of(value: Any, slots: Mapping[Any, int], constants: Constants) -> _Template:
         if isinstance(value, fx.Node):
             if value.name in slots:
                 return _Template("slot", slots[value.name])
@@ -277,7 +306,7 @@ class _Template:
         return self.value
 
 
-class _Constants:
+class Constants:
     """Parameters, and nodes that depend on parameters alone and are small enough to keep."""
 
     def __init__(

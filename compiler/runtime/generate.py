@@ -10,8 +10,10 @@ import torch
 from ..ir.errors import UsageError
 from ..pipeline.data import Tokenizer
 from .executor import Runner
+from .exits import ExitRunner
 
 OnToken = Callable[[int, int], None]
+OnDepth = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def generate(
     sampling: Sampling | None = None,
     eos: Iterable[int] = (),
     on_token: OnToken | None = None,
+    on_depth: OnDepth | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt, without the token that ended it.
 
@@ -80,6 +83,8 @@ def generate(
         prompts: token ids, at least one each; shorter rows are padded on the left.
         eos: ids that end a row.
         on_token: called with (row, token) as soon as a token is known.
+        on_depth: called with (row, blocks executed) before it, where the runner takes exits; a
+            row's first new token comes from its prompt, at full depth.
     Raises:
         UsageError: no prompt, an empty one, an id outside the vocabulary, or a bad setting.
     """
@@ -108,6 +113,8 @@ def generate(
                 done[row] = True
                 continue
             out[row].append(token)
+            if on_depth is not None and isinstance(runner, ExitRunner):
+                on_depth(row, runner.used[row])
             if on_token is not None:
                 on_token(row, token)
         if all(done):

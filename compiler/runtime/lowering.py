@@ -17,6 +17,7 @@ from ..ir.types import TensorType, short
 from .attend import attention_implementations
 from .cache import add_cache
 from .executor import Runner
+from .exits import ExitRunner
 
 if TYPE_CHECKING:
     from ...codegen.targets import Lowered
@@ -26,7 +27,8 @@ _COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
 _ONE_DTYPE = {
     "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default",
     "aten.addmm.default", "aten.baddbmm.default", "llmc.attention", "llmc.cached_attention",
-    "llmc.fused_linear", "llmc.experts", "aten.cat.default", "aten.index_add.default",
+    "llmc.fused_linear", "llmc.add_csr", "llmc.csr_linear", "llmc.experts",
+    "aten.cat.default", "aten.index_add.default",
 }  # fmt: skip
 _KEPT_ARGUMENTS = {"llmc.fused_linear": {"codes", "scale", "zero", "meta", "gain"}}
 
@@ -39,6 +41,7 @@ def runner_for(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     resident: Literal["packed", "dense"] = "packed",
+    exits: bool = True,
 ) -> Runner:
     """A runner of a program, which stays as it is.
 
@@ -47,12 +50,13 @@ def runner_for(
         cached: give it a KV cache first.
         device: default: ``cuda`` for ``triton`` where there is one, else ``cpu``.
         dtype: compute in another floating dtype than the program's own.
+        exits: take the program's early exits, where it has some and a KV cache.
     Raises:
         UsageError: an unknown target. ResourceError: one that this machine cannot run.
         ModelError: a program that cannot have a cache, or cannot compute in ``dtype``.
     """
     return runner_of(lowered(program, target, cached=cached, device=device, dtype=dtype),
-                     device=device, resident=resident)  # fmt: skip
+                     device=device, resident=resident, exits=exits)  # fmt: skip
 
 
 def lowered(
@@ -78,12 +82,15 @@ def runner_of(
     *,
     device: torch.device | str | None = None,
     resident: Literal["packed", "dense"] = "packed",
+    exits: bool = True,
 ) -> Runner:
-    """A runner of a lowered program."""
+    """A runner of a lowered program; with ``exits`` it takes those that the program has."""
     given = dict(done.implementations)
     if done.target != "reference":
         given = attention_implementations(done.program) | given
-    return Runner(
+    leaves = exits and done.program.exits is not None and done.program.states
+    kind = ExitRunner if leaves else Runner
+    return kind(
         done.program, given, resident=resident, device=device or default_device(done.target)
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,4 +168,8 @@ def sizes(program: Program) -> Sizes:
             seen |= names
             weights += count
             stored += sum(program.params[n].bytes for n in names)
-    return Sizes(program.weight_bytes(), by_role, weights, stored)
+    total = program.weight_bytes()
+    if program.exits is not None and program.exits.classifies:
+        by_role["classifier"] = 4 * math.prod(program.exits.shape)
+        total += by_role["classifier"]
+    return Sizes(total, by_role, weights, stored)

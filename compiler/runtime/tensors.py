@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..ir.errors import ModelError
-from ..ir.graph import Param, Program
+from ..ir.exits import CLASSIFIER
+from ..ir.graph import Param, Program, Weights
 from ..ir.types import DTYPES, short
 from .files import Folder, checked_path, parse_json
 from .manifest import Tensor
@@ -28,7 +29,10 @@ _STORED = {
 
 
 def files_of(program: Program) -> dict[str, list[str]]:
-    """Parameters by file name: one file per segment, in the order in which the graph reads them."""
+    """Parameters by file name: one file per segment, in the order in which the graph reads them.
+
+    The classifier of early exits, which no node reads, has a file of its own.
+    """
     home: dict[str, str] = {}
     for segment in program.segments:
         for node in segment.nodes:
@@ -39,11 +43,13 @@ def files_of(program: Program) -> dict[str, list[str]]:
             continue
         place = home.get(node.name, "main")
         out.setdefault(f"weights-{place}.safetensors", []).append(str(node.target))
+    if program.exits is not None and program.exits.classifies:
+        out["weights-exits.safetensors"] = [CLASSIFIER]
     return out
 
 
 def write_tensors(
-    folder: Folder, name: str, params: Sequence[Param], program: Program, roles: Mapping[str, str]
+    folder: Folder, name: str, params: Sequence[Param], weights: Weights, roles: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Write one file and return its tensors' records; only this file's tensors are in memory.
 
@@ -56,7 +62,7 @@ def write_tensors(
     records: dict[str, Tensor] = {}
     places: set[int] = set()
     for param in params:
-        tensor = program.weights.load(param.name).detach().to("cpu").contiguous()
+        tensor = weights.load(param.name).detach().to("cpu").contiguous()
         _check(param.name, tensor, param.shape, param.dtype, name)
         # Views of one storage are written apart: a file never shares bytes.
         if tensor.untyped_storage().data_ptr() in places:

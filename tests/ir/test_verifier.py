@@ -11,6 +11,7 @@ import torch
 
 from llmc.compiler.ir.dims import BATCH, SEQ, symbol
 from llmc.compiler.ir.errors import VerifierError
+from llmc.compiler.ir.exits import Exits
 from llmc.compiler.ir.graph import Info, Param, Program, State, info
 from llmc.compiler.ir.types import TensorType
 from llmc.compiler.ir.verifier import RULES, verify
@@ -244,6 +245,11 @@ def segments_of_one_name(p: Program) -> None:
 @breaks("states")
 def state_without_node(p: Program) -> None:
     p.states["kv9"] = State("kv9", "kv", ())
+
+
+@breaks("exits")
+def exit_behind_no_segment(p: Program) -> None:
+    p.exits = Exits("softmax", ("block9",), 0.5)
 
 
 @pytest.mark.parametrize("name", BROKEN)
