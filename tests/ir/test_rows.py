@@ -158,6 +158,19 @@ def test_tied_axes_exist_and_their_sizes_agree(row: OpRow, args: Any, kwargs: An
                 assert ins[0] + tie.offset <= outs[0]
             case "slice":
                 assert tie.offset + outs[0] <= ins[0]
+            case "pair":
+                assert len({*ins, *outs}) == 1
+                assert ins[0] % 2 == 0
+            case "choose":
+                assert len({*ins, *outs}) == 1
+            case "twice":
+                assert not outs
+                assert ins[1] == 2 * ins[0]
+            case "pick":
+                assert not values[tie.offset].dtype.is_floating_point
+            case "source":
+                assert not ins
+                assert len(outs) == 1
             case _:
                 assert tie.kind in ("contract", "norm", "mix")
 
@@ -182,6 +195,9 @@ def reach(
     match tie.kind:
         case "same":
             return {index * len(outs)}
+        case "pair":
+            half = outs[0] // 2
+            return {index, ((index[0] + half) % outs[0],)}
         case "slice":
             return {(index[0] - tie.offset,)}
         case "concat":
@@ -216,7 +232,7 @@ def touched(
     return pick(before) != pick(after)
 
 
-MAPPED = ("same", "slice", "concat", "repeat", "split", "merge")
+MAPPED = ("same", "slice", "concat", "repeat", "split", "merge", "pair")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +247,7 @@ def test_ties_say_where_a_change_goes(row: OpRow, args: Any, kwargs: Any) -> Non
         if tie.kind not in MAPPED or not tie.outs:
             continue
         # Several inputs of "same" are claims about each; those of "merge" are one claim.
-        groups = [[p] for p in tie.ins] if tie.kind == "same" else [list(tie.ins)]
+        groups = [[p] for p in tie.ins] if tie.kind in ("same", "pair") else [list(tie.ins)]
         for group in groups:
             arg, axes = group[0][0], [a for _, a in group]
             v = values[arg]
