@@ -62,7 +62,8 @@ def decoder(
 ) -> Program:  # fmt: skip
     """A small decoder: embedding, blocks of attention and MLP, final norm, head.
 
-    norm: ``rms`` or ``layer``; offset 1 is the 1 + g form. mlp: ``gated``, ``relu`` or ``gelu``.
+    norm: ``rms`` or ``layer``; offset 1 is the 1 + g form. mlp: ``gated``, ``relu``, ``gelu``,
+    ``softmax`` (over the inner channels) or ``moe`` (four gated experts, two chosen).
     leak: the residual also reads the first norm of each block. share: every block reads the first
     block's keys and values.
     """
@@ -84,6 +85,16 @@ def decoder(
         y = b.call("aten.reshape.default", value, [*length, count, size])
         return b.call("aten.transpose.int", y, 1, 2)
 
+    def routed(value: fx.Node, experts: int = 4) -> fx.Node:
+        flat = b.call("aten.reshape.default", value, [-1, hidden])
+        chances = b.call("aten.softmax.int", b.linear(flat, experts, hidden), -1)
+        top = b.call("aten.topk.default", chances, 2)
+        weight, index = (b.call("operator.getitem", top, i) for i in (0, 1))
+        both = b.param(experts, 2 * inner, hidden, width=hidden**-0.5)
+        down = b.param(experts, hidden, inner, width=inner**-0.5)
+        y = b.call("llmc.experts", flat, index, weight, both, down, act="silu")
+        return b.call("aten.reshape.default", y, [*length, hidden])
+
     k = v = x
     for i in range(blocks):
         n = normed(x)
@@ -96,9 +107,14 @@ def decoder(
         if leak:
             x = b.call("aten.add.Tensor", x, n)
         n = normed(x)
+        if mlp == "moe":
+            x = b.call("aten.add.Tensor", x, routed(n))
+            continue
         if mlp == "gated":
             gate, up = (b.linear(n, inner, hidden, bias=bias) for _ in range(2))
             m = b.call("llmc.gated", gate, up, act="silu")
+        elif mlp == "softmax":
+            m = b.call("aten.softmax.int", b.linear(n, inner, hidden, bias=bias), -1)
         else:
             m = b.call("llmc.activation", b.linear(n, inner, hidden, bias=bias), act=mlp)
         x = b.call("aten.add.Tensor", x, b.linear(m, hidden, inner, bias=bias))
@@ -116,6 +132,8 @@ ZOO: dict[str, Callable[[], Program]] = {
     "with_bias": lambda: decoder(bias=True),
     "tied_head": lambda: decoder(tied=True),
     "odd_inputs": lambda: decoder(inner=26),
+    "softmax_between": lambda: decoder(mlp="softmax"),
+    "moe": lambda: decoder(mlp="moe"),
     "four_blocks": lambda: decoder(blocks=4),
     "shared_keys": lambda: decoder(blocks=4, share=True),
 }

@@ -25,11 +25,8 @@ ORDERS = ("first", "second", "mixed", "vector")
 
 def along(element: Tensor, axis: int) -> Tensor:
     """Sum over every other axis: [size of the axis], fp64."""
-    return (
-        element.double().movedim(axis, 0).flatten(1).sum(1)
-        if element.dim() > 1
-        else (element.double())
-    )
+    wide = element.double()
+    return wide.movedim(axis, 0).flatten(1).sum(1) if wide.dim() > 1 else wide
 
 
 def per_unit(values: Tensor, unit_of: Tensor, units: int, *, mean: bool = False) -> Tensor:
