@@ -3,7 +3,9 @@
     rms_norm(x; gain, eps) -> linear(., expand_nm(dequantize(codes, scale, zero), meta), b) -> + r
 
 becomes fused_linear(x, codes, scale, zero, meta, b, r, gain). The law is the op row's reference; it
-differs from the chain only in the order of roundings. What is not fused is a refusal with its node.
+differs from the chain only in the order of roundings. Sparse entries that add_csr puts beside the
+decoded weight become a path of their own, csr_linear, behind the fused node. What is not fused is a
+refusal with its node.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ MAKER = "fuse"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear over a decoded weight: its nodes and the problem that a kernel must serve."""
+    """A linear over a decoded weight: its nodes and the problem that a kernel must serve.
+
+    ``side`` is the call that puts sparse entries beside the weight.
+    """
 
     linear: fx.Node
     codes: fx.Node
@@ -34,6 +39,7 @@ class Candidate:
     zero: fx.Node | None
     meta: fx.Node | None
     problem: Problem
+    side: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,10 @@ def _argument(node: fx.Node, at: int, name: str) -> object:
 def _candidate(program: Program, linear: fx.Node) -> Candidate | Refusal:
     weight = linear.args[1]
     chain: list[fx.Node] = []
+    side = weight if _is(weight, "llmc.add_csr") else None
+    if isinstance(side, fx.Node):
+        chain.append(side)
+        weight = side.args[0]
     expand = weight if _is(weight, "llmc.expand_nm") else None
     values = expand.args[0] if isinstance(expand, fx.Node) else weight
     if isinstance(expand, fx.Node):
@@ -165,6 +175,7 @@ def _candidate(program: Program, linear: fx.Node) -> Candidate | Refusal:
         zero if isinstance(zero, fx.Node) else None,
         meta if isinstance(meta, fx.Node) else None,
         problem,
+        side if isinstance(side, fx.Node) else None,
     )  # fmt: skip
 
 
@@ -198,12 +209,13 @@ def _norms(
 ) -> tuple[dict[fx.Node, fx.Node], list[Refusal]]:
     """norm -> the node of its effective gain, for norms that only candidates read as their x."""
     linears = {c.linear for c in candidates}
+    whole = {c.linear for c in candidates if c.side is None}
     gains: dict[fx.Node, fx.Node] = {}
     refused: list[Refusal] = []
     for norm in list(program.calls("llmc.rms_norm")):
         if not linears & set(norm.users):
             continue
-        why = _norm_refusal(norm, linears)
+        why = _norm_refusal(norm, whole)
         if why is not None:
             refused.append(_refusal(norm, *why))
         else:
@@ -215,7 +227,7 @@ def _norm_refusal(norm: fx.Node, linears: set[fx.Node]) -> tuple[str, str] | Non
     others = [u for u in norm.users if u not in linears or u.args[0] is not norm]
     if others:
         names = ", ".join(sorted(u.name for u in others))
-        return f"the norm is also read by {names}, which is not fused", "all_readers_fused"
+        return f"the norm is also read by {names}, which is not fused whole", "all_readers_fused"
     x, gain = norm.args[0], _argument(norm, 1, "gain")
     assert isinstance(x, fx.Node)
     if not isinstance(gain, fx.Node) or gain.op != "get_attr":
@@ -253,6 +265,7 @@ def _rewrite(
     gain = norms.get(x)
     parts = ["llmc.rms_norm"] if gain is not None else []
     parts += ["llmc.dequantize", *(["llmc.expand_nm"] if problem.m else []), "aten.linear.default"]
+    side = candidate.side
     eps = 0.0
     if gain is not None:
         eps = float(str(x.kwargs["eps"]))
@@ -268,6 +281,12 @@ def _rewrite(
         columns=problem.K, n=problem.n, m=problem.m, eps=eps,
         before=root, made_by=MAKER, like=linear,
     )  # fmt: skip
-    root.replace_all_uses_with(made)
+    out = made
+    if side is not None:
+        out = program.emit(
+            "llmc.csr_linear", made, linear.args[0], *side.args[1:],
+            before=root, made_by=MAKER, like=linear,
+        )  # fmt: skip
+    root.replace_all_uses_with(out)
     problem = replace(problem, norm=gain is not None, residual=other is not None)
     return Fused(made.name, linear.name, info(linear).path, tuple(parts), problem)

@@ -18,7 +18,7 @@ import torch
 from ..compiler.ir.errors import ResourceError, UsageError, nearest
 from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
-from . import cpu
+from . import cpu, sparse
 from .fuse import Fused, FusePlan, fuse
 from .kernels import KernelRow, Problem, choose
 from .prepack import Packed, prepack
@@ -96,7 +96,7 @@ def _lower_cpu(program: Program) -> Lowered:
         traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K)
         _place(lowered, fused, kernel.name, codes, scale, traffic, note)
         lowered.implementations[fused.node] = cpu.implementation(kernel, problem)
-    return lowered
+    return _sides(lowered, torch.device("cpu"))
 
 
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
@@ -125,7 +125,7 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
         traffic = row.bytes_moved(fused.problem, 1)
         _place(lowered, fused, row.name, packed.codes, packed.scale, traffic, "")
         lowered.implementations[fused.node] = _triton_implementation(row, fused.problem)
-    return lowered
+    return _sides(lowered, device)
 
 
 def _triton_implementation(row: KernelRow, problem: Problem) -> Callable[..., torch.Tensor]:
@@ -159,6 +159,14 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
 
 def _start(target: Target, program: Program, plan: FusePlan) -> Lowered:
     return Lowered(target, program, refused=list(plan.refused))
+
+
+def _sides(lowered: Lowered, device: torch.device) -> Lowered:
+    """Sparse paths beside fused nodes run on torch's own sparse rows where it has them."""
+    if sparse.available(device):
+        for node in lowered.program.calls("llmc.csr_linear"):
+            lowered.implementations[node.name] = sparse.csr_linear
+    return lowered
 
 
 def _names(program: Program, fused: Fused) -> list[str | None]:

@@ -8,11 +8,12 @@ from typing import Any
 from ..compiler.analysis.linears import LinearSite
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Program
-from ..compiler.ir.scheme import Mask
+from ..compiler.ir.scheme import Mask, Sparse
 from ..compiler.pipeline.analysis import linear_weights
 from ..compiler.pipeline.base import Example, Lossy, Pass, Precondition, knob
-from ..compiler.pipeline.encode import encode_mask
+from ..compiler.pipeline.encode import encode_mask, encode_sparse
 from ..compiler.pipeline.sites import BLOCK_WEIGHT
+from ..compiler.solvers.masks import recover_bound
 
 _SHARED = ("damp", "act_order", "sweeps", "mask_search")
 
@@ -29,7 +30,8 @@ class Prune(Pass):
 
     sparsegpt chooses the mask while it sweeps and lets the survivors compensate; wanda and
     magnitude drop the lowest scores and change nothing else. With a grid in the same string the two
-    are one joint solve, and the mask stays exact.
+    are one joint solve, and the mask stays exact. recover= brings the best weights of each row back
+    where n:m dropped them, as sparse rows beside the mask, exact whatever the grid.
     """
 
     variants = {
@@ -40,7 +42,7 @@ class Prune(Pass):
     stage = "mask"
     effect = Lossy("perplexity")
     needs = ("gram",)
-    source = "SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695"
+    source = "SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695; weight recover prune (WRP)"
     pattern = linear_weights
     preconditions = (*BLOCK_WEIGHT, Precondition("blocks_fit", _blocks_fit))
     hits = (Example("llama_gqa"), Example("with_bias"))
@@ -52,6 +54,9 @@ class Prune(Pass):
     n: int = knob(0, "kept of each m consecutive inputs; 0 = unstructured", lo=0, hi=32)
     m: int = knob(0, "block of consecutive inputs; 0 = unstructured", lo=0, hi=32)
     sparsity: float = knob(0.5, "share of zeros when n and m are 0", lo=0.0, hi=0.99)
+    recover: float = knob(
+        0.0, "share of each row's best weights that come back beside n:m", lo=0.0, hi=1.0
+    )
     damp: float = knob(0.01, "damping relative to the mean diagonal of XᵀX", lo=0.0, hi=10.0)
     act_order: bool = knob(False, "most important inputs first, inside the solver")
     sweeps: int = knob(0, "further sweeps of coordinate descent, never uphill", lo=0, hi=100)
@@ -68,9 +73,21 @@ class Prune(Pass):
                 f"prune: expected either sparsity or n and m, found both ({self.n}:{self.m})"
             )
 
+        if self.recover and not self.m:
+            raise UsageError(
+                "prune:recover: expected n and m beside it, found unstructured zeros",
+                hint="a lower sparsity keeps the best weights by itself",
+            )
+        if self.recover and self.mask_search:
+            raise UsageError(
+                f"{self.called}:mask_search: expected a mask that stays, found recover="
+                f"{self.recover:g}, which brings back what one mask drops"
+            )
+
     def facts(self, site: LinearSite) -> dict[str, Any]:
         if self.m:
-            return {"mask": Mask(self.n, self.m, 1 - self.n / self.m)}
+            mask = Mask(self.n, self.m, 1 - self.n / self.m)
+            return {"mask": mask} | ({"sparse": sparse} if (sparse := self._sparse(site)) else {})
         return {"mask": Mask(sparsity=self.sparsity)}
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
@@ -78,4 +95,22 @@ class Prune(Pass):
         return out | {k: getattr(self, k) for k in _SHARED if self.explicit(k)}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
-        return encode_mask(program, site.node, self.facts(site)["mask"], made_by=self.called)
+        mask, sparse = self.facts(site)["mask"], self._sparse(site)
+        made = encode_mask(program, site.node, mask, made_by=self.called)
+        if sparse is None:
+            return made
+        return made + encode_sparse(
+            program, site.node, mask, sparse, self._one_score, made_by=self.called
+        )
+
+    @property
+    def _one_score(self) -> bool:
+        """Whether mask and recovered weights are ranked by one score of the dense weights."""
+        return self.solver != "sparsegpt"
+
+    def _sparse(self, site: LinearSite) -> Sparse | None:
+        """What comes back at this site; None where that can be no weight of any row."""
+        if not self.recover:
+            return None
+        most = recover_bound(self.recover, self.n, self.m, site.in_features, self._one_score)
+        return Sparse("csr", self.recover) if most else None

@@ -68,7 +68,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Sparse:
-    """S: sparse entries, or whole outlier columns, kept in high precision."""
+    """S: sparse entries, or whole outlier columns, kept in high precision.
+
+    Kind ``csr``: of the best ``share`` of each row's weights those that an N:M mask drops.
+    """
 
     kind: str
     share: float
@@ -116,7 +119,13 @@ class Scheme:
         Raises:
             UsageError: naming the field.
         """
-        for name in ("low_rank", "sparse", "input_grid"):
+        if self.sparse is not None and not (
+            self.sparse.kind == "csr" and self.mask is not None and self.mask.structured
+        ):
+            raise UsageError(
+                f"expected sparse entries beside an N:M mask, found {self.sparse}; not built yet"
+            )
+        for name in ("low_rank", "input_grid"):
             if getattr(self, name) is not None:
                 raise UsageError(
                     f"expected a scheme of codes and masks, found {name}; not built yet"
@@ -140,6 +149,8 @@ class Scheme:
         if self.mask is not None:
             m = self.mask
             parts.append(f"{m.n}:{m.m}" if m.structured else f"{m.sparsity:.0%} sparse")
+        if self.sparse is not None:
+            parts.append(f"+top{self.sparse.share:.0%}")
         if self.codes is not None:
             c = self.codes
             parts.append(f"w{c.bits} " + ("row" if c.group is None else f"g{c.group}"))

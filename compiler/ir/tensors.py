@@ -14,15 +14,18 @@ from torch import fx
 
 from . import packing
 from .errors import ModelError, VerifierError
-from .graph import Program
+from .graph import Program, tensor_type
 from .ops import row_of
+from .ops.sparse import coordinates
 
-_PARTS = ("codes", "scale", "zero", "meta", "bitmap", "values")
+_PARTS = ("codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts")
 _ARGUMENTS = {
     "llmc.dequantize": ("codes", "scale", "zero"),
     "llmc.expand_nm": ("values", "meta"),
     "llmc.expand_bitmap": ("values", "bitmap"),
     "llmc.fused_linear": ("", "codes", "scale", "zero", "meta"),
+    "llmc.add_csr": ("", "values", "index", "starts"),
+    "llmc.csr_linear": ("", "", "values", "index", "starts"),
 }
 """Names of the leading arguments of the ops that read packed tensors."""
 
@@ -43,10 +46,9 @@ def packed_calls(program: Program) -> Iterator[Packed]:
         VerifierError: a tensor that cannot be loaded.
     """
     for node in program.calls():
-        names = _ARGUMENTS.get(row_of(node).name)
-        if names is None:
+        if row_of(node).name not in _ARGUMENTS:
             continue
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given = _given(node)
         tensors: dict[str, torch.Tensor] = {}
         for part in _PARTS:
             param = program.param_of(given.get(part))
@@ -56,6 +58,11 @@ def packed_calls(program: Program) -> Iterator[Packed]:
                 except ModelError as e:
                     _fail("stored", e.message, node)
         yield Packed(node, tensors, {k: v for k, v in node.kwargs.items() if isinstance(v, int)})
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    names = _ARGUMENTS[row_of(node).name]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _fail(rule: str, message: str, node: fx.Node) -> NoReturn:
@@ -160,6 +167,57 @@ def _counts(program: Program) -> None:
             _fail("count", f"expected {kept} values for the bitmap, found {values.numel()}", p.node)
 
 
+def _columns_of(p: Packed) -> int:
+    weight = p.node if row_of(p.node).name == "llmc.add_csr" else p.node.args[1]
+    assert isinstance(weight, fx.Node)
+    return int(tensor_type(weight).shape[-1])
+
+
+def _rows(program: Program) -> None:
+    """Sparse rows begin at 0, never end before they begin, and together hold every value."""
+    for p in packed_calls(program):
+        starts, values = p.tensors.get("starts"), p.tensors.get("values")
+        if starts is None or values is None:
+            continue
+        if int(starts[0]) or int(starts[-1]) != len(values) or bool((starts.diff() < 0).any()):
+            why = f"expected rows that share out {len(values)} values, found {starts.tolist()[:8]}"
+            _fail("rows", why, p.node)
+
+
+def _index(program: Program) -> None:
+    """The columns of a sparse row ascend strictly and lie inside the matrix."""
+    for p in packed_calls(program):
+        index, starts, columns = p.tensors.get("index"), p.tensors.get("starts"), 0
+        if index is None or starts is None or not len(index):
+            continue
+        columns = _columns_of(p)
+        if int(index.min()) < 0 or int(index.max()) >= columns:
+            why = (
+                f"expected columns in [0, {columns}), found {int(index.min())}, {int(index.max())}"
+            )
+            _fail("index", why, p.node)
+        rows, at = coordinates(index, starts)
+        if bool(((rows * columns + at).diff() <= 0).any()):
+            _fail("index", "expected ascending columns in each row, each once", p.node)
+
+
+def _disjoint(program: Program) -> None:
+    """A sparse part holds no weight that an n:m part beside it keeps."""
+    for p in packed_calls(program):
+        index, starts, base = p.tensors.get("index"), p.tensors.get("starts"), p.node.args[0]
+        if index is None or starts is None or not isinstance(base, fx.Node):
+            continue
+        masked = base.op == "call_function" and row_of(base).name == "llmc.expand_nm"
+        param = program.param_of(base.args[1]) if masked else None
+        if param is None:
+            continue
+        n, m, columns = (int(str(base.kwargs[k])) for k in ("n", "m", "columns"))
+        meta = program.weights.load(param.name)
+        kept = torch.ones(meta.shape[0], columns // m * n, dtype=torch.bool, device=meta.device)
+        if bool(packing.expand_nm(kept, meta, n, m, columns)[coordinates(index, starts)].any()):
+            _fail("disjoint", f"expected entries that {base.name} drops, found kept ones", p.node)
+
+
 TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("stored", _stored),
     ("words", _words),
@@ -167,5 +225,8 @@ TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("zero", _zeros),
     ("mask", _positions),
     ("count", _counts),
+    ("rows", _rows),
+    ("index", _index),
+    ("disjoint", _disjoint),
 ]
 """The laws of packed tensors, in order."""

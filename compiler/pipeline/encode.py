@@ -17,13 +17,18 @@ from ..ir import packing
 from ..ir.build import result_type
 from ..ir.errors import LlmcError, ModelError
 from ..ir.graph import Param, Program, info
-from ..ir.ops.base import infer
+from ..ir.ops.base import infer, row_of
 from ..ir.ops.compressed import dequantize, groups_of
-from ..ir.scheme import Codes, Mask, Scheme
+from ..ir.ops.sparse import add_csr, csr, index_dtype
+from ..ir.scheme import Codes, Mask, Scheme, Sparse
 from ..ir.types import DTYPES, same_type
 from ..solvers import Solution
+from ..solvers.masks import recover_bound
 
-_SUFFIXES = ("values", "meta", "bitmap", "codes", "scale", "zero")
+SPARSE = ("extra", "index", "starts")
+"""Parts of a weight's sparse rows: values, columns, where each row starts."""
+_SUFFIXES = ("values", "meta", "bitmap", "codes", "scale", "zero", *SPARSE)
+"""Ends of the names of a weight's packed parts."""
 
 
 def _weight_of(program: Program, linear: fx.Node) -> tuple[fx.Node, Param, str]:
@@ -91,15 +96,45 @@ def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> lis
     return made
 
 
+def encode_sparse(
+    program: Program, node: str, mask: Mask, sparse: Sparse, bound: bool, *, made_by: str
+) -> list[str]:
+    """Let linear(x, W) read W + S, S the dropped weights that come back; after `encode_mask`.
+
+    How many come back is known after the solve; the planned sizes are a bound. ``bound``: mask and
+    S rank by one score, which makes it tighter.
+    """
+    linear = program.node(node)
+    weight, param, base = _weight_of(program, linear)
+    rows, columns = (int(d) for d in info(weight).type.shape)  # type: ignore[union-attr]
+    count = rows * recover_bound(sparse.share, mask.n, mask.m, columns, bound)
+    new_piece = partial(_new, program, param, linear, linear, made_by)
+    values = new_piece(f"{base}.extra", (count,), param.dtype, False)
+    index = new_piece(f"{base}.index", (count,), index_dtype(columns))
+    starts = new_piece(f"{base}.starts", (rows + 1,), torch.int32)
+    new = program.emit(
+        "llmc.add_csr", weight, values, index, starts,
+        before=linear, made_by=made_by, like=linear,
+    )  # fmt: skip
+    linear.replace_input_with(weight, new)
+    return [f"{base}.{part}" for part in SPARSE]
+
+
 def kept_count(total: int, sparsity: float) -> int:
     """Weights that stay of ``total``; what a solver rounds per block may differ by a few."""
     return total - round(total * sparsity)
 
 
 def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> list[str]:
-    """Rewrite linear(x, W) or linear(x, expand_nm(values, meta)) to read packed codes."""
+    """Rewrite linear(x, W) or linear(x, expand_nm(values, meta)) to read packed codes.
+
+    Sparse rows beside the weight stay as they are.
+    """
     linear = program.node(node)
     weight, param, base = _weight_of(program, linear)
+    reader = linear
+    if weight.op == "call_function" and row_of(weight).name == "llmc.add_csr":
+        reader, weight = weight, weight.args[0]  # type: ignore[assignment]
     expand = weight if weight.op == "call_function" else None
     columns, group = _columns(weight), codes.group
     if expand is not None and "m" in expand.kwargs:
@@ -110,7 +145,7 @@ def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> 
         before = expand
     else:
         # Without blocks of fixed count, codes stay dense and a masked one sits at the zero point.
-        old, before = weight, linear
+        old, before = weight, reader
     assert isinstance(old, fx.Node)
     rows = int(info(linear).type.shape[-1])  # type: ignore[union-attr]
     step = group or columns
@@ -144,13 +179,19 @@ def tensors(
     """
     codes, mask = scheme.codes, scheme.mask
     out: dict[str, Tensor] = {}
+    sparse: tuple[Tensor, ...] = ()
+    if scheme.sparse is not None:
+        if solution.extra is None:
+            raise LlmcError(f"expected recovered weights from the solver, found none for {base}")
+        sparse = (solution.weight[solution.extra].to(stored), *csr(solution.extra))
+        out.update({f"{base}.{part}": t for part, t in zip(SPARSE, sparse, strict=True)})
     if codes is None:
         if mask is None or solution.mask is None:
             return {base: solution.weight.to(stored)}
         weight = solution.weight.to(stored)
         if mask.structured:
             values, meta = packing.compress_nm(weight, solution.mask, mask.n, mask.m)
-            return {f"{base}.values": values, f"{base}.meta": meta}
+            return out | {f"{base}.values": values, f"{base}.meta": meta}
         bitmap = packing.pack(solution.mask.to(torch.uint8), 1)
         return {f"{base}.values": weight[solution.mask], f"{base}.bitmap": bitmap}
     if solution.codes is None or solution.scale is None:
@@ -172,6 +213,8 @@ def tensors(
     if mask is not None and mask.structured:
         width = solution.weight.shape[1]
         back = packing.expand_nm(back, out[f"{base}.meta"], mask.n, mask.m, width)
+    if sparse:
+        back = add_csr(back, sparse[0].to(back.dtype), *sparse[1:])
     if not torch.equal(back, solution.weight):
         raise LlmcError(f"expected codes of {base} to give the solved weight exactly, they do not")
     return out

@@ -56,6 +56,11 @@ class Decision:
         calibrated = o.get("mask_solver") in ("sparsegpt", "wanda")
         return calibrated or o.get("grid_solver") == "gptq"
 
+    @property
+    def bound(self) -> bool:
+        """Whether the planned bytes are a bound: how much is stored follows from the weights."""
+        return self.scheme.sparse is not None
+
 
 @dataclass
 class Stage:
@@ -120,6 +125,12 @@ class Plan:
         late = [(s.stage, s.call) for s in self.steps if s.call.made.stage == "exit"]
         return [*early, *rounds, *late]
 
+    @property
+    def exact(self) -> bool:
+        """Whether the planned bytes are those that compiling gives; else they are a bound."""
+        bounds = any(d.bound for s in self.stages for d in s.decisions.values())
+        return not bounds and all(step.choice.exact for step in self.steps)
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per weight that some pass speaks about, in graph order."""
         merged: dict[str, dict[str, Any]] = {}
@@ -136,9 +147,9 @@ class Plan:
                 row["passes"] += list(d.passes)
                 row["scheme"] = self.schemes[d.site.param].short
                 row["solver"] = {k: v for k, v in d.options.items() if k.endswith("solver")}
-                note = _short_group(d)
-                if note:
-                    row["note"] = note
+                notes = [n for n in (_short_group(d), "bytes at most" if d.bound else "") if n]
+                if notes:
+                    row["note"] = "; ".join(notes)
         return list(merged.values())
 
     def bits_per_weight(self) -> float | None:
@@ -169,6 +180,7 @@ class Plan:
         return {
             "bytes_before": self.captured.weight_bytes(),
             "bytes_after": self.program.weight_bytes(),
+            "exact": self.exact,
             "ram_bound": widest + 3 * grams + 2 * stream,
             "calibration_flops": 2 * flops * len(self.stages) + self._measuring(tokens, length),
             "calibration_tokens": tokens,

@@ -16,7 +16,7 @@ from ..analysis.migrate import migrated
 from ..ir.errors import ModelError
 from ..ir.graph import Segment
 from ..ir.interpret import Fetch
-from ..ir.scheme import Codes, Mask
+from ..ir.scheme import Codes, Mask, Sparse
 from ..ir.types import DTYPES
 from ..solvers import NO_HESSIAN, Factor, Grid, MaskRule, Solution, prepare, solve
 from . import encode
@@ -30,7 +30,8 @@ class Work:
     Attributes:
         dense: rewritten parameters, fp32 whatever the program computes in.
         packed: finished canonical tensors by final parameter name.
-        masks: decided masks by parameter, frozen for later rounds.
+        masks: decided masks by parameter, frozen for later rounds; extras: the weights beside
+            them that came back.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -38,6 +39,7 @@ class Work:
         self.dense: dict[str, Tensor] = {}
         self.packed: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
+        self.extras: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
 
     def fetch(self, name: str) -> Tensor:
@@ -105,6 +107,7 @@ class Work:
             if node.op != "get_attr" or name not in self.dense:
                 continue
             self.masks.pop(name, None)
+            self.extras.pop(name, None)
             tensor = self.dense.pop(name)
             if name in self.final.params and name not in self.packed:
                 self.dense[name] = tensor.to(self.final.params[name].dtype)
@@ -154,12 +157,12 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
     return Grid(codes.bits, codes.group, codes.symmetric, options.get("clip", "absmax"), dtype)
 
 
-def rule_of(mask: Mask | None) -> MaskRule | None:
-    """The solver's mask rule for a scheme's mask."""
+def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:
+    """The solver's mask rule for a scheme's mask and for what comes back of it."""
     if mask is None:
         return None
     if mask.structured:
-        return MaskRule("nm", mask.n, mask.m)
+        return MaskRule("nm", mask.n, mask.m, recover=0.0 if sparse is None else sparse.share)
     return MaskRule("unstructured", sparsity=mask.sparsity)
 
 
@@ -183,31 +186,49 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
     solution: Solution = solve(
         work.weight(param),
         grid=grid_of(d.scheme.codes, o),
-        mask=rule_of(d.scheme.mask) if frozen is None else None,
+        mask=rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
         grid_solver=o.get("grid_solver", "gptq"),
         mask_solver=o.get("mask_solver", "sparsegpt"),
         act_order=o.get("act_order", False),
         factor=factor,
         keep=frozen,
+        extra=work.extras.get(param),
         sweeps=o.get("sweeps", 0),
         refit=o.get("refit", True),
         mask_search=o.get("mask_search", False),
     )
     stored = work.program.params[param].dtype
+    solution = _as_stored(solution, stored)
     for name in [n for n in work.packed if n == param or n.startswith(param + ".")]:
         del work.packed[name]
     made = encode.tensors(param, d.scheme, solution, stored)
     work.packed.update(made)
     if solution.mask is not None:
         work.masks[param] = solution.mask
+    if solution.extra is not None:
+        work.extras[param] = solution.extra
     dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
     work.replace(param, dense)
+    back = 0.0 if solution.extra is None else _share(solution.extra)
     # A solve that asked for no statistic has lost nothing by having none.
     fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
     return {
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
-        "zeros": 0.0 if solution.mask is None else 1 - float(solution.mask.float().mean()),
+        "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - back,
+        **({} if solution.extra is None else {"recovered": back}),
         "seconds": round(time.perf_counter() - began, 4),
     }  # fmt: skip
+
+
+def _as_stored(solution: Solution, stored: torch.dtype) -> Solution:
+    """The solution with its recovered weights as their dtype holds them."""
+    if solution.extra is None:
+        return solution
+    rounded = solution.weight.to(stored).float()
+    return replace(solution, weight=torch.where(solution.extra, rounded, solution.weight))
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.float().mean())

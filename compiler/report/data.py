@@ -31,7 +31,7 @@ def report(done: Compiled) -> dict[str, Any]:
     sites = []
     for row in done.plan.rows():
         of = solved.get(row["site"], {})
-        keep = ("loss", "damp", "tokens", "zeros", "rows_rtn", "fallbacks", "round")
+        keep = ("loss", "damp", "tokens", "zeros", "recovered", "rows_rtn", "fallbacks", "round")
         weights = row["shape"][0] * row["shape"][1]
         after = stored[params[row["site"]]]
         sites.append(

@@ -15,6 +15,8 @@ class Answer:
     value: ``[n, m]`` weights. centred: ``[n, m]`` codes minus zero point, as floats. scale, zero:
     ``[G, m]``, groups in storage order, zero None when symmetric. keep: bool ``[n, m]``, None
     without a mask. rows: ``[m]`` fp64, the loss of each output row; None = not known.
+    extra: bool ``[n, m]``, False where keep is True: weights beside the mask that stay off the
+    grid (with a grid their ``centred`` is ``value / scale``, no code); None = there are none.
     """
 
     value: Tensor
@@ -23,6 +25,12 @@ class Answer:
     zero: Tensor | None = None
     keep: Tensor | None = None
     rows: Tensor | None = None
+    extra: Tensor | None = None
+
+    @property
+    def support(self) -> Tensor | None:
+        """Every weight that is not zero by decision: keep and extra."""
+        return self.keep if self.keep is None or self.extra is None else self.keep | self.extra
 
     def clone(self) -> Answer:
         """A copy to improve; its losses are not known."""
@@ -31,7 +39,9 @@ class Answer:
             return None if x is None else x.clone()
 
         centred, scale, zero = copy(self.centred), copy(self.scale), copy(self.zero)
-        return Answer(self.value.clone(), centred, scale, zero, copy(self.keep))
+        return Answer(
+            self.value.clone(), centred, scale, zero, copy(self.keep), extra=copy(self.extra)
+        )
 
     def to_storage(self, order: Tensor | None) -> Answer:
         """From processing order back to storage order."""
@@ -43,7 +53,8 @@ class Answer:
 
         centred = None if self.centred is None else back(self.centred)
         keep = None if self.keep is None else back(self.keep)
-        return Answer(back(self.value), centred, self.scale, self.zero, keep, self.rows)
+        extra = None if self.extra is None else back(self.extra)
+        return Answer(back(self.value), centred, self.scale, self.zero, keep, self.rows, extra)
 
 
 def better_rows(mine: Answer, other: Answer, take: Tensor) -> Answer:
@@ -59,4 +70,5 @@ def better_rows(mine: Answer, other: Answer, take: Tensor) -> Answer:
         pick(mine.zero, other.zero),
         pick(mine.keep, other.keep),
         pick(mine.rows, other.rows),
+        pick(mine.extra, other.extra),
     )

@@ -28,13 +28,16 @@ class MaskRule:
     """``kind="nm"``: n kept of m consecutive inputs. ``kind="unstructured"``: the share
     ``sparsity`` of weights is dropped.
 
-    Raises UsageError for an impossible rule.
+    recover: N:M only, the share of each row's inputs, best scores first, that come back where the
+    mask dropped them (WRP): they stay exact beside the N:M weights. Raises UsageError for an
+    impossible rule.
     """
 
     kind: str
     n: int = 2
     m: int = 4
     sparsity: float = 0.5
+    recover: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("nm", "unstructured"):
@@ -43,6 +46,8 @@ class MaskRule:
             raise UsageError(f"N:M mask: expected 1 <= n <= m <= 32, found {self.n}:{self.m}")
         if self.kind == "unstructured" and not 0.0 <= self.sparsity <= 1.0:
             raise UsageError(f"mask sparsity: expected 0 to 1, found {self.sparsity}")
+        if not 0.0 <= self.recover <= (self.kind == "nm"):
+            raise UsageError(f"recover: expected 0 to 1 of an N:M mask, found {self.recover}")
 
     @property
     def unit(self) -> int:
@@ -110,6 +115,40 @@ def drop_smallest_per_row(score: Tensor, count: int) -> Tensor:
     return keep.t()
 
 
+def recover_count(share: float, inputs: int) -> int:
+    """Inputs of a row of that many whose scores are among the best ``share``."""
+    return round(share * inputs)
+
+
+def recover_bound(share: float, n: int, m: int, inputs: int, one_score: bool) -> int:
+    """Most weights of one row that can come back beside an N:M mask.
+
+    one_score: the mask ranks by the same score, so that it keeps n of the best in each block.
+    """
+    count = recover_count(share, inputs)
+    if not one_score:
+        return min(count, inputs // m * (m - n))
+    return count // m * (m - n) + max(0, count % m - n)
+
+
+def top_per_row(score: Tensor, share: float) -> Tensor:
+    """The best ``share`` of each column of score ``[k, rows]`` by itself, bool of that shape.
+
+    Of two shares the smaller one's choice lies inside the larger one's.
+    """
+    count = recover_count(share, score.shape[0])
+    return drop_smallest_per_row(score, score.shape[0] - count)
+
+
+def static_score(solver: str, weight_t: Tensor, diagonal: Tensor) -> Tensor:
+    """Score ``[n, m]`` of dense weights ``weight_t`` [n, m] by "magnitude" or "wanda".
+
+    diagonal: diag(H) ``[n]``.
+    """
+    score = weight_t.abs()
+    return score * diagonal.clamp(min=0).sqrt()[:, None] if solver == "wanda" else score
+
+
 def static_mask(rule: MaskRule, solver: str, weight_t: Tensor, diagonal: Tensor) -> Tensor:
     """Keep mask ``[n, m]`` by ``solver`` ("magnitude" or "wanda") from the dense weights
     ``weight_t`` [n, m].
@@ -117,9 +156,7 @@ def static_mask(rule: MaskRule, solver: str, weight_t: Tensor, diagonal: Tensor)
     diagonal: diag(H) ``[n]``. Unstructured: Wanda compares inside each output row, magnitude
     inside the whole matrix.
     """
-    score = weight_t.abs()
-    if solver == "wanda":
-        score = score * diagonal.clamp(min=0).sqrt()[:, None]
+    score = static_score(solver, weight_t, diagonal)
     if rule.kind == "nm":
         return pick_nm(score, rule.n, rule.m)
     if solver == "wanda":

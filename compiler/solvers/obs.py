@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .answer import Answer
 from .grid import Bounds, Fit, Grid, clamp_
-from .masks import BlockPick, MaskRule, ScorePick, drop_smallest, pick_nm
+from .masks import BlockPick, MaskRule, ScorePick, drop_smallest, pick_nm, top_per_row
 from .schedule import Block, Schedule, Step
 
 
@@ -38,6 +38,9 @@ class Sweep:
     with a grid of one group per row or precomputed groups, the
     fits ``[G, m]``; None fits each group when it is reached. exact_pick: choose whole N:M
     blocks by their joint cost instead of one score per weight. unit: see `Grid.store`.
+    extra: with ``keep``, the frozen weights beside it that stay off the grid, bool ``[n, m]``; a
+    rule that recovers chooses its own: the best scores of each row's dense weights, where the
+    N:M mask dropped them. Such a weight is settled where it stands and leaves no error.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Sweep:
         scales: Fit | None = None,
         exact_pick: bool = False,
         unit: float = 1.0,
+        extra: Tensor | None = None,
     ) -> None:
         self.w, self.root, self.schedule = weight_t, root, schedule
         self.grid, self.unit = grid, unit
@@ -63,7 +67,12 @@ class Sweep:
         self.v = root.new_zeros(width, width)
         self.masked = rule is not None or keep is not None
         self.keep_f = new(width, m) if self.masked else None
-        self.keep = keep
+        self.keep, self.extra = keep, extra
+        self.top: Tensor | None = None
+        if self.rule is not None and self.rule.recover:
+            # |w|·d ranks as the sweep's own score does, and dropping may not be undone later.
+            self.top = top_per_row((weight_t * root.diagonal()[:, None]).abs(), self.rule.recover)
+            self.extra = torch.zeros_like(self.top)
         if self.masked and keep is None:
             self.keep = torch.ones(n, m, dtype=torch.bool, device=weight_t.device)
         self.delta = new(n, m)
@@ -121,7 +130,9 @@ class Sweep:
                     self._close(block, step)
             losses += (d2[a:b] @ self.err[: b - a].square()).double()
             torch.sub(self.w[a:b], self.value[a:b], out=self.delta[a:b])
-        return Answer(self.value, self.centred, self.scale, self.zero, self.keep, losses)
+        return Answer(
+            self.value, self.centred, self.scale, self.zero, self.keep, losses, self.extra
+        )
 
     def _load(self, block: Block) -> None:
         """Bring the block up to date with every error made before it."""
@@ -240,6 +251,8 @@ class Sweep:
                     q_j.mul_(view[3])
             else:
                 torch.mul(w_j, view[3], out=q_j)
+            if self.extra is not None:
+                torch.where(self.extra[block.start + a + i], w_j, q_j, out=q_j)
             torch.sub(w_j, q_j, out=err_j)
             if i + 1 < b - a:
                 view[-2].addr_(view[-1], err_j, alpha=-1)
@@ -258,3 +271,5 @@ class Sweep:
             keep = self.score_pick.keep((w * d).abs())
         self.keep[at : at + unit] = keep
         self.keep_f[a : a + unit] = keep
+        if self.top is not None and self.extra is not None:
+            self.extra[at : at + unit] = self.top[at : at + unit] & ~keep

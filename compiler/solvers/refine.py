@@ -127,6 +127,7 @@ class Refiner:
         at = slice(block.start + a, block.start + b)
         answer, t, q, change = self.answer, self.t[a:b], self.q[a:b], self.change[a:b]
         keep = None if answer.keep is None else answer.keep[at]
+        extra = None if answer.extra is None else answer.extra[at]
         old = (answer.value if answer.centred is None else answer.centred)[at]
         bounds = None if answer.centred is None else self.bounds
         start = old.clone() if self.m else old
@@ -143,6 +144,8 @@ class Refiner:
                 clamp_(q[i], bounds)
             if keep is not None:
                 q[i].mul_(keep[i])
+            if extra is not None:
+                torch.where(extra[i], t[i], q[i], out=q[i])
             torch.sub(q[i], old[i], out=change[i])
             if i + 1 < b - a:
                 t[i + 1 :].addr_(v[i, i + 1 :], change[i], alpha=-1)

@@ -48,11 +48,13 @@ PAIRS: dict[tuple[str | None, str | None], str] = {
 class Solution:
     """The compressed weight.
 
-    weight: fp32 ``[m, n]``, exactly ``(codes - zero) * scale`` where there are codes.
+    weight: fp32 ``[m, n]``, exactly ``(codes - zero) * scale`` where there are codes (but extra).
     codes: uint8 ``[m, n]``, masked entries at the zero point.
     scale: ``[m, G]`` in the grid's scale_dtype; groups count dense inputs.
     zero: uint8 ``[m, G]``, None when symmetric (then it is 2**(bits-1)).
     mask: bool ``[m, n]``, True = kept.
+    extra: bool ``[m, n]``, weights that the mask dropped and that stay beside it: exact, off the
+        grid, their code at the zero point; None without any (see `MaskRule.recover`).
     loss: ``tr(D H D^T) / tr(W H W^T)``, undamped; with the identity where H was unusable.
     damp: the relative damping in use.
     fallbacks: everything that was given up, in words.
@@ -68,6 +70,7 @@ class Solution:
     damp: float
     fallbacks: tuple[str, ...] = ()
     rows_rtn: int = 0
+    extra: Tensor | None = None
 
 
 def solve(
@@ -86,6 +89,7 @@ def solve(
     sweeps: int = 0,
     refit: bool = True,
     mask_search: bool = False,
+    extra: Tensor | None = None,
 ) -> Solution:
     """Compress weight ``[m, n]`` (out x in) for inputs with ``hessian`` = X^T X ``[n, n]``.
 
@@ -95,7 +99,8 @@ def solve(
     factor: from `prepare`, instead of hessian and damp, when several weights read the same input
         (or stack their rows: rows are independent).
     keep: bool ``[m, n]``, a mask that is already decided; survivors compensate if mask_solver is
-        "sparsegpt" or a sweep rounds.
+        "sparsegpt" or a sweep rounds. extra: with it, weights beside that mask that stay off the
+        grid.
     sweeps: passes of coordinate descent over the answer, each as exact as the first sweep and never
         uphill; with refit they move the group scales too, with mask_search the N:M mask.
 
@@ -103,6 +108,7 @@ def solve(
     weights that are not finite.
     """
     _check(weight, grid, mask, grid_solver, mask_solver, block, sweeps, keep)
+    _check_extra(mask, keep, extra, mask_search)
     n = weight.shape[1]
     if factor is None:
         factor = prepare(hessian, damp, inputs=n, device=weight.device)
@@ -123,6 +129,7 @@ def solve(
         sweeps,
         refit,
         mask_search,
+        extra,
     )
     return _packed(task, task.refined(task.run()))
 
@@ -165,6 +172,17 @@ def _check(
         )
 
 
+def _check_extra(
+    mask: MaskRule | None, keep: Tensor | None, extra: Tensor | None, mask_search: bool
+) -> None:
+    if mask is not None and mask.recover and mask_search:
+        raise UsageError("mask_search: expected a mask without recovered weights, found recover")
+    if extra is None:
+        return
+    if keep is None or extra.shape != keep.shape or bool((extra & keep).any()):
+        raise UsageError("extra: expected weights that keep, of the same shape, leaves out")
+
+
 def _packed(task: Task, answer: Answer) -> Solution:
     """Back to [m, n], real units, stored dtypes; with codes, the weight is made from them."""
     reference = float(task.row_losses(task.wt).sum())
@@ -179,19 +197,21 @@ def _packed(task: Task, answer: Answer) -> Solution:
         damp=task.factor.damp,
         fallbacks=task.factor.fallbacks + task.notes,
         rows_rtn=task.rows_rtn,
+        extra=None if answer.extra is None else answer.extra.t().contiguous(),
     )
     grid = task.grid
     if grid is None or answer.centred is None or answer.scale is None:
-        value = answer.value.t().contiguous()
-        if task.unit != 1.0:
-            limit = torch.finfo(torch.float32).max
-            value = (value.double() * task.unit).clamp(-limit, limit)
-        return replace(solution, weight=value.float())
+        return replace(solution, weight=_real(answer.value, task.unit).t().contiguous())
     n = len(task.wt)
     scale = (answer.scale.double() * task.unit).to(grid.scale_dtype)
     zero = answer.zero
     shift = float(grid.implied_zero) if zero is None else grid.spread(zero, n)
-    values = answer.centred.float() * grid.spread(scale.float(), n)
+    centred = answer.centred
+    if answer.extra is not None:
+        centred = torch.where(answer.extra, 0.0, centred)
+    values = centred.float() * grid.spread(scale.float(), n)
+    if answer.extra is not None:
+        values = torch.where(answer.extra, _real(answer.value, task.unit), values)
     info = torch.finfo(grid.scale_dtype)
     notes = solution.fallbacks
     for what, where in (("saturate", scale >= info.max), ("vanish in", scale <= grid.floor)):
@@ -200,8 +220,16 @@ def _packed(task: Task, answer: Answer) -> Solution:
     return replace(
         solution,
         weight=values.t().contiguous(),
-        codes=(answer.centred + shift).to(torch.uint8).t().contiguous(),
+        codes=(centred + shift).to(torch.uint8).t().contiguous(),
         scale=scale.t().contiguous(),
         zero=None if zero is None else zero.to(torch.uint8).t().contiguous(),
         fallbacks=notes,
     )
+
+
+def _real(value: Tensor, unit: float) -> Tensor:
+    """Values in working units as fp32."""
+    if unit == 1.0:
+        return value.float()
+    limit = torch.finfo(torch.float32).max
+    return (value.double() * unit).clamp(-limit, limit).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,23 @@ from .answer import Answer, better_rows
 from .grid import Grid, rtn_t
 from .hessian import Factor
 from .loss import damped_rows, exact_rows, undamp
-from .masks import MaskRule, static_mask
+from .masks import MaskRule, static_mask, static_score, top_per_row
 from .obs import Sweep
 from .refine import Refiner
 from .schedule import Schedule, make_schedule
 
 _SAFE = (2.0**-32, 2.0**32)  # weights whose largest value is outside are rescaled
+
+
+class Support(NamedTuple):
+    """Weights that stay, bool ``[n, m]``: the mask's, and those beside it (see `Answer.extra`)."""
+
+    keep: Tensor | None = None
+    extra: Tensor | None = None
+
+
+def _support(answer: Answer) -> Support:
+    return Support(answer.keep, answer.extra)
 
 
 @dataclass
@@ -40,14 +52,16 @@ class Task:
     sweeps: int
     refit: bool
     mask_search: bool
+    extra: Tensor | None = None
     unit: float = 1.0
     rows_rtn: int = 0
     notes: tuple[str, ...] = ()
     wt: Tensor = field(init=False)
-    fixed: Tensor | None = field(init=False)
+    fixed: Support | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fixed = None if self.keep is None else self.keep.t().contiguous()
+        extra = None if self.extra is None else self.extra.t().contiguous()
+        self.fixed = None if self.keep is None else Support(self.keep.t().contiguous(), extra)
         work = self.weight.to(self.factor.hessian.dtype)
         low, high = torch.aminmax(work)
         top = max(-float(low), float(high))
@@ -63,13 +77,13 @@ class Task:
             masked and self.mask_solver == "sparsegpt"
         )
         if not by_sweep:
-            return self._plain(self._static_keep())
+            return self._plain(self._static())
         frozen = self.fixed
         if frozen is None and self.mask is not None and self.mask_solver != "sparsegpt":
-            frozen = self._static_keep()
+            frozen = self._static()
         swept = self._sweep(frozen)
         if self.grid is not None and self.grid_solver == "rtn":
-            swept = self._plain(swept.keep, swept.value)
+            swept = self._plain(_support(swept), swept.value)
         return self._guard(swept, frozen)
 
     def refined(self, answer: Answer) -> Answer:
@@ -77,20 +91,30 @@ class Task:
         touched = self.grid is not None or answer.keep is not None
         return self._refine(answer) if self.sweeps and touched else answer
 
-    def _static_keep(self, solver: str | None = None) -> Tensor | None:
+    def _static(self, solver: str | None = None) -> Support | None:
         if self.fixed is not None or self.mask is None:
             return self.fixed
-        return static_mask(self.mask, solver or self.mask_solver, self.wt, self.factor.diagonal)
+        solver = solver or self.mask_solver
+        keep = static_mask(self.mask, solver, self.wt, self.factor.diagonal)
+        if not self.mask.recover:
+            return Support(keep)
+        score = static_score(solver, self.wt, self.factor.diagonal)
+        return Support(keep, top_per_row(score, self.mask.recover) & ~keep)
 
-    def _plain(self, keep: Tensor | None, wt: Tensor | None = None) -> Answer:
+    def _plain(self, support: Support | None, wt: Tensor | None = None) -> Answer:
         """No compensation: mask, then the nearest code."""
         wt = self.wt if wt is None else wt
+        keep, extra = support or Support()
         if self.grid is None:
-            return Answer(wt if keep is None else wt * keep, keep=keep)
+            whole = keep if keep is None or extra is None else keep | extra
+            return Answer(wt if whole is None else wt * whole, keep=keep, extra=extra)
         value, centred, fit = rtn_t(
             wt, self.grid, keep=keep, importance=self.factor.diagonal, unit=self.unit
         )
-        return Answer(value, centred, fit.scale, fit.zero, keep)
+        if extra is not None:
+            value = torch.where(extra, wt, value)
+            centred = torch.where(extra, wt / self.grid.spread(fit.scale, len(wt)), centred)
+        return Answer(value, centred, fit.scale, fit.zero, keep, extra=extra)
 
     def _schedule(self, grid: Grid | None, importance: Tensor | None = None) -> Schedule:
         n = len(self.wt)
@@ -101,16 +125,20 @@ class Task:
             importance=importance,
         )
 
-    def _sweep(self, frozen: Tensor | None) -> Answer:
+    def _sweep(self, frozen: Support | None) -> Answer:
         grid = self.grid if self.grid_solver == "gptq" else None
         schedule = self._schedule(grid, self.factor.diagonal if self.act_order else None)
         order = schedule.order
         root = self.factor.root(order)
         wt, hessian = self.wt, self.factor.hessian
+        keep, extra = frozen or Support()
         if order is not None:
             wt, hessian = wt[order], hessian[order][:, order]
-            frozen = None if frozen is None else frozen[order]
-        sweep = Sweep(wt, root, schedule, grid=grid, rule=self.mask, keep=frozen, unit=self.unit)
+            keep = None if keep is None else keep[order]
+            extra = None if extra is None else extra[order]
+        sweep = Sweep(
+            wt, root, schedule, grid=grid, rule=self.mask, keep=keep, extra=extra, unit=self.unit
+        )
         out = sweep.run()
         assert out.rows is not None
         out.rows = undamp(out.rows, wt - out.value, hessian, self.factor.ridge)
@@ -150,9 +178,9 @@ class Task:
         rows = damped_rows(delta_t, root)
         return undamp(rows, delta_t, self.factor.hessian, self.factor.ridge)
 
-    def _guard(self, swept: Answer, frozen: Tensor | None) -> Answer:
+    def _guard(self, swept: Answer, frozen: Support | None) -> Answer:
         """Keep the plain answer where it is better; see the module docstring."""
-        plain = self._plain(frozen if frozen is not None else self._static_keep("magnitude"))
+        plain = self._plain(frozen if frozen is not None else self._static("magnitude"))
         swept_rows, plain_rows = self.losses(swept), self.losses(plain)
         better = plain_rows < swept_rows
         if self.mask is not None and self.mask.kind == "unstructured" and frozen is None:

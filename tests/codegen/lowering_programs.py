@@ -14,13 +14,17 @@ from llmc.compiler.ir.dims import BATCH, SEQ
 from llmc.compiler.ir.graph import DictWeights, Info, Param, Program
 from llmc.compiler.ir.ops import row
 from llmc.compiler.ir.ops.base import infer
+from llmc.compiler.ir.ops.sparse import csr
 from llmc.compiler.ir.segments import make_segments
 from llmc.compiler.ir.types import TensorType
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A compressed weight; group counts dense columns, 0 is one scale per row."""
+    """A compressed weight; group counts dense columns, 0 is one scale per row.
+
+    side: share of the weights that a 2:4 mask drops and sparse rows bring back.
+    """
 
     N: int
     K: int
@@ -28,6 +32,7 @@ class Weight:
     group: int = 32
     asym: bool = False
     sparse: bool = False
+    side: float = 0.0
     scale: torch.dtype = torch.float16
 
 
@@ -83,6 +88,12 @@ class Maker:
         if meta is not None:
             where = self.param(f"{name}.meta", meta, keep=True)
             made = self.call("llmc.expand_nm", made, where, n=2, m=4, columns=w.K)
+            if w.side:
+                extra = ~kept & (torch.rand(w.N, w.K, generator=g) < 2 * w.side)
+                values = self.param(f"{name}.extra", (int(extra.sum()),))
+                rows = zip(("index", "starts"), csr(extra), strict=True)
+                parts = [self.param(f"{name}.{part}", t, keep=True) for part, t in rows]
+                made = self.call("llmc.add_csr", made, values, *parts)
         return made
 
     def linear(self, x: fx.Node, name: str, w: Weight, bias: bool = False) -> fx.Node:

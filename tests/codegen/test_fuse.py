@@ -187,3 +187,14 @@ def test_sums_that_are_not_residuals(case: str) -> None:
     total = m.call("aten.add.Tensor", y, other, **kwargs)
     program = m.output(total, y) if case == "two_readers" else m.output(total)
     assert parts(fused(program)) == [""]
+
+
+def test_sparse_entries_become_a_path_of_their_own() -> None:
+    """Behind the fused node, bias and residual included; the norm stays, for S reads its result."""
+    program = mlp(sparse=True, side=0.1)
+    plan = fused(program)
+    assert parts(plan) == ["nm", "nm", "nm+add"]
+    assert len(list(program.calls("llmc.csr_linear"))) == 3
+    assert not list(program.calls("llmc.add_csr"))
+    assert len(list(program.calls("llmc.rms_norm"))) == 1
+    assert "which is not fused whole" in plan.refused[0].reason

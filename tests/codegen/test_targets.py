@@ -9,6 +9,7 @@ import pytest
 import torch
 from lowering_programs import Maker, Weight, hidden, mlp
 
+from llmc.codegen.sparse import csr_linear
 from llmc.codegen.targets import Lowered, describe, lower
 from llmc.compiler.ir.errors import ResourceError, UsageError
 from llmc.compiler.ir.graph import Program
@@ -66,6 +67,41 @@ def test_cpu_kernels_realise_the_scheme(weight: Weight, kernel: str, dtype: torc
     error = (got.double() - exact).abs()
     assert bool((error <= bound).all()), f"{float((error / bound).max()):.2f} of the bound"
     assert float(exact.abs().max()) > 4 * float(bound.median()), "the bound would pass anything"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cpu_runs_the_mask_on_its_kernel_and_the_rest_on_sparse_rows(dtype: torch.dtype) -> None:
+    """What the sparse rows add is the reference's, within one rounding of each sum."""
+    weight = Weight(48, 128, sparse=True, side=0.1)
+    program, x = one(weight, dtype), hidden(dtype, weight.K)
+    lowered = lower(program, "cpu")
+    assert [p.kernel for p in lowered.placed] == ["aten::_weight_int4pack_mm_for_cpu"]
+    (side,) = lowered.program.calls("llmc.csr_linear")
+    assert (side.name in lowered.implementations) is torch.backends.mkl.is_available()
+    without = dict(lowered.implementations)
+    without.pop(side.name, None)
+    want = run(lowered.program, {"h": x}, implementations=without)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(output(lowered, x), want, rtol=2 * eps, atol=8 * eps)
+    exact = run(program, {"h": x}).double()
+    assert float((want.double() - exact).norm() / exact.norm()) < 0.01
+    main = lowered.program.node(lowered.placed[0].fused.node)
+    values: dict[str, torch.Tensor] = {}
+    run(
+        lowered.program, {"h": x}, implementations=lowered.implementations,
+        observe=lambda n, v: values.update({n.name: v}),
+    )  # fmt: skip
+    part = (values[main.name].double() - exact).norm() / exact.norm()
+    assert float(part) > 0.05, "the sparse part is too small to tell whether it was added"
+
+
+def test_sparse_rows_take_no_tokens_and_no_entries() -> None:
+    x = torch.zeros(2, 0, 128, dtype=torch.bfloat16)
+    lowered = lower(one(Weight(48, 128, sparse=True, side=0.1)), "cpu")
+    assert output(lowered, x).shape == (2, 0, 48)
+    y, x = torch.ones(2, 3), torch.ones(2, 4)
+    none, starts = torch.zeros(0), torch.zeros(4, dtype=torch.int32)
+    assert torch.equal(csr_linear(y, x, none, none.to(torch.int16), starts), y)
 
 
 @pytest.mark.parametrize(

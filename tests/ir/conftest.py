@@ -121,6 +121,26 @@ def bitmap_program() -> Program:
     return m.output(m.call("aten.linear.default", x, w))
 
 
+def sparse_program() -> Program:
+    """y = x (W + S)ᵀ, W [3, 8] with 2 of 4 kept, S beside it: columns 0, 3 | none | 7."""
+    m = Maker()
+    x = m.input("x", BATCH, 8, dtype=torch.float32)
+    where = packing.pack(torch.tensor([[1, 2, 0, 3], [0, 1, 2, 3], [1, 3, 0, 2]]), 2)
+    meta = m.param("meta", where, trained=False, keep=True)
+    values = m.param("values", torch.randn(3, 4, generator=m.generator))
+    w = m.call("llmc.expand_nm", values, meta, n=2, m=4, columns=8)
+    extra = m.param("extra", torch.randn(3, generator=m.generator))
+    index = m.param("index", torch.tensor([0, 3, 7], dtype=torch.int16), keep=True)
+    starts = m.param("starts", torch.tensor([0, 2, 2, 3], dtype=torch.int32), keep=True)
+    w = m.call("llmc.add_csr", w, extra, index, starts)
+    return m.output(m.call("aten.linear.default", x, w))
+
+
+@pytest.fixture(scope="session")
+def sparse() -> Callable[[], Program]:
+    return sparse_program
+
+
 @pytest.fixture(scope="session")
 def maker() -> type[Maker]:
     return Maker

@@ -96,8 +96,49 @@ def test_broken_bitmap_is_refused(
     assert e.value.rule == rule
 
 
+def at(place: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change of one element."""
+
+    def change(t: torch.Tensor) -> torch.Tensor:
+        t[place] = value
+        return t
+
+    return change
+
+
+SPARSE: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = [
+    ("stored", "index", lambda t: t[:-1]),
+    ("stored", "index", lambda t: t.to(torch.int32)),
+    ("stored", "starts", lambda t: t[:-1]),
+    ("rows", "starts", at(0, 1)),
+    ("rows", "starts", at(1, -1)),
+    ("rows", "starts", at(2, 0)),
+    ("rows", "starts", at(2, 5)),
+    ("rows", "starts", at(-1, 1 << 30)),
+    ("index", "index", at(0, 8)),
+    ("index", "index", at(0, -1)),
+    ("index", "index", at(1, 0)),
+    ("index", "index", lambda t: t.flip(0)),
+    ("disjoint", "index", at(0, 1)),
+]
+
+
+@pytest.mark.parametrize(("rule", "name", "change"), SPARSE)
+def test_broken_sparse_rows_are_refused(
+    rule: str, name: str, change: Any, sparse: Callable[[], Program]
+) -> None:
+    program = sparse()
+    verify(program)
+    verify_tensors(program)
+    put(program, name, change)
+    with pytest.raises(VerifierError) as e:
+        verify_tensors(program)
+    assert e.value.rule == rule
+
+
 def test_every_tensor_rule_is_broken_once() -> None:
-    assert {name for name, _ in TENSOR_RULES} == {r for r, _, _ in TENSORS} | {"words", "count"}
+    broken = {r for r, _, _ in TENSORS + SPARSE} | {"words", "count"}
+    assert {name for name, _ in TENSOR_RULES} == broken
 
 
 # ** interface **

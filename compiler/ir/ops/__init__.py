@@ -13,6 +13,7 @@ from . import (
     reduce,
     semantic,
     shape,
+    sparse,
 )  # fmt: skip
 from .base import ROWS, OpRow, Tie, cost, infer, row, row_for, row_of
 from .rules import flat
@@ -20,5 +21,5 @@ from .rules import flat
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "conv", "cost", "create", "elementwise",
     "flat", "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of",
-    "semantic", "shape",
+    "semantic", "shape", "sparse",
 ]  # fmt: skip
