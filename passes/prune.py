@@ -10,9 +10,9 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Program
 from ..compiler.ir.scheme import Mask, Sparse
 from ..compiler.pipeline.analysis import linear_weights
-from ..compiler.pipeline.base import Example, Lossy, Pass, Precondition, knob
+from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
 from ..compiler.pipeline.encode import encode_mask, encode_sparse
-from ..compiler.pipeline.sites import BLOCK_WEIGHT
+from ..compiler.pipeline.sites import BLOCK_WEIGHT, Protecting
 from ..compiler.solvers.masks import recover_bound
 
 _SHARED = ("damp", "act_order", "sweeps", "mask_search")
@@ -25,7 +25,7 @@ def _blocks_fit(made: Any, site: LinearSite) -> str | None:
 
 
 @dataclass(frozen=True)
-class Prune(Pass):
+class Prune(Protecting):
     """W → M ⊙ Ŵ, where M keeps n of each m consecutive inputs, or 1-sparsity of all weights.
 
     sparsegpt chooses the mask while it sweeps and lets the survivors compensate; wanda and

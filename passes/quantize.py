@@ -10,9 +10,9 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Program
 from ..compiler.ir.scheme import Codes
 from ..compiler.pipeline.analysis import linear_weights
-from ..compiler.pipeline.base import Example, Lossy, Pass, Precondition, knob
+from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
 from ..compiler.pipeline.encode import encode_codes
-from ..compiler.pipeline.sites import BLOCK_WEIGHT
+from ..compiler.pipeline.sites import BLOCK_WEIGHT, Protecting
 
 _SHARED = ("damp", "act_order", "sweeps", "refit")
 
@@ -32,7 +32,7 @@ def _group_divides(made: Any, site: LinearSite) -> str | None:
 
 
 @dataclass(frozen=True)
-class QuantizeWeights(Pass):
+class QuantizeWeights(Protecting):
     """W → (q - z)·scale, q an integer of that many bits, one scale per group of inputs.
 
     gptq rounds one input after another and lets the inputs still free compensate; rtn takes the

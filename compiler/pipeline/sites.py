@@ -1,11 +1,14 @@
-"""Preconditions that weight passes share, each with the reason that a refusal carries."""
+"""What weight passes share: preconditions, and blocks that stay as they are, with the reasons."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ..analysis.linears import LinearSite
-from .base import Precondition
+from ..ir.refusal import Refusal
+from .analysis import Analysis
+from .base import Pass, Precondition, knob
 
 
 def _in_block(made: Any, site: LinearSite) -> str | None:
@@ -21,3 +24,27 @@ def _not_router(made: Any, site: LinearSite) -> str | None:
 
 
 BLOCK_WEIGHT = (Precondition("not_head", _in_block), Precondition("not_router", _not_router))
+
+
+@dataclass(frozen=True)
+class Protecting(Pass):
+    """Base of passes over weights that can leave the first and last blocks as they are."""
+
+    protect_first: int = knob(0, "blocks at the start that stay as they are", lo=0)
+    protect_last: int = knob(0, "blocks at the end that stay as they are", lo=0)
+
+    def sites(self, analysis: Analysis) -> tuple[list[Any], list[Refusal]]:
+        """Sites outside of protected blocks; those inside are refusals."""
+        found, refused = super().sites(analysis)
+        blocks = len(analysis.blocks)
+        free: list[Any] = []
+        kept: list[Refusal] = []
+        for site in found:
+            at = analysis.block_of(site.segment)
+            if self.protect_first <= at < blocks - self.protect_last or at < 0:
+                free.append(site)
+                continue
+            why = f"block {at} of {blocks} is protected"
+            by = next(iter(self.variants))
+            kept.append(Refusal(by, site.node, why, "protected", analysis.path(site.node)))
+        return free, kept + refused
