@@ -115,11 +115,10 @@ class _Walk:
         mine = self.maps[at]
         self.kinds.add(r.kind)
         if r.kind == "pair":
-            half = len(mine) // 2
-            if 2 * half != len(mine):
+            if len(mine) % 2:
                 self._stop(r, "pairs an odd number of channels")
             else:
-                self._join(mine[:half], mine[half:])
+                self._join(*(mine.reshape(-1, 2).T if r.factor == 2 else mine.reshape(2, -1)))
         elif r.kind in ("split", "merge"):
             whole, parts = (r.ins[0], r.outs) if r.kind == "split" else (r.outs[0], r.ins)
             yield from self._factored(r, whole, parts, at)

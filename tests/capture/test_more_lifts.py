@@ -174,3 +174,24 @@ def test_vision_transformer() -> None:
     with torch.no_grad():
         want = model(pixels)[0]
     torch.testing.assert_close(run(program, {"pixel_values": pixels}), want, rtol=1e-5, atol=1e-5)
+
+
+def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return x * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)
+
+
+def test_rope_of_neighbouring_channels() -> None:
+    cos, sin = torch.randn(2, 6, 4)
+    program, ops = captured(lambda x: interleaved(x, cos, sin), 3, 6, 8)
+    assert ops["llmc.rope"] == 1
+    assert not ops["aten.stack.default"]
+    (node,) = program.calls("llmc.rope")
+    assert node.kwargs == {"interleaved": True}
+
+
+@pytest.mark.parametrize("family", ["gptj", "cohere", "glm4", "deepseek_v3"])
+def test_families_with_such_a_rope(case: Get, family: str) -> None:
+    ops = Counter(row_of(n).name for n in case(family).program.calls())
+    assert ops["llmc.rope"] == 4
+    assert not ops["aten.stack.default"] + ops["aten.neg.default"]

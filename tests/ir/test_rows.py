@@ -196,6 +196,8 @@ def reach(
         case "same":
             return {index * len(outs)}
         case "pair":
+            if tie.factor == 2:
+                return {index, (index[0] ^ 1,)}
             half = outs[0] // 2
             return {index, ((index[0] + half) % outs[0],)}
         case "slice":

@@ -1,4 +1,4 @@
-"""Lift of rotary position embeddings in the half style; partial rotary lifts on its slice."""
+"""Lifts of rotary position embeddings; a partial one lifts on its slice."""
 
 from __future__ import annotations
 
@@ -71,4 +71,27 @@ _REAL = call("sub.Tensor", call("mul.Tensor", _EVEN, _COS), call("mul.Tensor", _
 _IMAGINARY = call("add.Tensor", call("mul.Tensor", _ODD, _COS), call("mul.Tensor", _EVEN, _SIN))
 REGROUPED = Lift("rope", (call("cat.default", [_REAL, _IMAGINARY], Last()),), _regrouped)
 
-ROPES = (ROPE, REGROUPED)
+_STACKED = call("stack.default", [call("neg.default", _ODD), _EVEN], -1)
+
+
+def _interleaved(program: Program, found: Match) -> fx.Node | str:
+    x, cos, sin = (found.bound[k] for k in ("x", "cos", "sin"))
+    size = tensor_type(x).shape[-1]
+    if not isinstance(size, int) or size % 2:
+        return f"expected an even number of channels, found {size}"
+    for part in (cos, sin):
+        if not isinstance(part, fx.Node) or tensor_type(part).rank > tensor_type(x).rank:
+            return f"expected cos and sin of {size} channels, found {part}"
+        if not same(tensor_type(part).shape[-1], size):
+            return f"expected cos and sin of {size} channels, found {tensor_type(part)}"
+    return emit(program, found, "rope", "llmc.rope", x, cos, sin, interleaved=True)
+
+
+_TURNED = call("flatten.using_ints", _STACKED, -2)
+INTERLEAVED = Lift(
+    "rope",
+    (call("add.Tensor", call("mul.Tensor", _X, _COS), call("mul.Tensor", _TURNED, _SIN)),),
+    _interleaved,
+)
+
+ROPES = (ROPE, REGROUPED, INTERLEAVED)

@@ -30,7 +30,8 @@ class Tie:
         slice    the result's axis is ``offset : offset+size`` of the axis
         contract the ``ins`` axes are summed over together (matrix product)
         norm     the axis is normalised over; it can be cut when the divisor (count) is kept
-        pair     as same, and elements i and i + n/2 of the axis rotate together
+        pair     as same, and elements i and i + n/2 of the axis rotate together (with ``factor`` 2,
+                 elements 2i and 2i + 1)
         choose   as same, and entries compete by value along it (softmax, top-k): one that is cut
                  is one that is masked with -inf
         pick     the axis is read at the indices that argument ``offset`` holds

@@ -49,6 +49,17 @@ def sizes_at(place: int, first: int = 0) -> Resize:
     return resize
 
 
+def repeated(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """repeat(x, counts): copies of an axis of one entry are counted by the cut."""
+    x, counts = args[0], list(args[1])
+    lead = len(counts) - len(x.meta["llmc"].type.shape)
+    for a in range(len(counts)):
+        mask = keep.out(a)
+        if mask is not None and (a < lead or keep.arg(0, a - lead) is None):
+            counts[a] = int(mask.sum())
+    return (x, counts, *args[2:]), kwargs
+
+
 _HINT = "write the reshape with literal channel sizes"
 
 

@@ -89,23 +89,36 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-b, a), -1)
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_pairs(x: torch.Tensor) -> torch.Tensor:
+    """(a, b) -> (-b, a), a and b the even and the odd entries of the last axis, in their places."""
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+) -> torch.Tensor:
     """x·cos + rotate_half(x)·sin.
 
     Args:
         x: [B, H, S, D]; cos, sin: broadcast to x, e.g. [B, 1, S, D]; channel i pairs with i + D/2.
+        interleaved: channel 2i pairs with 2i + 1 instead.
     """
-    return (x * cos + rotate_half(x) * sin).to(x.dtype)
+    turned = rotate_pairs(x) if interleaved else rotate_half(x)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
-def _rope_type(x: TensorType, cos: TensorType, sin: TensorType) -> TensorType:
+def _rope_type(
+    x: TensorType, cos: TensorType, sin: TensorType, *, interleaved: bool = False
+) -> TensorType:
     for part in (cos, sin):
         if part.rank > x.rank or not same(part.shape[-1], x.shape[-1]):
             raise ModelError(f"expected cos and sin […, {x.shape[-1]}], found {part}")
     return x
 
 
-def _rope_ties(out: TensorType, x: TensorType, cos: TensorType, sin: TensorType) -> list[Tie]:
+def _rope_ties(
+    out: TensorType, x: TensorType, cos: TensorType, sin: TensorType, *, interleaved: bool = False
+) -> list[Tie]:
     last = out.rank - 1
     ties = []
     for a in range(last):
@@ -115,7 +128,8 @@ def _rope_ties(out: TensorType, x: TensorType, cos: TensorType, sin: TensorType)
             if b >= 0 and same(part.shape[b], x.shape[a]):
                 ins.append((i, b))
         ties.append(Tie("same", tuple(ins), (a,)))
-    return [*ties, Tie("pair", ((0, last), (1, cos.rank - 1), (2, sin.rank - 1)), (last,))]
+    channels = ((0, last), (1, cos.rank - 1), (2, sin.rank - 1))
+    return [*ties, Tie("pair", channels, (last,), factor=2 if interleaved else 1)]
 
 
 _ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -246,12 +260,15 @@ llmc_op(
 )
 llmc_op(
     "rope",
-    "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
+    "(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
     _rope_type,
     rope,
     ties=_rope_ties,
     flops=lambda out, *t, **a: 3 * numel(out.shape),
-    samples=lambda: [((_randn(2, 2, 3, 4), _randn(2, 1, 3, 4), _randn(2, 1, 3, 4)), {})],
+    samples=lambda: [
+        ((_randn(2, 2, 3, 4), _randn(2, 1, 3, 4), _randn(2, 1, 3, 4)), attrs)
+        for attrs in ({}, {"interleaved": True})
+    ],
 )
 llmc_op(
     "activation",

@@ -9,7 +9,7 @@ from ..dims import Dim, dim, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, as_dim, aten
-from .resize import Resize, sizes_at, unflattened
+from .resize import Resize, repeated, sizes_at, unflattened
 from .rules import (
     Samples,
     axes,
@@ -120,8 +120,9 @@ def _repeat_ties(out: TensorType, x: TensorType, counts: Any) -> list[Tie]:
     for a, c in enumerate(counts[lead:]):
         # Whole copies side by side: no index map of a cut, so only a single copy is free.
         kind = "same" if c == 1 else "mix"
-        ties.append(Tie(kind, ((0, a),), (a + lead,)))
-    return ties
+        ins = ((0, a),) if c == 1 or x.shape[a] != 1 else ()
+        ties.append(Tie(kind if ins else "same", ins, (a + lead,)))
+    return [*ties, *(Tie("same", (), (a,)) for a in range(lead))]
 
 
 def _interleave(x: TensorType, count: int, where: int | None = None, **attrs: Any) -> TensorType:
@@ -199,7 +200,13 @@ _row(
     sizes_at(1),
 )
 _row("expand_as.default", _expand_as, broadcast_ties, lambda: [((randn(1, 3), randn(2, 3)), {})])
-_row("repeat.default", _repeat, _repeat_ties, lambda: [((randn(2, 3), [2, 1, 2]), {})])
+_row(
+    "repeat.default",
+    _repeat,
+    _repeat_ties,
+    lambda: [((randn(2, 3), [2, 1, 2]), {}), ((randn(2, 1), [1, 3]), {})],
+    repeated,
+)
 _row(
     "repeat_interleave.self_int", _interleave, _interleave_ties, lambda: [((randn(2, 3), 2, 1), {})]
 )
