@@ -42,7 +42,7 @@ class DropLayers(Structural):
     )
     pattern = whole_blocks
     hits = (Example("four_blocks"),)
-    misses = (Example("shared_keys", "one_way_out"),)
+    misses = (Example("gives_keys", "one_way_out"),)
 
     n: int = knob(1, "blocks to drop", lo=1, hi=10000)
     remove: float | None = knob(None, "instead of n: the share of blocks to drop", lo=0.0, hi=1.0)

@@ -123,6 +123,18 @@ def decoder(
     return b.finish(b.call("aten.linear.default", last, head))
 
 
+def with_keys(program: Program) -> Program:
+    """The program that gives its first block's keys beside the logits."""
+    keys = next(program.calls("llmc.attention")).args[1]
+    logits = program.output.args[0]
+    assert isinstance(keys, fx.Node)
+    assert isinstance(logits, fx.Node)
+    program.output.args = ((logits, keys),)
+    types = tuple(n.meta["llmc"].type for n in (logits, keys))
+    program.output.meta["llmc"] = Info(types)
+    return program
+
+
 ZOO: dict[str, Callable[[], Program]] = {
     "llama_gqa": decoder,
     "layer_norm": lambda: decoder(norm="layer", mlp="relu", bias=True, kv=4),
@@ -135,7 +147,9 @@ ZOO: dict[str, Callable[[], Program]] = {
     "softmax_between": lambda: decoder(mlp="softmax"),
     "moe": lambda: decoder(mlp="moe"),
     "four_blocks": lambda: decoder(blocks=4),
+    "one_block": lambda: decoder(blocks=1),
     "shared_keys": lambda: decoder(blocks=4, share=True),
+    "gives_keys": lambda: with_keys(decoder(blocks=4)),
 }
 
 

@@ -1,9 +1,12 @@
 """Generic over every pass: hits apply, misses refuse by name, exact ones keep the function."""
 
+import json
+
 import pytest
 import torch
 
 from llmc.compiler.ir.interpret import run
+from llmc.compiler.ir.verifier import verify
 from llmc.compiler.pipeline import recipe, zoo
 from llmc.compiler.pipeline.analysis import Analysis
 from llmc.compiler.pipeline.base import Exact, Lossy, Pass
@@ -11,6 +14,7 @@ from llmc.compiler.pipeline.compile import compile_plan
 from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.pipeline.registry import all_passes
+from llmc.compiler.pipeline.structure import Structural
 
 PASSES = all_passes()
 HITS = [(n, e) for n, p in PASSES.items() for e in p.hits if n != "prune48"]
@@ -41,7 +45,10 @@ def test_hit(name, example):
     after = logits(done.program, tokens(2))
     assert torch.isfinite(after).all()
     effect = PASSES[name].effect
-    if isinstance(effect, Exact):
+    if issubclass(PASSES[name], Structural):
+        check_structure(plan, done)
+        assert not torch.equal(after, before) or PASSES[name].stage == "exit"
+    elif isinstance(effect, Exact):
         assert (after - before).abs().max() <= effect.rtol * before.abs().max()
         assert done.folds
     else:
@@ -49,6 +56,18 @@ def test_hit(name, example):
         assert not torch.equal(after, before)
         assert done.records or done.structure
         assert all(0 <= r["loss"] < 1 for r in done.records)
+
+
+def check_structure(plan, done):
+    """What was predicted holds: the same sizes, or at most the bound; and the result is whole."""
+    verify(done.program)
+    for planned, step, row in zip(plan.steps, done.plan.steps, done.structure, strict=True):
+        if planned.choice.exact:
+            assert planned.after == step.after
+        assert all(step.after[k] <= planned.after[k] for k in step.after)
+        assert row["records"]
+        assert json.loads(json.dumps(row)) == row
+    assert {s.name for s in done.program.segments} >= {"prologue", "block0", "epilogue"}
 
 
 @pytest.mark.parametrize(("name", "example"), MISSES, ids=lambda v: getattr(v, "model", v))
