@@ -252,22 +252,23 @@ class Shared:
 
 
 def share(
-    heads: Heads, count: int, keys: Maps, values: Maps, *, root: Tensor | None = None,
-    similar: bool = True,
+    heads: Heads, count: int, keys: Maps, values: Maps, *, key_root: Tensor | None = None,
+    value_root: Tensor | None = None, similar: bool = True,
 ) -> Shared:  # fmt: skip
     """Align, group and pool to ``count`` key heads.
 
     Args:
         heads: fp64; ``count`` divides their number of key heads.
         keys, values: what alignment may do; ``Maps.none()`` for nothing.
-        root: see :func:`metric`; None measures the weights themselves.
+        key_root, value_root: of what keys and values are made of, see :func:`metric`; None
+            measures the weights themselves.
         similar: group by distance after the best map; False keeps neighbours.
     """
-    sizes = scales(_seen(heads.k, root), keys)
+    sizes = scales(_seen(heads.k, key_root), keys)
     repeat = len(heads.q) // len(heads.k)
     wide = sizes.repeat_interleave(repeat, 0)
     even = replace(heads, k=heads.k * sizes[..., None], q=heads.q / wide[..., None])
-    k, v = _seen(even.k, root), _seen(even.v, root)
+    k, v = _seen(even.k, key_root), _seen(even.v, value_root)
     if similar:
         groups = grouped(distances(k, keys) + distances(v, values), count)
     else:
@@ -281,9 +282,11 @@ def share(
         b.repeat_interleave(repeat, 0) @ even.o,
     )  # fmt: skip
     errors = {
-        "k": (spread(_seen(aligned.k, root), groups), spread(_seen(heads.k, root), groups)),
-        "v": (spread(_seen(aligned.v, root), groups), spread(_seen(heads.v, root), groups)),
-    }
+        what: (spread(_seen(after, root), groups), spread(_seen(before, root), groups))
+        for what, after, before, root in (
+            ("k", aligned.k, heads.k, key_root), ("v", aligned.v, heads.v, value_root),
+        )
+    }  # fmt: skip
     return Shared(aligned.pooled(groups), groups, aligned, errors)
 
 

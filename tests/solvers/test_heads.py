@@ -79,7 +79,8 @@ def close(a, b, tol=1e-10):
 def test_alignment_alone_is_exact(root, similar):
     h = heads()
     root = None if root is None else metric(rand(N - 1, N - 1) @ rand(N - 1, N - 1).T, rand(N - 1))
-    done = share(h, 2, ROTARY, Maps.orthogonal(E), root=root, similar=similar)
+    roots = {"key_root": root, "value_root": root}
+    done = share(h, 2, ROTARY, Maps.orthogonal(E), similar=similar, **roots)
     close(attention(done.aligned, X), attention(h, X))
     assert not torch.allclose(done.aligned.k, h.k)
     for part in ("k", "v"):
