@@ -30,8 +30,11 @@ class Prune(Protecting):
 
     sparsegpt chooses the mask while it sweeps and lets the survivors compensate; wanda and
     magnitude drop the lowest scores and change nothing else. With a grid in the same string the two
-    are one joint solve, and the mask stays exact. recover= brings the best weights of each row back
-    where n:m dropped them, as sparse rows beside the mask, exact whatever the grid.
+    are one joint solve, and the mask stays exact.
+
+    recover= brings the best weights of each row back where n:m dropped them, as sparse rows beside
+    the mask, off the grid. allocate=global ranks all weights of the model by ½·w²·F, F the Fisher
+    information, and each matrix gets the share of zeros that falls to it.
     """
 
     variants = {
@@ -42,7 +45,7 @@ class Prune(Protecting):
     stage = "mask"
     effect = Lossy("perplexity")
     needs = ("gram",)
-    source = "SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695; weight recover prune (WRP)"
+    source = "SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695; WRP; OBD (LeCun et al., 1989)"
     pattern = linear_weights
     preconditions = (*BLOCK_WEIGHT, Precondition("blocks_fit", _blocks_fit))
     hits = (Example("llama_gqa"), Example("with_bias"))
@@ -54,6 +57,13 @@ class Prune(Protecting):
     n: int = knob(0, "kept of each m consecutive inputs; 0 = unstructured", lo=0, hi=32)
     m: int = knob(0, "block of consecutive inputs; 0 = unstructured", lo=0, hi=32)
     sparsity: float = knob(0.5, "share of zeros when n and m are 0", lo=0.0, hi=0.99)
+    allocate: str = knob(
+        "uniform",
+        "how sparsity= is shared out: every weight alike, or ranked by the whole model's loss",
+        choices=("uniform", "global"),
+    )
+    spread: float = knob(0.15, "how far a weight's sparsity may lie off, if global", lo=0, hi=1)
+    samples: int = knob(16, "calibration windows whose gradients are taken, if global", lo=1)
     recover: float = knob(
         0.0, "share of each row's best weights that come back beside n:m", lo=0.0, hi=1.0
     )
@@ -84,6 +94,15 @@ class Prune(Protecting):
                 f"{self.recover:g}, which brings back what one mask drops"
             )
 
+        if self.m and self.allocate == "global":
+            raise UsageError(
+                f"{self.called}:allocate: expected unstructured zeros to share out, found "
+                f"{self.n}:{self.m}"
+            )
+        idle = [k for k in ("spread", "samples") if self.explicit(k) and self.allocate != "global"]
+        if idle:
+            raise UsageError(f"{self.called}:{idle[0]}: expected allocate=global beside it")
+
     def facts(self, site: LinearSite) -> dict[str, Any]:
         if self.m:
             mask = Mask(self.n, self.m, 1 - self.n / self.m)
@@ -92,6 +111,8 @@ class Prune(Protecting):
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         out: dict[str, Any] = {"mask_solver": self.solver}
+        if self.allocate == "global":
+            out |= {k: getattr(self, k) for k in ("allocate", "spread", "samples")}
         return out | {k: getattr(self, k) for k in _SHARED if self.explicit(k)}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..analysis.cost import CostModel
 from ..analysis.linears import LinearSite
 from ..analysis.migrate import MigrationSite
 from ..ir.errors import GateError, UsageError
@@ -23,6 +22,7 @@ from ..ir.serial import to_json
 from ..ir.verifier import verify, verify_interface
 from . import order
 from .analysis import Analysis
+from .predict import predictions
 from .recipe import Call, Recipe
 from .restructure import Choose, Step, checks_on, own_call, take
 from .structure import Choice, Structural
@@ -57,6 +57,11 @@ class Decision:
         return calibrated or o.get("grid_solver") == "gptq"
 
     @property
+    def swept(self) -> bool:
+        """Whether gradients of the whole model's loss decide how sparse it becomes."""
+        return "allocate" in self.options
+
+    @property
     def bound(self) -> bool:
         """Whether the planned bytes are a bound: how much is stored follows from the weights."""
         return self.scheme.sparse is not None
@@ -75,7 +80,8 @@ class Stage:
     def needing(self) -> list[str]:
         """Names of the passes that need calibration data here."""
         names = {m.call.name for m in self.migrations}
-        names |= {n for d in self.decisions.values() if d.needs_gram for n in d.passes}
+        decisions = [d for d in self.decisions.values() if d.needs_gram or d.swept]
+        names |= {n for d in decisions for n in d.passes}
         return sorted(names)
 
 
@@ -159,47 +165,8 @@ class Plan:
         return 8 * sum(r["bytes_after"] for r in rows) / weights if weights else None
 
     def predictions(self, tokens: int, length: int) -> dict[str, Any]:
-        """Bytes of the artefact's weights, peak RAM and operations of the calibration.
-
-        Args:
-            tokens: of all calibration windows together; length: of one.
-        """
-        grams = 0
-        widest = max(
-            _widest(p) for p in (self.source, self.captured if self.steps else self.source)
-        )
-        for stage in self.stages:
-            by_block: dict[str, dict[str, int]] = {}
-            for d in stage.decisions.values():
-                if d.needs_gram:
-                    by_block.setdefault(d.site.segment, {})[d.site.reads] = (
-                        d.site.in_features**2 * 4
-                    )
-            grams = max([grams, *(sum(v.values()) for v in by_block.values())])
-        flops, stream = self._forward(tokens // length, length) if tokens and length else (0, 0)
-        return {
-            "bytes_before": self.captured.weight_bytes(),
-            "bytes_after": self.program.weight_bytes(),
-            "exact": self.exact,
-            "ram_bound": widest + 3 * grams + 2 * stream,
-            "calibration_flops": 2 * flops * len(self.stages) + self._measuring(tokens, length),
-            "calibration_tokens": tokens,
-        }
-
-    def _forward(self, windows: int, length: int) -> tuple[int, int]:
-        """(operations of one forward over all windows, bytes that flow between two blocks)."""
-        costs = CostModel(self.source, max(windows, 1), length)
-        between = self.source.segments[1].live_in if len(self.source.segments) > 1 else ()
-        stream = sum(costs.bytes_of(self.source.node(n)) for n in between)
-        return costs.table()["total"]["flops"], stream
-
-    def _measuring(self, tokens: int, length: int) -> int:
-        """Operations that deciding the structural steps takes, as if on the captured program."""
-        forwards = sum(s.forwards for s in self.steps)
-        if not (forwards and tokens and length):
-            return 0
-        costs = CostModel(self.captured, max(tokens // length, 1), length)
-        return int(forwards * costs.table()["total"]["flops"])
+        """What compiling will cost; see :func:`.predict.predictions`."""
+        return predictions(self, tokens, length)
 
     def to_json(self, tokens: int = 0, length: int = 0) -> dict[str, Any]:
         """The plan as data; ``path`` fields are provenance, everything else is name-free."""
@@ -228,16 +195,6 @@ def _short_group(d: Decision) -> str:
     if codes is None or codes.group is None or d.site.in_features % codes.group == 0:
         return ""
     return f"last group of {d.site.in_features % codes.group} of {d.site.in_features} inputs"
-
-
-def _widest(program: Program) -> int:
-    """fp32 bytes of the parameters of the segment that has most."""
-    out = 0
-    for segment in program.segments:
-        nodes = [program.node(n) for n in segment.nodes]
-        held = [p for n in nodes if (p := program.param_of(n)) is not None]
-        out = max(out, sum(4 * p.bytes // p.dtype.itemsize for p in held))
-    return out
 
 
 def make_plan(

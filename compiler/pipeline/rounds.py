@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ..ir.graph import DictWeights, Segment
 from ..ir.interpret import Fetch, run_nodes
 from . import encode
+from .allocate import allocate
 from .events import Event, Listener
 from .measure import Env, Options, Walk, batches, check_finite
 from .plan import Decision, Migration, Plan, Stage
@@ -44,6 +45,8 @@ def run_rounds(
     work, out = Work(plan, torch.device(options.device)), Solved()
     with torch.no_grad():
         for stage in plan.stages:
+            if tokens is not None:
+                allocate(plan, stage, work, tokens, listener)
             _Round(plan, stage, work, tokens, options, listener, out).run()
         _finish(plan, work)
     return out

@@ -48,6 +48,11 @@ class Work:
             self._loaded[name] = self._computed(name, self.dense)
         return self._loaded[name]
 
+    def read(self, name: str) -> Tensor:
+        """As ``fetch``, not kept."""
+        held = self._loaded.get(name)
+        return self._computed(name, self.dense) if held is None else held
+
     def frozen(self) -> Fetch:
         """``fetch`` of this moment, whatever is replaced later."""
         held, loaded = dict(self.dense), dict(self._loaded)

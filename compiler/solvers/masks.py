@@ -160,8 +160,13 @@ def static_mask(rule: MaskRule, solver: str, weight_t: Tensor, diagonal: Tensor)
     if rule.kind == "nm":
         return pick_nm(score, rule.n, rule.m)
     if solver == "wanda":
-        return drop_smallest_per_row(score, math.floor(rule.sparsity * score.shape[0]))
-    return drop_smallest(score, math.floor(rule.sparsity * score.numel()))
+        return drop_smallest_per_row(score, _whole(rule.sparsity * score.shape[0]))
+    return drop_smallest(score, _whole(rule.sparsity * score.numel()))
+
+
+def _whole(count: float) -> int:
+    """The whole number at or below, where a share times a size is one but for rounding."""
+    return math.floor(count + 1e-6)
 
 
 class BlockPick:
