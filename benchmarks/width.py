@@ -1,0 +1,222 @@
+"""Width pruning: perplexity of the demo model by method, and speed of a larger model by share.
+
+    python benchmarks/width.py quality --out benchmarks/results/width.json
+    python benchmarks/width.py speed --out benchmarks/results/width_speed.json
+
+Quality: the same share of the blocks' parameters goes by every method, ranked against FLAP by paired
+bootstrap over the held-out windows; nothing is tuned on that text. Speed: one process times the
+whole model and its cuts in turn, round after round, and compares with the share of operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.compiler import api
+from llmc.compiler.analysis.cost import CostModel
+from llmc.compiler.ir.graph import Program
+from llmc.compiler.pipeline.data import Tokenizer, read_stream
+from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate, speed
+from llmc.compiler.runtime.executor import Runner
+from llmc.compiler.runtime.lowering import runner_for
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "examples" / "pylm"
+AGAINST = "flap"
+
+METHODS = {
+    "random, seed 0": "method=random,seed=0",
+    "random, seed 1": "method=random,seed=1",
+    "random, seed 2": "method=random,seed=2",
+    "magnitude": "method=magnitude",
+    "wanda": "method=wanda",
+    "taylor, vector": "method=taylor,taylor=vector",
+    "taylor, first": "method=taylor,taylor=first",
+    "taylor, second": "method=taylor,taylor=second",
+    "taylor, mixed": "method=taylor,taylor=mixed",
+    "michel": "method=michel",
+    "flap": "method=flap",
+    "flap, no bias": "method=flap,compensate=none",
+    "flap, global": "method=flap,ranking=global",
+    "taylor, first, global": "method=taylor,taylor=first,ranking=global",
+    "taylor, first, bias": "method=taylor,taylor=first,compensate=bias",
+    "taylor, first, moved weights": "method=taylor,taylor=first,compensate=weights",
+    "flap, moved weights": "method=flap,compensate=weights",
+    "flap, both": "method=flap,compensate=both",
+    "obs, no repair": "method=obs,compensate=none",
+    "obs": "method=obs",
+    "obs, both": "method=obs,compensate=both",
+}
+
+
+def quality(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile and evaluate every method at one share."""
+    stream = read_stream(args.data, Tokenizer(MODEL))
+
+    def score(program: Program) -> Evaluation:
+        runner = Runner(program, resident="dense")
+        return evaluate(runner, stream, args.window, batch=8, limit=args.windows)
+
+    dense = api.capture(MODEL)
+    found = {"dense": score(dense)}
+    rows: list[dict[str, Any]] = [_row("dense", "", found["dense"], dense, 0.0, [])]
+    for name, knobs in METHODS.items():
+        passes = f"prune_width:remove={args.remove:g},{knobs}"
+        began = time.perf_counter()
+        small = api.compile(MODEL, passes, calibration=args.calibration, samples=args.samples,
+                            length=args.length)  # fmt: skip
+        seconds = time.perf_counter() - began
+        found[name] = score(small.program)
+        assert small.solved is not None
+        records = small.solved.structure[0]["records"]
+        rows.append(_row(name, passes, found[name], small.program, seconds, records))
+        print(f"{name}: {found[name].perplexity:.3f}", file=sys.stderr, flush=True)
+    pairs = [
+        {"method": name, "against": AGAINST, **compare(found[name], found[AGAINST]).to_json()}
+        for name in found
+        if name not in ("dense", AGAINST)
+    ]
+    first = found["dense"].to_json()
+    kept = ("data", "sha256", "window", "windows", "tokens", "protocol")
+    return {
+        "command": _command(), "protocol": {k: first[k] for k in kept},
+        "calibration": {"samples": args.samples, "length": args.length, "seed": 0},
+        "removed_share_of_block_parameters": args.remove,
+        "threads": torch.get_num_threads(), "rows": rows, "pairs": pairs,
+    }  # fmt: skip
+
+
+def _row(
+    name: str, passes: str, e: Evaluation, program: Program, seconds: float, records: list[Any]
+) -> dict[str, Any]:
+    """One line of the table; widths are those of the groups that the pass saw."""
+    return {
+        "name": name, "passes": passes, "perplexity": e.perplexity,
+        "block_parameters": _block_parameters(program), "bytes": program.weight_bytes(),
+        "compile_seconds": round(seconds, 1),
+        "widths": {r["site"]: r["units_after"] for r in records if "units_after" in r},
+    }  # fmt: skip
+
+
+def _block_parameters(program: Program) -> int:
+    inside = {n for s in program.segments if s.name.startswith("block") for n in s.nodes}
+    return sum(
+        torch.Size(p.shape).numel()
+        for n in program.graph.nodes
+        if n.name in inside and (p := program.param_of(n)) is not None and p.trained
+    )
+
+
+def _llama(args: argparse.Namespace) -> Program:
+    """A random llama: its weights do not matter for speed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden, intermediate_size=args.inner, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, num_key_value_heads=args.heads // 2, vocab_size=args.vocab,
+        max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    return api.capture(LlamaForCausalLM(config).float().eval())
+
+
+def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Prefill and decode of the whole model and its cuts, in turn, so that drift hits all alike."""
+    dense = _llama(args)
+    programs = {0.0: dense}
+    for share in args.shares:
+        passes = f"prune_width:remove={share:g},method=magnitude"
+        programs[share] = api.compile(dense, passes).program
+    runners = {s: runner_for(p, "reference", cached=True) for s, p in programs.items()}
+    tokens = torch.randint(0, args.vocab, (4096,), generator=torch.Generator().manual_seed(0))
+    settings = {"prefill": (8, 256, 1), "decode": (1, 32, 24)}
+    times: dict[str, dict[float, list[float]]] = {k: {s: [] for s in runners} for k in settings}
+    for _ in range(args.rounds):
+        for share, runner in runners.items():
+            for kind, (batch, prompt, new) in settings.items():
+                found = speed(runner, tokens, batch=batch, prompt=prompt, new=new, repeats=1)
+                times[kind][share].append(getattr(found, kind))
+    rows = [
+        _speed_row(kind, share, settings[kind], times[kind], programs)
+        for kind in settings
+        for share in runners
+    ]
+    parameters = sum(torch.Size(p.shape).numel() for p in dense.params.values())
+    return {
+        "command": _command(), "parameters": parameters, "hidden": args.hidden,
+        "threads": torch.get_num_threads(), "rounds": args.rounds, "rows": rows,
+    }  # fmt: skip
+
+
+def _speed_row(
+    kind: str, share: float, setting: tuple[int, int, int], times: dict[float, list[float]],
+    programs: dict[float, Program],
+) -> dict[str, Any]:  # fmt: skip
+    """Median tokens/s, its ratio to the whole model's, and what operations promise."""
+    batch, prompt, new = setting
+    length = prompt if kind == "prefill" else 1
+
+    def flops(program: Program) -> int:
+        return int(CostModel(program, batch, length).table()["total"]["flops"])
+
+    def middle(values: list[float]) -> float:
+        return sorted(values)[len(values) // 2]
+
+    ratios = [a / b for a, b in zip(times[share], times[0.0], strict=True)]
+    whole, left = flops(programs[0.0]), flops(programs[share])
+    stored = programs[share].weight_bytes() / programs[0.0].weight_bytes()
+    return {
+        "kind": kind, "batch": batch, "prompt": prompt, "new": new,
+        "removed_share_of_block_parameters": share, "tokens_per_second": middle(times[share]),
+        "times_as_fast": middle(ratios), "lowest": min(ratios), "highest": max(ratios),
+        "share_of_flops_removed": 1 - left / whole, "share_of_bytes_removed": 1 - stored,
+        "flops_allow": whole / left,
+    }  # fmt: skip
+
+
+def _command() -> str:
+    given = [a for i, a in enumerate(sys.argv[1:]) if a != "--out" and sys.argv[i] != "--out"]
+    return "python benchmarks/width.py " + " ".join(given)
+
+
+def main() -> None:
+    """Parse the command line and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("--data", default=str(MODEL / "text" / "heldout.txt"))
+    parser.add_argument("--calibration", default=str(MODEL / "text" / "calibration.txt"))
+    parser.add_argument("--remove", type=float, default=0.2)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, help="only the first windows of the held-out text")
+    parser.add_argument("--only", nargs="*", help="only these methods, and flap")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.2, 0.4])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--inner", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.only is not None:
+        for name in [n for n in METHODS if n not in (*args.only, AGAINST)]:
+            del METHODS[name]
+    text = json.dumps(quality(args) if args.what == "quality" else measure_speed(args), indent=1)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
