@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .analysis.cacheable import cache_refusals
 from .analysis.migrate import MigrationSite
 from .ir.errors import UsageError
 from .ir.graph import Program
@@ -18,7 +19,6 @@ from .pipeline.compile import Compiled
 from .pipeline.data import Tokenizer
 from .pipeline.plan import Plan
 from .report.data import report, times
-from .runtime.cache import cache_refusals
 from .runtime.executor import INPUTS, Runner
 from .runtime.exits import ExitRunner
 from .runtime.generate import Sampling

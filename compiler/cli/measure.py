@@ -15,7 +15,8 @@ from .use import lowering_arguments, lowering_options
 if TYPE_CHECKING:
     from ..model import Model
     from ..pipeline.data import Stream
-    from ..runtime.evaluate import Evaluation
+    from ..runtime.evaluate import Evaluation, Speaker
+    from ..runtime.executor import Runner
 
 DEFAULT_WINDOW = 2048
 # A tensor that takes more memory than this times its stored bytes is listed.
@@ -53,7 +54,8 @@ def eval_command(
     """Perplexity by the papers' protocol, divergence from a baseline, size, speed and memory.
 
     One token stream, windows that do not overlap, the tail dropped. Two models are compared by a
-    paired bootstrap over the same windows.
+    paired bootstrap over the same windows. A model with early exits is run token by token, as it
+    writes, and compared with itself at full depth.
     """
     if min_recovery is not None and baseline is None:
         raise UsageError("--min-recovery: expected a --baseline to recover, found none")
@@ -64,6 +66,7 @@ def eval_command(
     from .. import api
     from ..pipeline.data import read_stream
     from ..runtime.evaluate import compare, peak_rss
+    from ..runtime.stepwise import Stepwise
 
     with waiting(f"loading {source}", out):
         model = api.open_any(source, **lowering_arguments(lowering))
@@ -74,7 +77,9 @@ def eval_command(
         with waiting(f"loading {baseline}", out):
             other = api.open_any(baseline, **lowering_arguments(lowering))
         _same_tokens(model, other)
-    mine, theirs = _evaluate(model, stream, size, batch, max_windows, out, other)
+    speaker = _speaker(model)
+    beside = None if other is None else _speaker(other)
+    mine, theirs = _evaluate(speaker, stream, size, batch, max_windows, out, beside)
     result: dict[str, Any] = {
         "source": source,
         "target": lowering["target"],
@@ -82,6 +87,8 @@ def eval_command(
         "quality": mine.to_json(),
     }
     result["size"] = _size(model)
+    if isinstance(speaker, Stepwise):
+        result["exits"] = speaker.to_json(mine)
     if other is not None and theirs is not None:
         versus = compare(mine, theirs)
         recovery = theirs.perplexity / mine.perplexity
@@ -90,9 +97,13 @@ def eval_command(
             "comparison": versus.to_json(), "recovery": recovery,
         }  # fmt: skip
     if speed:
-        result["speed"] = _speed(model, stream, prompt_tokens, new_tokens)
+        result["speed"] = _speed(model.generator, stream, prompt_tokens, new_tokens)
+        if "exits" in result:
+            result["exits"]["full_speed"] = _speed(
+                model.full_generator, stream, prompt_tokens, new_tokens
+            )
         if other is not None:
-            result["baseline"]["speed"] = _speed(other, stream, prompt_tokens, new_tokens)
+            result["baseline"]["speed"] = _speed(other.generator, stream, prompt_tokens, new_tokens)
     result["peak_rss_bytes"] = peak_rss()
     _tell(result, out)
     out.data("eval", result)
@@ -121,9 +132,19 @@ def _same_tokens(a: Model, b: Model) -> None:
     )
 
 
+def _speaker(model: Model) -> Speaker:
+    """The model as it is evaluated: whole windows at once, or token by token where it may leave."""
+    from ..runtime.exits import ExitRunner
+    from ..runtime.stepwise import Stepwise
+
+    if model.program.exits is not None and isinstance(model.generator, ExitRunner):
+        return Stepwise(model.generator, model.runner)
+    return model.runner
+
+
 def _evaluate(
-    model: Model, stream: Stream, window: int, batch: int, limit: int | None, out: Out,
-    other: Model | None,
+    model: Speaker, stream: Stream, window: int, batch: int, limit: int | None, out: Out,
+    other: Speaker | None,
 ) -> tuple[Evaluation, Evaluation | None]:  # fmt: skip
     """The model's evaluation, and the baseline's where there is one: each runs once."""
     from ..runtime.evaluate import evaluate, evaluate_pair
@@ -136,11 +157,9 @@ def _evaluate(
             progress.at(done, "windows")
 
         if other is None:
-            alone = evaluate(model.runner, stream, window, batch=batch, limit=limit, progress=step)
+            alone = evaluate(model, stream, window, batch=batch, limit=limit, progress=step)
             return alone, None
-        return evaluate_pair(
-            model.runner, other.runner, stream, window, batch=batch, limit=limit, progress=step
-        )
+        return evaluate_pair(model, other, stream, window, batch=batch, limit=limit, progress=step)
 
 
 def _size(model: Model) -> dict[str, Any]:
@@ -159,12 +178,32 @@ def _size(model: Model) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _speed(model: Model, stream: Stream, prompt: int, new: int) -> dict[str, Any] | None:
+def _speed(runner: Runner, stream: Stream, prompt: int, new: int) -> dict[str, Any] | None:
     from ..runtime.evaluate import speed
 
-    if not model.generator.cached:
+    if not runner.cached:
         return None
-    return speed(model.generator, stream.tokens, prompt=prompt, new=new).to_json()
+    return speed(runner, stream.tokens, prompt=prompt, new=new).to_json()
+
+
+def _tell_exits(exits: dict[str, Any], speed: dict[str, Any] | None, out: Out) -> None:
+    """What leaving early did: layers used, agreement, and speed with the exits on and off."""
+    out.text(
+        f"early exits ({exits['rule']} >= {exits['threshold']:.4g}): "
+        f"{exits['blocks_per_token']:.2f} of {exits['blocks']} layers per token "
+        f"({exits['decoded_tokens']:,} decoded, prompts at full depth), agreement with the full "
+        f"model {exits['agreement']:.2%}, its perplexity {exits['full_perplexity']:.5g}"
+    )
+    total = max(exits["decoded_tokens"], 1)
+    shares = [f"{n}: {c / total:.1%}" for n, c in exits["tokens_by_blocks"].items() if c]
+    out.text("tokens by layers used  " + "  ".join(shares))
+    full = exits.get("full_speed")
+    if speed and full:
+        on, off = (s["decode_tokens_per_second"] for s in (speed, full))
+        out.text(
+            f"decode {on:.4g} tokens/s ({speed['blocks_per_token']:.2f} layers) against {off:.4g} "
+            f"with exits off: x{on / off:.3f}"
+        )
 
 
 def _certainty(c: dict[str, Any]) -> str:
@@ -211,6 +250,8 @@ def _tell(result: dict[str, Any], out: Out) -> None:
             f"KL to the baseline {q['kl_to_baseline']:.4g} nats per token, "
             f"top-1 agreement {q['top1_agreement']:.2%}"
         )
+    if "exits" in result:
+        _tell_exits(result["exits"], result.get("speed"), out)
     grown = result["size"]["resident_above_stored"]
     if grown:
         more = sum(g["resident"] - g["stored"] for g in grown)

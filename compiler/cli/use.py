@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..ir.errors import ModelError, UsageError
 from .output import Out, examples, output_options
 from .progress import waiting
+
+if TYPE_CHECKING:
+    from ..model import Model
 
 TARGETS = ("reference", "cpu", "triton")
 F = TypeVar("F")
@@ -117,15 +120,30 @@ def run_command(
         f"{count} tokens in {took:.2f} s ({count / max(took, 1e-9):.1f} tokens/s, "
         f"target {lowering['target']})"
     )
+    used = model.layers_used
+    depths = [n for row in used or () for n in row]
+    if used is not None:
+        out.note(_layers(depths, model))
     out.data("run", {
         "source": source, "target": lowering["target"], "cached": runner.cached, "seed": seed,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seconds": took,
         "first_token_seconds": times[0] - began if times else None,
+        "layers_per_token": sum(depths) / len(depths) if depths else None,
+        "layers_used": used,
         "texts": [
             {"prompt": p, "prompt_tokens": len(i), "text": t, "tokens": row}
             for p, i, t, row in zip(prompts, ids, texts, made, strict=True)
         ],
     })  # fmt: skip
+
+
+def _layers(depths: list[int], model: Model) -> str:
+    """Layers used per new token, from the blocks that were run."""
+    from ..analysis.blocks import is_block
+
+    blocks = sum(is_block(s.name) for s in model.program.segments)
+    mean = sum(depths) / max(len(depths), 1)
+    return f"{mean:.2f} of {blocks} layers used per token (prompts run at full depth)"
 
 
 @click.command(epilog=examples("llmc verify out", "llmc verify out --json"))

@@ -13,51 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.tokenwise import prove_tokenwise
+from ..analysis.cacheable import argument, cache_refusals
 from ..ir.dims import BATCH, PAST, SEQ
 from ..ir.errors import ModelError
-from ..ir.graph import Info, Program, State, info, tensor_type
-from ..ir.refusal import Refusal
+from ..ir.graph import Info, Program, State, tensor_type
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
 
 _BY = "cache"
-
-
-def cache_refusals(program: Program) -> list[Refusal]:
-    """Why ``program`` cannot have a KV cache; empty when it can."""
-    out = list(prove_tokenwise(program))
-    seen = False
-    for node in program.calls("llmc.attention"):
-        seen = True
-        reason = _attention_refusal(node)
-        if reason is not None:
-            out.append(Refusal(_BY, node.name, reason[1], reason[0], info(node).path))
-    if not seen:
-        name = program.output.name
-        out.append(Refusal(_BY, name, "the program has no llmc.attention node", "has_attention"))
-    return out
-
-
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
-def _attention_refusal(node: fx.Node) -> tuple[str, str] | None:
-    q_pos, k_pos = _argument(node, 3, "q_pos"), _argument(node, 4, "k_pos")
-    if not node.kwargs.get("causal", True):
-        return "causal", "attention that is not causal reads tokens that are still to come"
-    if _argument(node, 6, "bias") is not None:
-        return (
-            "no_bias",
-            "a bias on the scores is laid out for all keys at once",
-        )
-    if k_pos is not q_pos:
-        return "own_keys", "keys and queries have positions of their own, as in cross-attention"
-    lengths = [tensor_type(node.args[i]).shape[2] for i in (0, 1)]  # type: ignore[arg-type]
-    if lengths[0] != lengths[1]:
-        return "own_keys", f"{lengths[0]} queries read {lengths[1]} keys, as in cross-attention"
-    return None
 
 
 def add_cache(program: Program) -> Program:
@@ -79,15 +42,15 @@ def add_cache(program: Program) -> Program:
         q, k, v = node.args[:3]
         assert isinstance(k, fx.Node)
         assert isinstance(v, fx.Node)
-        q_pos = _argument(node, 3, "q_pos")
+        q_pos = argument(node, 3, "q_pos")
         if q_pos is None:
             q_pos = _positions(out)
         name = f"kv{i}"
         attrs = {a: node.kwargs[a] for a in ("scale", "causal", "window", "softcap")
                  if a in node.kwargs}  # fmt: skip
         cached = out.emit(
-            "llmc.cached_attention", q, k, v, q_pos, _argument(node, 5, "k_valid"), None,
-            _argument(node, 7, "sinks"), before=node, made_by=_BY, like=node, state=name, **attrs,
+            "llmc.cached_attention", q, k, v, q_pos, argument(node, 5, "k_valid"), None,
+            argument(node, 7, "sinks"), before=node, made_by=_BY, like=node, state=name, **attrs,
         )  # fmt: skip
         node.replace_all_uses_with(cached)
         out.graph.erase_node(node)

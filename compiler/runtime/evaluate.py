@@ -6,19 +6,34 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..ir.errors import UsageError
+from ..ir.graph import Program
 from ..pipeline.data import Stream
 from .executor import Runner
+from .exits import ExitRunner
 
 # Rows of the vocabulary-wide softmax computed at once: bounds memory on wide vocabularies.
 _POSITIONS = 512
 # Below this many windows a bootstrap says nothing: of n differences, all have one sign by chance
 # with probability 2^(1-n), and then every resample agrees.
 MIN_WINDOWS = 8
+
+
+class Speaker(Protocol):
+    """What is evaluated: a runner without cache, or one that goes token by token."""
+
+    program: Program
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, vocabulary] of int64 [B, S]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,11 +106,11 @@ def windows_of(stream: Stream, window: int, limit: int | None = None) -> torch.T
 
 
 def evaluate(
-    runner: Runner,
+    runner: Speaker,
     stream: Stream,
     window: int,
     *,
-    baseline: Runner | None = None,
+    baseline: Speaker | None = None,
     batch: int = 1,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -114,8 +129,8 @@ def evaluate(
 
 
 def evaluate_pair(
-    runner: Runner,
-    baseline: Runner,
+    runner: Speaker,
+    baseline: Speaker,
     stream: Stream,
     window: int,
     *,
@@ -133,8 +148,8 @@ def evaluate_pair(
 
 
 def _measure(
-    runner: Runner,
-    baseline: Runner | None,
+    runner: Speaker,
+    baseline: Speaker | None,
     stream: Stream,
     window: int,
     batch: int,
@@ -145,13 +160,13 @@ def _measure(
     for each in (runner, baseline):
         if each is not None:
             _checked(each, tokens, stream)
-    rows: list[_Score] = []
+    rows: list[Score] = []
     for start in range(0, len(tokens), batch):
         ids = tokens[start : start + batch]
         logits = runner.forward(ids)
         other = None if baseline is None else baseline.forward(ids)
         for row in range(len(ids)):
-            rows.append(_score(logits[row], ids[row], None if other is None else other[row]))
+            rows.append(score_window(logits[row], ids[row], None if other is None else other[row]))
         if progress is not None:
             progress(start + len(ids), len(tokens))
     header = (stream.name, stream.sha256, window, len(tokens))
@@ -166,7 +181,7 @@ def _measure(
     )  # fmt: skip
 
 
-def _checked(runner: Runner, tokens: torch.Tensor, stream: Stream) -> None:
+def _checked(runner: Speaker, tokens: torch.Tensor, stream: Stream) -> None:
     """Refuse tokens of another vocabulary and windows longer than the model's context."""
     most, size = int(tokens.max()), runner.vocabulary
     if most >= size:
@@ -184,7 +199,7 @@ def _checked(runner: Runner, tokens: torch.Tensor, stream: Stream) -> None:
 
 
 @dataclass(frozen=True)
-class _Score:
+class Score:
     """Means over one window's predicted tokens: own NLL, KL, agreement, the baseline's NLL."""
 
     nll: float
@@ -193,7 +208,7 @@ class _Score:
     other: float
 
 
-def _score(logits: torch.Tensor, ids: torch.Tensor, other: torch.Tensor | None) -> _Score:
+def score_window(logits: torch.Tensor, ids: torch.Tensor, other: torch.Tensor | None) -> Score:
     """Scores of one window: logits [S, vocabulary], ids [S]."""
     count = len(ids) - 1
     nll = kl = agree = theirs_nll = 0.0
@@ -207,7 +222,7 @@ def _score(logits: torch.Tensor, ids: torch.Tensor, other: torch.Tensor | None) 
             theirs_nll -= float(theirs.gather(1, target).double().sum())
             kl += float((theirs.exp() * (theirs - mine)).sum(-1).double().sum())
             agree += float((theirs.argmax(-1) == mine.argmax(-1)).sum())
-    return _Score(nll / count, max(kl, 0.0) / count, agree / count, theirs_nll / count)
+    return Score(nll / count, max(kl, 0.0) / count, agree / count, theirs_nll / count)
 
 
 @dataclass(frozen=True)
@@ -268,7 +283,10 @@ def compare(a: Evaluation, b: Evaluation, samples: int = 10_000, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of prefill and of decode, apart; median over ``repeats``."""
+    """Tokens per second of prefill and of decode, apart; median over ``repeats``.
+
+    ``blocks`` is the mean number of blocks that a decoded token ran, None without early exits.
+    """
 
     batch: int
     prompt: int
@@ -276,9 +294,11 @@ class Speed:
     repeats: int
     prefill: float
     decode: float
+    blocks: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        more = {} if self.blocks is None else {"blocks_per_token": self.blocks}
+        return more | {
             "batch": self.batch, "prompt_tokens": self.prompt, "new_tokens": self.new,
             "repeats": self.repeats, "prefill_tokens_per_second": self.prefill,
             "decode_tokens_per_second": self.decode,
@@ -304,6 +324,7 @@ def speed(
     ids = tokens.repeat(-(-need // tokens.numel()))[:need].view(batch, prompt)
     fill: list[float] = []
     step: list[float] = []
+    used: list[int] = []
     for turn in range(repeats + 1):
         cache = runner.start(batch, prompt + new)
         begin = _now(runner)
@@ -312,12 +333,17 @@ def speed(
         for _ in range(new):
             chosen = logits[:, -1].argmax(-1, keepdim=True)
             logits = runner.forward(chosen, cache=cache)
+            if isinstance(runner, ExitRunner):
+                used += runner.used
         end = _now(runner)
         if turn:  # the first turn warms up
             fill.append(batch * prompt / (middle - begin))
             step.append(batch * new / (end - middle))
     middle_of = repeats // 2
-    return Speed(batch, prompt, new, repeats, sorted(fill)[middle_of], sorted(step)[middle_of])
+    blocks = sum(used) / len(used) if used else None
+    return Speed(
+        batch, prompt, new, repeats, sorted(fill)[middle_of], sorted(step)[middle_of], blocks
+    )
 
 
 def _now(runner: Runner) -> float:

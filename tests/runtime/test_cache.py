@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from llmc.compiler.analysis.cacheable import cache_refusals
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import Program, State
 from llmc.compiler.ir.types import TensorType
 from llmc.compiler.ir.verifier import verify
-from llmc.compiler.runtime.cache import Cache, KVState, add_cache, cache_refusals
+from llmc.compiler.runtime.cache import Cache, KVState, add_cache
 from llmc.compiler.runtime.executor import Runner
 
 Make = Callable[..., Program]
