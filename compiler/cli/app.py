@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("use", "generate text from an artefact or a model"),
     "eval": ("measure", "perplexity, divergence, size and speed"),
     "inspect": ("look", "program, sites, schemes and bytes, from headers alone"),
+    "groups": ("groups", "what must be cut together, and what a unit costs"),
     "diff": ("look", "what one pass changed in the graph"),
     "passes": ("passes", "the passes with their knobs"),
     "explain": ("explain", "where a pass applies, where it nearly did, and why not"),
