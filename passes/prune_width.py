@@ -168,6 +168,7 @@ class PruneWidth(Structural):
 
     def sites(self, analysis: Analysis) -> tuple[list[Group], list[Refusal]]:
         """Groups that may be cut; those of units that nobody asked for are passed over."""
+        self._needs_no_gradient_of_codes(analysis.program)
         found: list[Group] = []
         refused: list[Refusal] = []
         last = len(analysis.blocks) - self.protect_last
@@ -188,6 +189,15 @@ class PruneWidth(Structural):
                 refused.append(Refusal(reason.by, node, reason.reason, reason.predicate,
                                        analysis.path(node)))  # fmt: skip
         return found, refused
+
+    def _needs_no_gradient_of_codes(self, program: Program) -> None:
+        decoded = importance.quantised(program) if self.method in importance.GRADIENTS else None
+        if decoded is not None:
+            raise UsageError(
+                f"prune_width:method: expected a dense graph for {self.method}, which needs "
+                "gradients, found packed weights", where=f"node {decoded}",
+                hint="prune before quantising",
+            )  # fmt: skip
 
     # ** decisions **
 
@@ -247,13 +257,6 @@ class PruneWidth(Structural):
     def _counts(self, analysis: Analysis, sites: list[Group]) -> dict[str, int]:
         """How many units stay, by group; under a global ranking only a forecast."""
         program = analysis.program
-        decoded = importance.quantised(program)
-        if decoded is not None and self.method in importance.GRADIENTS:
-            raise UsageError(
-                f"prune_width:method: expected a dense graph for {self.method}, which needs "
-                f"gradients, found packed weights", where=f"node {decoded}",
-                hint="prune before quantising",
-            )  # fmt: skip
         ledger = self._ledger(program, sites)
         if self.everywhere:
             width.check_costs(ledger)
