@@ -58,7 +58,7 @@ class ShareHeads(Structural):
     hits = (Example("llama_gqa"), Example("with_bias"), Example("layer_norm"))
     misses = (
         Example("shared_keys", "heads_read_once"),
-        Example("gives_keys", "heads_read_once"),
+        Example("gives_keys", "heads_kept"),
     )
 
     kv: int = knob(1, "key heads that each layer keeps; divides the number that it has", lo=1)

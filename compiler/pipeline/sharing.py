@@ -82,13 +82,19 @@ class Sharing:
         self.order(site, done.groups)
         self.pool(site.keys, done.groups)
         self.pool(site.values, done.groups)
-        return {
-            "site": site.id, "before": site.kv, "after": count, "groups": done.groups.tolist(),
-            "error": {k: e[0] for k, e in done.errors.items()},
-            "error_unaligned": {k: e[1] for k, e in done.errors.items()},
+        said = {
             "keys": "not asked" if not align else why_keys or "aligned",
             "values": "not asked" if not align else why_values or "aligned",
             "order": site.fixed_order or ("by likeness" if similar else "kept"),
+        }
+        errors = {
+            f"{what}_error{kind}": round(value, 6)
+            for what, pair in done.errors.items()
+            for kind, value in zip(("", "_unaligned"), pair, strict=True)
+        }
+        return {
+            "site": site.id, "before": site.kv, "after": count, "groups": done.groups.tolist(),
+            **errors, **said,
         }  # fmt: skip
 
     # ** reading **
