@@ -167,13 +167,11 @@ class _Walk:
 
     def _repeated(self, r: Relation, at: int) -> Iterator[tuple[int, Map]]:
         few, many = r.ins[0], r.outs[0]
-        if self._size(few) == 1:
-            # One head for all is no tie between them.
-            return
         factor = self._size(many) // self._size(few)
         if at == few:
             yield many, np.repeat(self.maps[few], factor)
-        if at == many:
+        # One head that all share is no tie between them.
+        if at == many and self._size(few) > 1:
             groups = self.maps[many].reshape(-1, factor)
             self._join(np.repeat(groups[:, 0], factor), groups.reshape(-1))
             yield few, groups[:, 0]
