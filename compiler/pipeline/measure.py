@@ -6,20 +6,22 @@ Memory is that of one segment's weights and of what flows between two segments, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from ..analysis.depth import spans
 from ..ir.errors import ModelError, UsageError
-from ..ir.graph import Program, Segment
+from ..ir.graph import Program, Segment, tensor_type
 from ..ir.interpret import Fetch, Observe, run_nodes
 from .events import Event, Listener, silent
 from .statistics import Collection
 
 # What one batch knows between two segments: the values that later segments read.
 Env = dict[fx.Node, object]
+# Bytes that the logits of one batch and their softmax may take together in fp32.
+LOGITS = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -255,13 +257,20 @@ def loss(program: Program, tokens: Tensor, options: Options, listener: Listener 
         ModelError: the program gives more than logits, or they are not finite.
     """
     walk = Walk(program, device=options.device)
-    meter = Meter(program, tokens)
+    options, meter = for_logits(program, tokens, options), Meter(program, tokens)
     with torch.no_grad():
         envs = batches(program, tokens, options)
         for segment in walk.segments:
             listener(Event("tick", {"where": segment.name}))
             envs = walk.step(segment, envs, meter)
     return meter.mean()
+
+
+def for_logits(program: Program, tokens: Tensor, options: Options) -> Options:
+    """The options with batches small enough that logits and their softmax stay within memory."""
+    width = tensor_type(logits_of(program)).shape[-1]
+    window = tokens.shape[1] * (width if isinstance(width, int) else 1) * 8
+    return replace(options, batch=max(1, min(options.batch, LOGITS // window)))
 
 
 class Meter:

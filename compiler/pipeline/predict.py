@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.cost import CostModel
 from ..ir.graph import Program
+from .measure import LOGITS
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -22,12 +23,15 @@ def predictions(plan: Plan, tokens: int, length: int) -> dict[str, Any]:
     windows = tokens // length if length else 0
     flops, stream = _forward(plan.source, windows, length) if windows else (0, 0)
     held, swept = _sweeps(plan, windows)
+    # Deciding about blocks keeps the stream in up to five places, and looks at logits.
+    logits = min(LOGITS, 8 * tokens * (plan.source.facts.get("vocab") or LOGITS))
+    more = 3 * stream + logits if windows and any(s.forwards for s in plan.steps) else 0
     forwards = 2 * len(plan.stages) + 3 * swept
     return {
         "bytes_before": plan.captured.weight_bytes(),
         "bytes_after": plan.program.weight_bytes(),
         "exact": plan.exact,
-        "ram_bound": max(widest + 3 * _grams(plan), widest + held) + 2 * stream,
+        "ram_bound": max(widest + 3 * _grams(plan), widest + held) + 2 * stream + more,
         "calibration_flops": int(forwards * flops) + _measuring(plan, windows, length),
         "calibration_tokens": tokens,
     }

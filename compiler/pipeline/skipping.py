@@ -13,11 +13,11 @@ from math import pi
 import torch
 from torch import Tensor
 
-from ..analysis.depth import Span, beside, spans
+from ..analysis.depth import beside, spans
 from ..ir.graph import Program, Segment
 from ..ir.interpret import run_nodes
 from .events import Event, Listener, silent
-from .measure import Env, Meter, Options, Walk, batches, stream
+from .measure import Env, Meter, Options, Walk, batches, for_logits, stream
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class Skipping:
     ) -> None:  # fmt: skip
         self.program, self.tokens, self.listener = program, tokens, listener
         self.walk = Walk(program, device=options.device)
-        self.spans = {s.block: s for s in spans(program)}
+        self._past = {s.block: (s, beside(program, s)) for s in spans(program)}
         names = [s.name for s in self.walk.segments]
         self._first = min((names.index(c) for c in candidates), default=len(names))
         with torch.no_grad():
-            self._envs = batches(program, tokens, options)
+            self._envs = batches(program, tokens, for_logits(program, tokens, options))
             for segment in self.walk.segments[: self._first]:
                 self._envs = self.walk.step(segment, self._envs)
 
@@ -143,11 +143,7 @@ class Skipping:
 
     def _over(self, segment: Segment, env: Env) -> Env:
         """The environment behind a block that is left out: the stream goes on as it came."""
-        span: Span = self.spans[segment.name]
-        program = self.program
-        made = beside(program, span)
+        span, made = self._past[segment.name]
         done = run_nodes(made, dict(env), self.walk.fetch, keep=made) if made else {}
-        new = {n: done[n] for n in made}
-        return self.walk.advanced(
-            segment, env, {**new, program.node(span.leaves): env[program.node(span.enters)]}
-        )
+        enters, leaves = (self.program.node(n) for n in (span.enters, span.leaves))
+        return self.walk.advanced(segment, env, {**{n: done[n] for n in made}, leaves: env[enters]})

@@ -30,12 +30,12 @@ def structure_table(steps: list[dict[str, Any]]) -> Table:
 def record_tables(steps: list[dict[str, Any]], full: bool = False) -> Iterable[Table]:
     """The rows of each pass's measurements; rows with the same fields form one table.
 
-    What a row is about comes before what was measured: names and counts, then fractions.
+    What a row is about comes before what was measured: names, then counts, then fractions.
     """
     for s in steps:
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in s.get("records", []):
-            fields = sorted(row, key=lambda f: (isinstance(row[f], float), f))
+            fields = sorted(row, key=lambda f: (_place(row[f]), f))
             groups.setdefault(tuple(fields), []).append(row)
         for head, rows in groups.items():
             shown = rows if full else rows[:_SHOWN]
@@ -47,9 +47,13 @@ def record_tables(steps: list[dict[str, Any]], full: bool = False) -> Iterable[T
             yield table
 
 
+def _place(value: Any) -> int:
+    return 0 if isinstance(value, str) else 1 + isinstance(value, (float, list, dict))
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if value is None or isinstance(value, (int, float)):
-        return number(value, 5)
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " ".join(map(_cell, value))
+    return number(value, 5) if value is None or isinstance(value, (int, float)) else str(value)
