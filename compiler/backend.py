@@ -85,8 +85,10 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         wanted = read_recipe(passes, recipe)
     for call in wanted.calls:
         if isinstance(call.made, Structural):
+            leaves = call.made.stage == "exit"
+            what = "run the graph as a whole" if leaves else "keep every shape"
             raise UsageError(
-                f"options: expected passes that keep every shape, found {call.name!r}",
+                f"options: expected passes that {what}, found {call.name!r}",
                 hint="llmc compile runs every pass",
             )
     tokenizer = given.get("tokenizer")

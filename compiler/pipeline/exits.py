@@ -58,8 +58,8 @@ class Seen:
 
     def part(self, windows: slice) -> Seen:
         """Some of the windows."""
-        parts = (self.gap, self.top, self.cos, self.right)
-        return Seen(*(p[:, windows] for p in parts), self.final[windows])
+        gap, top, cos, right = (p[:, windows] for p in (self.gap, self.top, self.cos, self.right))
+        return Seen(gap, top, cos, right, self.final[windows])
 
 
 @dataclass(frozen=True)
@@ -131,26 +131,25 @@ class ExitWalk:
                 at = self._exits.get(segment.name)
                 if at is not None:
                     logits = self._says(envs[i], after)
-                    pair = features(logits)
-                    cos = similarity(before, after)[..., None]
-                    said[at].append(torch.cat([pair, cos], -1).cpu())
+                    turn = similarity(before, after)[..., None]
+                    said[at].append(torch.cat([features(logits), turn], -1).cpu())
                     best[at].append(logits.argmax(-1).cpu())
                 if self._out(span) is self._end:
                     final.append(self._says(envs[i], after).argmax(-1).cpu())
         full = torch.cat(final)
-        every = torch.stack([torch.cat(s) for s in said]).unbind(-1)
+        gap, top, cos = torch.stack([torch.cat(s) for s in said]).unbind(-1)
         right = torch.stack([torch.cat(b) == full for b in best])
-        return Seen(*every, right, full)
+        return Seen(gap, top, cos, right, full)
 
     @torch.no_grad()
     def run(self, exits: Exits, classifier: Tensor | None, final: Tensor) -> Outcome:
         """Let tokens leave, with the keys and values that leaving gives.
 
+        The first token of a window is a prompt and stays, and the next one is new token 0.
         Args:
             final: the full model's likeliest tokens, int64 [windows, length].
         """
-        length = self.tokens.shape[1]
-        limit = exits.at(torch.arange(length))
+        limit = _limits(exits, self.tokens.shape[1])
         gone = [torch.zeros(ids.shape, dtype=torch.bool) for ids in self._ids()]
         said = [torch.zeros_like(ids) for ids in self._ids()]
         depth = [torch.zeros_like(ids) for ids in self._ids()]
@@ -211,6 +210,13 @@ class ExitWalk:
         return self._weights[name]
 
 
+def _limits(exits: Exits, length: int) -> Tensor:
+    """λ of every token of a window, f64 [length]; the first is a prompt and never leaves."""
+    out = exits.at(torch.arange(length) - 1)
+    out[0] = math.inf
+    return out
+
+
 def _tensor(env: Env, node: fx.Node) -> Tensor:
     found = env[node]
     assert isinstance(found, Tensor)
@@ -237,7 +243,7 @@ def replay(seen: Seen, exits: Exits, classifier: Tensor | None, depths: Sequence
     Args:
         depths: blocks that a token which leaves at each exit has run, and last those of the model.
     """
-    limit = exits.at(torch.arange(seen.final.shape[1]))
+    limit = _limits(exits, seen.final.shape[1])
     leaves = seen.sure(exits.rule, classifier) >= limit
     leaves = torch.cat([leaves, torch.ones_like(leaves[:1])])
     first = leaves.int().argmax(0)
