@@ -11,12 +11,12 @@ WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 def available(device: torch.device) -> bool:
-    """Whether torch multiplies by sparse rows there; the CPU needs MKL for it."""
+    """Whether they are used there: on a CPU with MKL. Elsewhere the row's reference runs."""
     with warnings.catch_warnings():
         # The first such tensor of a process says that the format is young; nothing follows from it.
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], torch.zeros(0, dtype=torch.int64), [], (1, 1))
-    return device.type == "cuda" or (device.type == "cpu" and torch.backends.mkl.is_available())
+    return device.type == "cpu" and torch.backends.mkl.is_available()
 
 
 def csr_linear(
@@ -30,7 +30,7 @@ def csr_linear(
     flat = x.reshape(-1, x.shape[-1])
     if not len(flat) or not len(values):
         return y
-    dtype = WIDE.get(x.dtype, x.dtype) if x.device.type == "cpu" else x.dtype
+    dtype = WIDE.get(x.dtype, x.dtype)
     weight = torch.sparse_csr_tensor(
         starts, index.to(torch.int32), values.to(dtype), (y.shape[-1], x.shape[-1]),
         check_invariants=False,

@@ -153,9 +153,7 @@ class Plan:
                 row["passes"] += list(d.passes)
                 row["scheme"] = self.schemes[d.site.param].short
                 row["solver"] = {k: v for k, v in d.options.items() if k.endswith("solver")}
-                notes = [n for n in (_short_group(d), "bytes at most" if d.bound else "") if n]
-                if notes:
-                    row["note"] = "; ".join(notes)
+                row |= _notes(d)
         return list(merged.values())
 
     def bits_per_weight(self) -> float | None:
@@ -190,11 +188,17 @@ class Plan:
         }  # fmt: skip
 
 
-def _short_group(d: Decision) -> str:
-    codes = d.scheme.codes
-    if codes is None or codes.group is None or d.site.in_features % codes.group == 0:
-        return ""
-    return f"last group of {d.site.in_features % codes.group} of {d.site.in_features} inputs"
+def _notes(d: Decision) -> dict[str, str]:
+    """What a table is to say beside the planned bytes of one weight."""
+    codes, found = d.scheme.codes, []
+    if codes is not None and codes.group is not None and d.site.in_features % codes.group:
+        rest = d.site.in_features % codes.group
+        found.append(f"last group of {rest} of {d.site.in_features} inputs")
+    if d.bound:
+        found.append("bytes at most")
+    if d.swept:
+        found.append("zeros by loss, bytes on average")
+    return {"note": "; ".join(found)} if found else {}
 
 
 def make_plan(

@@ -86,10 +86,17 @@ def _totals(done: Compiled, sites: list[dict[str, Any]]) -> dict[str, Any]:
         "fallbacks": len(done.fallbacks),
         "refusals": len(done.plan.refusals),
         "bits_per_weight": 8 * sum(s["bytes_after"] for s in sites) / weights if weights else None,
+        "recovered": _recovered(sites),
         "mean_loss": sum(losses) / len(losses) if losses else None,
         "worst_loss": max(losses) if losses else None,
         "worst_site": max(sites, key=lambda s: s.get("loss") or 0)["site"] if losses else None,
     }
+
+
+def _recovered(sites: list[dict[str, Any]]) -> float | None:
+    """Share of the weights that came back beside an N:M mask, where any was to."""
+    found = [(s["recovered"], s["shape"][0] * s["shape"][1]) for s in sites if "recovered" in s]
+    return sum(r * n for r, n in found) / sum(n for _, n in found) if found else None
 
 
 def result_table(told: dict[str, Any], full: bool = False) -> Table:
@@ -158,6 +165,8 @@ def summary(told: dict[str, Any]) -> list[str]:
     lines = [f"weights {size(before)} -> {size(after)} ({after / before:.1%})"]
     if t["bits_per_weight"] is not None:
         lines[0] += f", {t['bits_per_weight']:.3f} bits per compressed weight"
+    if t["recovered"] is not None:
+        lines.append(f"{t['recovered']:.2%} of the weights came back beside their mask")
     if t["worst_site"] is not None:
         lines.append(
             f"loss {t['mean_loss']:.2e} on average, at most {t['worst_loss']:.2e} "

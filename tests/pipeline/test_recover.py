@@ -20,6 +20,8 @@ from llmc.compiler.pipeline.analysis import Analysis
 from llmc.compiler.pipeline.compile import compile_plan
 from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.report.data import report, summary
+from llmc.compiler.report.planned import totals
 from llmc.compiler.runtime import artefact
 from llmc.compiler.runtime.lowering import runner_for
 from llmc.compiler.runtime.sizes import sizes
@@ -170,6 +172,21 @@ def test_an_artefact_gives_the_same_bits_on_every_target(text, tmp_path):
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
     if "w4" not in text:
         assert torch.equal(got, want)
+
+
+def test_plan_and_report_say_what_is_a_bound_and_what_came_back():
+    done = solved(FORMS[0])
+    told = report(done)
+    back = sum(s["recovered"] * s["shape"][0] * s["shape"][1] for s in told["sites"])
+    total = sum(s["shape"][0] * s["shape"][1] for s in told["sites"])
+    assert told["totals"]["recovered"] == pytest.approx(back / total)
+    assert f"{back / total:.2%} of the weights came back beside their mask" in summary(told)
+    plan = make_plan(program(), recipe.from_strings([FORMS[0]])).to_json()
+    assert "at most" in totals(plan)[0]
+    assert {r["note"] for r in plan["sites"]} == {"bytes at most"}
+    plain = report(compiled("prune24:solver=magnitude"))
+    assert plain["totals"]["recovered"] is None
+    assert all("came back" not in line for line in summary(plain))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Rows of sparse parts beside a weight: Ŵ = base + S, with S in compressed sparse rows (CSR).
 
 ``values`` [nnz] and ``index`` [nnz], the column of each, lie row after row; those of row r are at
-``starts[r] : starts[r + 1]``, columns ascending (see spec/artefact.md).
+``starts[r] : starts[r + 1]``, columns ascending.
 """
 
 from __future__ import annotations
