@@ -20,7 +20,7 @@ from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
 from ..compiler.pipeline.measure import loss
 from ..compiler.pipeline.structure import Choice, Context, Structural
-from ..compiler.solvers.importance import ORDERS, REDUCTIONS, standardise
+from ..compiler.solvers.importance import ORDERS, REDUCTIONS
 
 _COUNTS = {"neurons": "neuron", "heads": "head", "hidden": "hidden", "experts": "expert"}
 _LOSS_WINDOWS = 8
@@ -218,7 +218,7 @@ class PruneWidth(Structural):
             ledger = self._ledger(program, sites)
             keep = width.ranked(ledger, self._target(), self._priority(ledger, scores))
         else:
-            keep = {g.id: width.local(scores[g.id], counts[g.id]) for g in sites}
+            keep = {g.id: width.local(scores[g.id].values, counts[g.id]) for g in sites}
         tensors: dict[str, Tensor] = {}
         if self.repair != "none":
             tensors = compensate.compensations(
@@ -226,7 +226,7 @@ class PruneWidth(Structural):
                 options, context.listener,
             )  # fmt: skip
         choice = Choice(self._data(program, sites, keep), tensors)
-        records = [_record(g, scores[g.id], keep[g.id]) for g in sites]
+        records = [_record(g, scores[g.id].values, keep[g.id]) for g in sites]
         return Choice(choice.data, tensors, records + self._losses(context, choice))
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
@@ -273,12 +273,14 @@ class PruneWidth(Structural):
             width.check_uniform(program, counts, sites)
         return counts
 
-    def _priority(self, ledger: width.Ledger, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scores that compare between groups."""
+    def _priority(
+        self, ledger: width.Ledger, scores: dict[str, importance.Scores]
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Scores that compare between groups: of the loss per parameter, or standardised."""
         if self.method in importance.ADDITIVE:
             inside = self.params is None
-            return {g: s / ledger.cost(g, inside=inside) for g, s in scores.items()}
-        return {g: standardise(s) for g, s in scores.items()}
+            return {g: s.values / ledger.cost(g, inside=inside) for g, s in scores.items()}
+        return {g: s.standard() for g, s in scores.items()}
 
     def _data(
         self, program: Program, sites: list[Group], keep: dict[str, Tensor]

@@ -55,6 +55,23 @@ class Scoring:
 
 
 @dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of one group's units: fp64 [units], at least 0; low scores may go.
+
+    Attributes:
+        spread: deviation that scores are measured in where groups compete. FLAP standardises the
+            channels of a layer and then averages over a head, so there it is the channels'.
+    """
+
+    values: Tensor
+    spread: float
+
+    def standard(self) -> Tensor:
+        """Scores that compare between groups: fp64 [units]."""
+        return score.standardise(self.values, self.spread)
+
+
+@dataclass(frozen=True, eq=False)
 class Reading:
     """A matrix x @ Wᵀ whose inputs are a group: its call, its parameter, the value x, the units."""
 
@@ -101,12 +118,13 @@ def scores(
     tokens: Tensor | None,
     options: Options,
     listener: Listener = silent,
-) -> dict[str, Tensor]:
-    """Score of each unit by group id: fp64 [units] on the CPU, at least 0; low scores may go.
+) -> dict[str, Scores]:
+    """Scores of the units by group id, on the CPU.
 
     Raises:
         ModelError: a score or an activation is not finite.
     """
+    spreads: dict[str, float] = {}
     if how.method == "random":
         found = {g.id: score.random(g.units, how.seed * 1_000_003 + i)
                  for i, g in enumerate(groups)}  # fmt: skip
@@ -119,11 +137,14 @@ def scores(
         elif how.method == "michel":
             found = _michel(program, groups, how, tokens, options)
         else:
-            found = _by_inputs(program, groups, how, tokens, options, listener)
+            found, spreads = _by_inputs(program, groups, how, tokens, options, listener)
     for name, value in found.items():
         if not bool(torch.isfinite(value).all()):
             raise ModelError("expected finite scores, found NaN or Inf", where=name)
-    return {g.id: found[g.id].cpu() for g in groups}
+    return {
+        name: Scores(value.cpu(), spreads.get(name, float(value.std(correction=0))))
+        for name, value in ((g.id, found[g.id]) for g in groups)
+    }
 
 
 def _trained(program: Program, group: Group) -> Iterator[tuple[str, int, Tensor]]:
@@ -145,32 +166,42 @@ def _magnitude(program: Program, group: Group, reduction: str) -> Tensor:
 def _by_inputs(
     program: Program, groups: Sequence[Group], how: Scoring, tokens: Tensor, options: Options,
     listener: Listener,
-) -> dict[str, Tensor]:  # fmt: skip
-    """flap, wanda and obs: from the moments or XᵀX of what each reading matrix reads."""
+) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
+    """flap, wanda and obs: from the moments or XᵀX of what each reading matrix reads.
+
+    The second result is the deviation of a group's channels, where its scores are means of them.
+    """
     statistic = "gram" if how.method == "obs" else "moments"
     out: dict[str, Tensor] = {}
+    spreads: dict[str, float] = {}
     for part in fitting(program, groups, statistic, options.budget):
         reads = {g.id: readings(program, g) for g in part}
         wants = {r.value: [statistic] for rs in reads.values() for r in rs}
         stats = collect(program, tokens, wants, options, listener)
         for g in part:
-            parts = [_read(program, r, how, g.units, stats.get(r.value, statistic))
-                     for r in reads[g.id]]  # fmt: skip
+            parts = []
+            for r in reads[g.id]:
+                units, channels = _read(program, r, how, g.units, stats.get(r.value, statistic))
+                parts.append(units)
+                if channels is not None and len(reads[g.id]) == 1:
+                    spreads[g.id] = float(channels.std(correction=0))
             out[g.id] = score.combine(parts, how.reduce)
-    return out
+    return out, spreads
 
 
-def _read(program: Program, at: Reading, how: Scoring, units: int, stat: Any) -> Tensor:
-    """The score of a group's units at one reading matrix."""
+def _read(
+    program: Program, at: Reading, how: Scoring, units: int, stat: Any
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Scores of a group's units at one reading matrix; of its channels where units are means."""
     found = stat.value if how.method == "obs" else stat.variance
     weight = program.weights.load(at.param.name).to(found.device)
     if how.method == "obs":
-        return score.obs(weight, found / stat.tokens, at.unit_of, units, how.damp)
+        return score.obs(weight, found / stat.tokens, at.unit_of, units, how.damp), None
     if how.method == "flap":
         each = score.fluctuation(weight, found)
-        return score.per_unit(each, at.unit_of, units, mean=True)
+        return score.per_unit(each, at.unit_of, units, mean=True), each[at.unit_of >= 0]
     rms = (found + stat.mean.square()).sqrt()
-    return score.per_unit(score.along(score.wanda(weight, rms), 1), at.unit_of, units)
+    return score.per_unit(score.along(score.wanda(weight, rms), 1), at.unit_of, units), None
 
 
 def fitting(

@@ -164,11 +164,10 @@ def shift(weight: Tensor, now: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
     return weight.double() @ x - now.double() @ x[kept]
 
 
-def standardise(scores: Tensor) -> Tensor:
-    """(s - mean) / deviation over one group, zeros where all are equal: fp64 [units]."""
+def standardise(scores: Tensor, spread: float) -> Tensor:
+    """(s - mean) / spread over one group, zeros where nothing spreads: fp64 [units]."""
     s = scores.double()
-    spread = s.std(correction=0)
-    return (s - s.mean()) / spread if float(spread) > 0 else torch.zeros_like(s)
+    return (s - s.mean()) / spread if spread > 0 else torch.zeros_like(s)
 
 
 def random(units: int, seed: int) -> Tensor:

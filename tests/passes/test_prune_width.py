@@ -209,7 +209,9 @@ def test_the_plan_has_the_sizes_that_compiling_gives(model, method):
 
 def test_a_global_ranking_is_a_bound_that_meets_the_share():
     program = zoo.decoder(inner=64, blocks=3, seed=7)
-    plan = make_plan(program, recipe.from_strings(["prune_width:uniform=false,remove=0.3"]))
+    plan = make_plan(
+        program, recipe.from_strings(["prune_width:uniform=false,remove=0.3,multiple=1"])
+    )
     assert not plan.steps[0].choice.exact
     done = compile_plan(plan, tokens(), OPTIONS)
     widths = {r["units_after"] for r in rows(done).values() if r.get("kind") == "neuron"}
