@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..compiler.analysis.cut import cut
 from ..compiler.analysis.heads import AttentionSite, attention_sites, found_sites
 from ..compiler.analysis.unweave import unweave
 from ..compiler.ir.errors import UsageError
-from ..compiler.ir.graph import Program
+from ..compiler.ir.graph import Program, tensor_type
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
@@ -102,10 +102,33 @@ class ShareHeads(Structural):
         for name, count in choice.data["kv"].items():
             for group in (found[name].keys, found[name].values):
                 keep[group] = torch.arange(count)
+        divisors = _divisors(program, found.values(), choice.data["kv"])
         changed = cut(program, keep, made_by=self.called or "share_heads")
+        for name, divisor in divisors.items():
+            node = program.node(name)
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "count"}
+            if divisor != tensor_type(node).shape[-1]:
+                node.kwargs = {**node.kwargs, "count": divisor}
         for name, tensor in choice.tensors.items():
             program.set_tensor(name, tensor)
         return list(dict.fromkeys([*changed, *choice.tensors]))
+
+
+def _divisors(
+    program: Program, sites: Iterable[AttentionSite], kv: Mapping[str, int]
+) -> dict[str, int]:
+    """What norms over all key heads divide by, fewer heads standing for all: the mean square stays.
+
+    A cut keeps the whole divisor, as if the other heads were zero.
+    """
+    out = {}
+    for site in sites:
+        for name in (*site.keys.norms, *site.values.norms):
+            node = program.node(name)
+            whole = node.kwargs.get("count") or tensor_type(node).shape[-1]
+            assert isinstance(whole, int)
+            out[name] = whole * kv[site.id] // site.kv
+    return out
 
 
 def _apart(program: Program, ids: list[str]) -> tuple[Program, dict[str, AttentionSite]]:
