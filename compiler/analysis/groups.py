@@ -318,8 +318,13 @@ def _meaning(user: fx.Node, place: int, axis: int, c: DimClass) -> str:
         if axis == rank - 1:
             return "value" if place == 2 else "key"
     lead = 1 if name == "aten.baddbmm.default" else 0
-    if name in _PRODUCTS and place >= lead and axis < rank - 2:
-        return "head" if all(_computed(a) for a in user.args[lead : lead + 2]) else ""
+    if name in _PRODUCTS and place >= lead and all(map(_computed, user.args[lead : lead + 2])):
+        # Attention that is written out: q · kᵀ contracts the keys' channels, weights · v keeps v's.
+        if axis < rank - 2:
+            return "head"
+        if axis == rank - 1:
+            return "key" if place == lead else "value"
+        return "" if place == lead else "key"
     return ""
 
 
