@@ -129,6 +129,11 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
                 f"{data['length']} tokens, seed {data['seed']}"
             )
     out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
+    if program.exits is not None:
+        e = program.exits
+        about["exits"] = e.to_json() | {"threshold": e.threshold}
+        decay = "" if e.decay is None else f", relaxed over {e.decay} tokens"
+        out.text(f"exits    {e.rule} >= {e.threshold:.4g}{decay} behind {' '.join(e.blocks)}")
     if total.bits_per_weight is not None:
         out.text(f"linears  {total.bits_per_weight:.3f} bits per weight (head left out)")
     out.text("")

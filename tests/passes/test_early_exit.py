@@ -93,7 +93,7 @@ def test_a_lower_agreement_leaves_earlier() -> None:
 
 
 def test_refused_where_no_threshold_keeps_it() -> None:
-    with pytest.raises(GateError, match="agreement of 0.9999 on held-out windows, found") as e:
+    with pytest.raises(GateError, match=r"agreement of 0\.9999 on held-out windows, found") as e:
         compiled("early_exit:agreement=0.9999")
     assert "the exits would never be taken" in str(e.value)
     assert e.value.exit_code == 4
