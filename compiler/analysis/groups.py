@@ -231,7 +231,7 @@ class _Find:
 
     def _chooses(self, name: str) -> int:
         node = self.program.node(name)
-        return int(node.args[1]) if op_name(node) == TOP else 1  # type: ignore[call-overload]
+        return int(node.args[1]) if op_name(node) == TOP else 1  # type: ignore[arg-type]
 
     def _home(self, parts: list[DimClass]) -> str:
         """The one block that works on it; constants such as rotary angles lie outside."""

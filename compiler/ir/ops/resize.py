@@ -75,7 +75,8 @@ def unflattened(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ar
 
 def sliced(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """slice(x, axis, start, end): bounds move down by what is cut below them."""
-    x, where, start, end, *rest = (*args, *(0, None, None)[len(args) - 1 :])
+    given: list[Any] = [*args, *[0, None, None][len(args) - 1 :]]
+    x, where, start, end, *rest = given
     mask = keep.arg(0, _axis(x, where))
     if mask is None:
         return args, kwargs
