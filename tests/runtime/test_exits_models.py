@@ -25,7 +25,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {
-        "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "qwen3_moe": ("Qwen3MoeConfig", {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     "phi3": ("Phi3Config", {}),
