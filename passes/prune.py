@@ -107,7 +107,7 @@ class Prune(Protecting):
         if self.m:
             mask = Mask(self.n, self.m, 1 - self.n / self.m)
             return {"mask": mask} | ({"sparse": sparse} if (sparse := self._sparse(site)) else {})
-        return {"mask": Mask(sparsity=self.sparsity)}
+        return {"mask": Mask(sparsity=self.sparsity, by_loss=self.allocate == "global")}
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         out: dict[str, Any] = {"mask_solver": self.solver}

@@ -38,15 +38,25 @@ class Codes:
 
 @dataclass(frozen=True)
 class Mask:
-    """M: n kept of m consecutive inputs, or a share ``sparsity`` of zeros anywhere (n = m = 0)."""
+    """M: n kept of m consecutive inputs, or a share ``sparsity`` of zeros anywhere (n = m = 0).
+
+    ``by_loss``: the share follows from the whole model's loss and differs from weight to weight.
+    """
 
     n: int = 0
     m: int = 0
     sparsity: float = 0.0
+    by_loss: bool = False
 
     @property
     def structured(self) -> bool:
         return self.m > 0
+
+    @property
+    def short(self) -> str:
+        if self.structured:
+            return f"{self.n}:{self.m}"
+        return "sparse by loss" if self.by_loss else f"{self.sparsity:.0%} sparse"
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,7 @@ class Scheme:
         if self.t_in is not None or self.t_out is not None:
             parts.append("scaled")
         if self.mask is not None:
-            m = self.mask
-            parts.append(f"{m.n}:{m.m}" if m.structured else f"{m.sparsity:.0%} sparse")
+            parts.append(self.mask.short)
         if self.sparse is not None:
             parts.append(f"+top{self.sparse.share:.0%}")
         if self.codes is not None:

@@ -62,9 +62,11 @@ class Decision:
         return "allocate" in self.options
 
     @property
-    def bound(self) -> bool:
-        """Whether the planned bytes are a bound: how much is stored follows from the weights."""
-        return self.scheme.sparse is not None
+    def bytes_are(self) -> str:
+        """``exact``, or what the planned bytes are where the weights decide how much is stored."""
+        if self.scheme.sparse is not None:
+            return "at most"
+        return "on average" if self.swept else "exact"
 
 
 @dataclass
@@ -134,8 +136,8 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the planned bytes are those that compiling gives; else they are a bound."""
-        bounds = any(d.bound for s in self.stages for d in s.decisions.values())
-        return not bounds and all(step.choice.exact for step in self.steps)
+        bounds = {d.bytes_are for s in self.stages for d in s.decisions.values()}
+        return "at most" not in bounds and all(step.choice.exact for step in self.steps)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per weight that some pass speaks about, in graph order."""
@@ -153,7 +155,10 @@ class Plan:
                 row["passes"] += list(d.passes)
                 row["scheme"] = self.schemes[d.site.param].short
                 row["solver"] = {k: v for k, v in d.options.items() if k.endswith("solver")}
-                row |= _notes(d)
+                row["bytes_are"] = d.bytes_are
+                note = _short_group(d)
+                if note:
+                    row["note"] = note
         return list(merged.values())
 
     def bits_per_weight(self) -> float | None:
@@ -188,17 +193,11 @@ class Plan:
         }  # fmt: skip
 
 
-def _notes(d: Decision) -> dict[str, str]:
-    """What a table is to say beside the planned bytes of one weight."""
-    codes, found = d.scheme.codes, []
-    if codes is not None and codes.group is not None and d.site.in_features % codes.group:
-        rest = d.site.in_features % codes.group
-        found.append(f"last group of {rest} of {d.site.in_features} inputs")
-    if d.bound:
-        found.append("bytes at most")
-    if d.swept:
-        found.append("zeros by loss, bytes on average")
-    return {"note": "; ".join(found)} if found else {}
+def _short_group(d: Decision) -> str:
+    codes = d.scheme.codes
+    if codes is None or codes.group is None or d.site.in_features % codes.group == 0:
+        return ""
+    return f"last group of {d.site.in_features % codes.group} of {d.site.in_features} inputs"
 
 
 def make_plan(

@@ -38,7 +38,7 @@ def report(done: Compiled) -> dict[str, Any]:
             row
             | {k: of[k] for k in keep if k in of}
             | {"param": params[row["site"]], "bytes_after": after, "bits": 8 * after / weights}
-            | {"ends": ends.get(params[row["site"]])}
+            | {"ends": ends.get(params[row["site"]]), "bytes_are": "exact"}
         )
     return {
         "format_version": FORMAT,

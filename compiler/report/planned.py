@@ -40,7 +40,7 @@ def sites_table(plan: dict[str, Any], full: bool = False) -> Table:
         for r in plan["sites"]:
             table.rows.append((
                 r["site"], r["role"], "x".join(map(str, r["shape"])), r["scheme"], _solver(r),
-                size(r["bytes_before"]), size(r["bytes_after"]), _bits([r]), r.get("note", ""),
+                size(r["bytes_before"]), size(r["bytes_after"]), _bits([r]), _note(r),
             ))  # fmt: skip
         return table
     table = Table(
@@ -49,7 +49,7 @@ def sites_table(plan: dict[str, Any], full: bool = False) -> Table:
     )  # fmt: skip
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for r in plan["sites"]:
-        key = (r["role"], r["scheme"], _solver(r), r.get("note", ""))
+        key = (r["role"], r["scheme"], _solver(r), _note(r))
         groups.setdefault(key, []).append(r)
     for (role, scheme, solver, note), rows in groups.items():
         before, after = (sum(r[k] for r in rows) for k in ("bytes_before", "bytes_after"))
@@ -57,6 +57,11 @@ def sites_table(plan: dict[str, Any], full: bool = False) -> Table:
             (role, scheme, solver, str(len(rows)), size(before), size(after), _bits(rows), note)
         )
     return table
+
+
+def _note(row: dict[str, Any]) -> str:
+    bytes_are = "" if row["bytes_are"] == "exact" else f"bytes {row['bytes_are']}"
+    return "; ".join(n for n in (bytes_are, row.get("note", "")) if n)
 
 
 def _solver(row: dict[str, Any]) -> str:

@@ -72,9 +72,11 @@ def test_each_scheme_says_its_own_share_and_later_rounds_keep_it():
     first = {d.site.id: d.scheme.mask for d in done.plan.stages[0].decisions.values()}
     for stage in both.plan.stages:
         assert {d.site.id: d.scheme.mask for d in stage.decisions.values()} == first
-    shown = {r["site"]: r["scheme"] for r in done.plan.rows()}
+    assert {r["scheme"] for r in done.plan.rows()} == {"sparse by loss"}
     of = {r["site"]: r["zeros"] for r in done.records}
-    assert all(shown[k] == f"{of[k]:.0%} sparse" for k in shown)
+    assert all(first[k].sparsity == pytest.approx(of[k], abs=1e-6) for k in first)
+    planned = make_plan(program(), recipe.from_strings([text])).rows()
+    assert {r["bytes_are"] for r in planned} == {"on average"}
 
 
 def test_the_predicted_loss_is_never_above_that_of_one_share():

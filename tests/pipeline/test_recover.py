@@ -21,7 +21,7 @@ from llmc.compiler.pipeline.compile import compile_plan
 from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.report.data import report, summary
-from llmc.compiler.report.planned import totals
+from llmc.compiler.report.planned import sites_table, totals
 from llmc.compiler.runtime import artefact
 from llmc.compiler.runtime.lowering import runner_for
 from llmc.compiler.runtime.sizes import sizes
@@ -183,7 +183,9 @@ def test_plan_and_report_say_what_is_a_bound_and_what_came_back():
     assert f"{back / total:.2%} of the weights came back beside their mask" in summary(told)
     plan = make_plan(program(), recipe.from_strings([FORMS[0]])).to_json()
     assert "at most" in totals(plan)[0]
-    assert {r["note"] for r in plan["sites"]} == {"bytes at most"}
+    assert {r["bytes_are"] for r in plan["sites"]} == {"at most"}
+    assert {row[-1] for row in sites_table(plan).rows} == {"bytes at most"}
+    assert {s["bytes_are"] for s in told["sites"]} == {"exact"}
     plain = report(compiled("prune24:solver=magnitude"))
     assert plain["totals"]["recovered"] is None
     assert all("came back" not in line for line in summary(plain))
