@@ -8,6 +8,10 @@ Inside this module codes are *centred*: ``c = q - zero``. Arrays are transposed,
 ``g`` inputs of one group
 by ``m`` output rows, because the solvers walk over inputs and want each of them contiguous.
 
+One protocol for every grid (`Grid` is the uniform one; tables.py, lut.py and bcq.py have siblings):
+`fit` a group, `bounds` of a fit, `snap` values in units of the scale to what the grid can hold, and
+`codes` of such values. The sweep, the refiner and round-to-nearest know no more than that.
+
 Sources: GPTQ (arXiv 2210.17323) for the grid and the searched shrink; the symmetric absmax scale
 here is
 ``absmax / (2**(bits-1) - 1/2)``, the smallest one whose error stays within half a step at both
@@ -16,15 +20,21 @@ ends of ``[-2**(b-1), 2**(b-1)-1]``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ir.errors import UsageError
+from .double import DoubleScales, double_scales
 
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
+"""What `Grid.snap` needs to know of a fit: smallest and largest code; of a table, the midpoints
+between levels and the levels, ascending."""
+
+CLIPS = ("absmax", "mse", "percentile")
 
 _CHUNK = 1 << 18  # weights
 _FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
@@ -33,11 +43,13 @@ _FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
 class Fit(NamedTuple):
     """Scale ``[..., m]``, already rounded to its stored dtype, and zero ``[..., m]``.
 
-    Both as floats; zero is None when the grid is symmetric.
+    Both as floats; zero is None when the grid is symmetric. table: what a grid whose levels follow
+    from the weights holds beside them, ``[1 or G, k, m or 1]``.
     """
 
     scale: Tensor
     zero: Tensor | None
+    table: Tensor | None = None
 
 
 class Rounded(NamedTuple):
@@ -71,18 +83,45 @@ class Grid:
     symmetric: bool = True
     clip: str = "absmax"
     scale_dtype: torch.dtype = torch.float16
+    percentile: float = 99.9
+    power: bool = False
+    double: bool = False
+
+    clips: ClassVar[tuple[str, ...]] = CLIPS
+    scaled: ClassVar[bool] = True
+    """Whether a scale is stored; else the levels are weights and every scale is 1."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise UsageError(f"grid bits: expected 2 to 8, found {self.bits}")
+        self._check_bits()
         if self.group is not None and self.group < 1:
             raise UsageError(f"grid group: expected None or at least 1, found {self.group}")
-        if self.clip not in ("absmax", "mse"):
-            raise UsageError(f"grid clip: expected 'absmax' or 'mse', found {self.clip!r}")
+        if self.clip not in self.clips:
+            raise UsageError(f"grid clip: expected one of {self.clips}, found {self.clip!r}")
+        if not 50.0 < self.percentile <= 100.0:
+            raise UsageError(f"grid percentile: expected 50 to 100, found {self.percentile}")
+        if self.double and (self.power or self.scale_dtype != torch.float32):
+            raise UsageError(
+                "grid double: expected scale_dtype float32 and no power, for scales become 8-bit "
+                f"codes, found {self.scale_dtype}, power={self.power}"
+            )
         if self.scale_dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise UsageError(
                 f"grid scale_dtype: expected a 16- or 32-bit float, found {self.scale_dtype}"
             )
+
+    def _check_bits(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"grid bits: expected 2 to 8, found {self.bits}")
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 is always a level, so that a masked weight has a code."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether scales or levels are fitted to the whole matrix before anything is rounded."""
+        return self.double
 
     @property
     def implied_zero(self) -> int:
@@ -113,11 +152,15 @@ class Grid:
         """
         top = float(torch.finfo(self.scale_dtype).max)
         real = (scale.double() * unit).clamp(self.floor, top).to(self.scale_dtype)
+        if self.power:
+            mantissa, exponent = torch.frexp(real.double())
+            up = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+            real = up.clamp(self.floor, 2.0 ** math.floor(math.log2(top))).to(self.scale_dtype)
         real = torch.where(scale > 0, real, torch.ones_like(real))
         return (real.double() / unit).to(scale.dtype)
 
-    def bounds(self, zero: Tensor | None) -> Bounds:
-        """Smallest and largest centred code."""
+    def bounds(self, zero: Tensor | None, table: Tensor | None = None) -> Bounds:
+        """What `snap` needs to know of one group's (or all groups') zero point and table."""
         if zero is None:
             return float(-self.implied_zero), float(self.implied_zero - 1)
         return -zero, (2**self.bits - 1) - zero
@@ -137,16 +180,16 @@ class Grid:
         """
         if keep is not None:
             w = w * keep
-        low, high = torch.aminmax(w, dim=-2)
+        if self.clip == "percentile":
+            low, high = _percentiles(w, self.percentile / 100)
+        else:
+            low, high = torch.aminmax(w, dim=-2)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         full = self._from_range(low, high, unit)
-        if self.clip == "absmax":
+        if self.clip != "mse":
             return full
         best, best_cost = full, self._cost(w, full, importance)
-        top = self.implied_zero
-        stride = 0.04 if self.bits > 3 else 0.05  # coarse grids clip harder
-        shrinks = (1.0 - stride * i for i in range(1, 13))
-        for shrink in ((top - 0.5) / (top - 1), *shrinks):
+        for shrink in self._shrinks():
             trial = self._from_range(low * shrink, high * shrink, unit)
             cost = self._cost(w, trial, importance)
             better = cost < best_cost
@@ -156,6 +199,12 @@ class Grid:
                 zero = torch.where(better, trial.zero, best.zero)
             best = Fit(torch.where(better, trial.scale, best.scale), zero)
         return best
+
+    def _shrinks(self) -> list[float]:
+        """Factors of the range that the searched clip tries beside 1."""
+        top = self.implied_zero
+        stride = 0.04 if self.bits > 3 else 0.05  # coarse grids clip harder
+        return [(top - 0.5) / (top - 1), *(1.0 - stride * i for i in range(1, 13))]
 
     def _from_range(self, low: Tensor, high: Tensor, unit: float) -> Fit:
         if self.symmetric:
@@ -172,9 +221,60 @@ class Grid:
         return (importance.mT @ e).squeeze(-2)
 
     def centred(self, w: Tensor, fit: Fit) -> Tensor:
-        """Centred codes (as floats) of w ``[..., g, m]``, rounded half to even."""
+        """Centred codes (as floats) of w ``[..., g, m]``: values in units of the scale."""
         zero = None if fit.zero is None else fit.zero.unsqueeze(-2)
-        return clamp_(w.div(fit.scale.unsqueeze(-2)).round_(), self.bounds(zero))
+        units = w.div(fit.scale.unsqueeze(-2))
+        return self.snap(units, self.bounds(zero, fit.table), units)
+
+    def snap(self, values: Tensor, bounds: Bounds, out: Tensor) -> Tensor:
+        """The nearest value of the grid to each of ``values``, in units of the scale, into out.
+
+        Half a step goes to even. values: ``[m]`` or ``[..., g, m]``; out may be values itself.
+        """
+        return clamp_(torch.round(values, out=out), bounds)
+
+    def codes(self, centred: Tensor, fit: Fit) -> Tensor:
+        """Stored codes, uint8 ``[n, m]``, of snapped values ``centred`` [n, m]."""
+        zero = fit.zero
+        shift = self.implied_zero if zero is None else self.spread(zero, len(centred))
+        return (centred + shift).to(torch.uint8)
+
+    def stored(self, table: Tensor, unit: float = 1.0) -> Tensor:
+        """`Fit.table`, times unit, as it is stored; decoding it gives the levels exactly."""
+        raise TypeError(f"{type(self).__name__}: expected a grid with a table, found none")
+
+    def decoded(self, codes: Tensor, table: Tensor, n: int) -> Tensor:
+        """fp32 ``[n, m]`` weights of codes ``[n, m]`` where levels are weights; table as stored."""
+        raise TypeError(f"{type(self).__name__}: expected a grid with a table, found none")
+
+    def fit_whole(
+        self,
+        wt: Tensor,
+        *,
+        keep: Tensor | None = None,
+        importance: Tensor | None = None,
+        unit: float = 1.0,
+    ) -> tuple[Fit, DoubleScales | None]:
+        """Fits ``[G, m]`` of all of ``wt`` [n, m], and the codes of the scales where `double`.
+
+        importance: ``[n]``, or ``[n, m]`` where each weight has its own.
+        """
+        per_input = importance
+        if per_input is not None and per_input.dim() == 2:
+            per_input = per_input.mean(1)
+        fit = fits_t(wt, self, keep=keep, importance=per_input, unit=unit)
+        if not self.double:
+            return fit, None
+        empty = group_absmax(wt if keep is None else wt * keep, self) == 0
+        doubled = double_scales(fit.scale, empty, unit)
+        zero = fit.zero
+        scale = (doubled.decoded(*fit.scale.shape).double() / unit).to(fit.scale.dtype)
+        return fit._replace(scale=scale, zero=zero), doubled
+
+
+def at_group(table: Tensor | None, group: int) -> Tensor | None:
+    """What one group reads of `Fit.table`: its own part, or the one that all share."""
+    return None if table is None else table[group if len(table) > 1 else 0]
 
 
 def clamp_(codes: Tensor, bounds: Bounds) -> Tensor:
@@ -187,29 +287,45 @@ def clamp_(codes: Tensor, bounds: Bounds) -> Tensor:
     raise TypeError("bounds: expected two floats or two tensors")
 
 
-def rtn_t(
+def _percentiles(w: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Values of w ``[..., g, m]`` that ``share`` of its group lies above, and below."""
+    ordered = w.sort(dim=-2).values
+    at = share * (w.shape[-2] - 1)
+    i, part = min(int(at), w.shape[-2] - 2), 0.0
+    if w.shape[-2] == 1:
+        return ordered[..., 0, :].clone(), ordered[..., 0, :].clone()
+    part = at - i
+    high = torch.lerp(ordered[..., i, :], ordered[..., i + 1, :], part)
+    low = torch.lerp(ordered[..., -1 - i, :], ordered[..., -2 - i, :], part)
+    return low, high
+
+
+def _folded(x: Tensor, grid: Grid) -> Tensor:
+    """``[n, m]`` -> ``[G, g, m]``; padded zeros never widen a range that includes 0."""
+    n = len(x)
+    g = n if grid.group is None else min(grid.group, n)
+    pad = -n % g
+    x = torch.nn.functional.pad(x, (0, 0, 0, pad)) if pad else x
+    return x.reshape(-1, g, x.shape[1])
+
+
+def group_absmax(wt: Tensor, grid: Grid) -> Tensor:
+    """Largest magnitude of each group of ``wt`` [n, m]: ``[G, m]``."""
+    return _folded(wt, grid).abs().amax(1)
+
+
+def fits_t(
     wt: Tensor,
     grid: Grid,
     *,
     keep: Tensor | None = None,
     importance: Tensor | None = None,
     unit: float = 1.0,
-) -> tuple[Tensor, Tensor, Fit]:
-    """Round transposed weights ``[n, m]`` to the nearest: values, centred codes, fits ``[G, m]``.
-
-    keep: bool ``[n, m]``. importance: ``[n]``. unit: see `Grid.store`.
-    """
-    n, m = wt.shape
-    g = n if grid.group is None else min(grid.group, n)
-    count = -(-n // g)
-    pad = count * g - n
-
-    def folded(x: Tensor) -> Tensor:  # padded zeros never widen a range that includes 0
-        x = torch.nn.functional.pad(x, (0, 0, 0, pad)) if pad else x
-        return x.reshape(count, g, -1)
-
-    w = folded(wt if keep is None else wt * keep)
-    weights = None if importance is None else folded(importance[:, None])
+) -> Fit:
+    """Fits ``[G, m]`` of transposed weights ``[n, m]``, each group by itself; as for `rtn_t`."""
+    w = _folded(wt if keep is None else wt * keep, grid)
+    weights = None if importance is None else _folded(importance[:, None], grid)
+    count, g, m = w.shape
     # some groups at a time, so that the search stays in the cache
     some = count if grid.clip == "absmax" else max(1, _CHUNK // (g * m))
     fits = []
@@ -217,8 +333,30 @@ def rtn_t(
         part = None if weights is None else weights[a : a + some]
         fits.append(grid.fit(w[a : a + some], importance=part, unit=unit))
     zeros = [f.zero for f in fits if f.zero is not None]
-    fit = Fit(torch.cat([f.scale for f in fits]), torch.cat(zeros) if zeros else None)
-    c = grid.centred(w, fit)
+    return Fit(torch.cat([f.scale for f in fits]), torch.cat(zeros) if zeros else None)
+
+
+def rtn_t(
+    wt: Tensor,
+    grid: Grid,
+    *,
+    keep: Tensor | None = None,
+    importance: Tensor | None = None,
+    unit: float = 1.0,
+    fit: Fit | None = None,
+) -> tuple[Tensor, Tensor, Fit]:
+    """Round transposed weights ``[n, m]`` to the nearest: values, centred codes, fits ``[G, m]``.
+
+    keep: bool ``[n, m]``. importance: ``[n]``. unit: see `Grid.store`. fit: already decided.
+    """
+    n, m = wt.shape
+    if fit is None and grid.whole:
+        fit = grid.fit_whole(wt, keep=keep, importance=importance, unit=unit)[0]
+    if fit is None:
+        fit = fits_t(wt, grid, keep=keep, importance=importance, unit=unit)
+    c = grid.centred(_folded(wt if keep is None else wt * keep, grid), fit)
+    if keep is not None and not grid.has_zero:
+        c = c * _folded(keep, grid)
     value = (c * fit.scale.unsqueeze(1)).view(-1, m)[:n]
     return value, c.view(-1, m)[:n], fit
 
@@ -238,6 +376,5 @@ def rtn(
     keep_t = None if keep is None else keep.t()
     value, c, fit = rtn_t(wt, grid, keep=keep_t, importance=importance)
     zero = None if fit.zero is None else fit.zero.t().to(torch.uint8).contiguous()
-    shift = grid.implied_zero if fit.zero is None else grid.spread(fit.zero, len(wt))
-    codes = (c + shift).to(torch.uint8)
+    codes = grid.codes(c, fit)
     return Rounded(value.t().contiguous(), codes.t().contiguous(), fit.scale.t().contiguous(), zero)

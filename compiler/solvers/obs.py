@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .answer import Answer
-from .grid import Bounds, Fit, Grid, clamp_
+from .grid import Bounds, Fit, Grid, at_group
 from .masks import BlockPick, MaskRule, ScorePick, drop_smallest, pick_nm, top_per_row
 from .schedule import Block, Schedule, Step
 
@@ -38,7 +38,7 @@ class Sweep:
     with a grid of one group per row or precomputed groups, the
     fits ``[G, m]``; None fits each group when it is reached. exact_pick: choose whole N:M
     blocks by their joint cost instead of one score per weight. unit: see `Grid.store`.
-    extra: with ``keep``, the frozen weights beside it that stay off the grid, bool ``[n, m]``; a
+    extra: with ``keep`` or alone, frozen weights that stay off the grid, bool ``[n, m]``; a
     rule that recovers chooses its own: the best scores of each row's dense weights, where the
     N:M mask dropped them. Such a weight is settled where it stands and leaves no error.
     """
@@ -89,6 +89,7 @@ class Sweep:
                 if self.zero is not None and scales.zero is not None:
                     self.zero.copy_(scales.zero)
         self.fitted = scales is not None
+        self.table = None if scales is None else scales.table
         self.exact = (
             exact_pick
             and self.rule is not None
@@ -125,7 +126,7 @@ class Sweep:
                         alpha=-1,
                     )
                 elif step.kind == "open":
-                    self._open(step, d2[a + step.a : a + step.b])
+                    self._open(step, d2[a + step.a : a + step.b], a + step.a)
                 else:
                     self._close(block, step)
             losses += (d2[a:b] @ self.err[: b - a].square()).double()
@@ -158,6 +159,8 @@ class Sweep:
         keep = self.keep
         if self.rule is not None:
             keep = self._predict(self.w, d2)
+        elif keep is None and self.extra is not None:
+            keep = ~self.extra
         fit = grid.fit(self.w, keep=keep, importance=d2[:, None], unit=self.unit)
         self._set(fit)
 
@@ -169,14 +172,15 @@ class Sweep:
             return pick_nm(score, self.rule.n, self.rule.m)
         return drop_smallest(score, round(self.rule.sparsity * score.numel()))
 
-    def _open(self, step: Step, d2: Tensor) -> None:
+    def _open(self, step: Step, d2: Tensor, at: int) -> None:
         """Fit the group's scale and go over to its units."""
         if self.grid is None or self.scale is None:
             return
         self.group = step.group
         if not self.fitted and not self.whole_row:
-            self._fit_group(self.grid, step, d2)
-        self.bounds = self.grid.bounds(None if self.zero is None else self.zero[self.group])
+            self._fit_group(self.grid, step, d2, at)
+        zero = None if self.zero is None else self.zero[self.group]
+        self.bounds = self.grid.bounds(zero, at_group(self.table, self.group))
         self.cur[step.a : step.b].div_(self.scale[self.group])
 
     def _close(self, block: Block, step: Step) -> None:
@@ -190,7 +194,7 @@ class Sweep:
         torch.mul(q, self.scale[self.group], out=self.value[at])
         self.err[step.a : step.b].mul_(self.scale[self.group])
 
-    def _fit_group(self, grid: Grid, step: Step, d2: Tensor) -> None:
+    def _fit_group(self, grid: Grid, step: Step, d2: Tensor, at: int) -> None:
         w = self.cur[step.a : step.b]
         keep = None
         if self.keep_f is not None:
@@ -198,6 +202,8 @@ class Sweep:
                 keep = self._predict(w, d2)
             else:
                 keep = self.keep_f[step.a : step.b] > 0
+        elif self.extra is not None:
+            keep = ~self.extra[at : at + step.b - step.a]
         self._set(grid.fit(w, keep=keep, importance=d2[:, None], unit=self.unit))
 
     def _set(self, fit: Fit) -> None:
@@ -237,16 +243,15 @@ class Sweep:
     def _leaf(self, block: Block, step: Step) -> None:
         """Settle the inputs of one leaf, one by one."""
         a, b = step.a, step.b
-        rounds = self.grid is not None
+        snap = None if self.grid is None else self.grid.snap
         picks = self.rule is not None and self.rule.kind == "nm"
         unit = self.rule.m if picks and self.rule is not None else 1
         for i, view in enumerate(self._views(a, b)):
             if picks and i % unit == 0:
                 self._choose_block(block, a + i, unit)
             w_j, q_j, err_j = view[:3]
-            if rounds:
-                torch.round(w_j, out=q_j)
-                clamp_(q_j, self.bounds)
+            if snap is not None:
+                snap(w_j, self.bounds, q_j)
                 if self.keep_f is not None:
                     q_j.mul_(view[3])
             else:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .answer import Answer
-from .grid import Bounds, Grid, clamp_
+from .grid import Bounds, Grid, at_group
 from .masks import BlockPick, MaskRule
 from .schedule import Block, Schedule, Step
 
@@ -35,7 +35,7 @@ class Refiner:
     """Coordinate descent on an `Answer`, in place.
 
     weight_t: ``[n, m]``. hessian: ``[n, n]`` with its ridge already added. schedule: natural
-    order. rule: for ``mask=True``. unit: see `Grid.store`.
+    order. rule: for ``mask=True``. unit: see `Grid.store`. table: of the answer's fit.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Refiner:
         scales: bool = False,
         mask: bool = False,
         unit: float = 1.0,
+        table: Tensor | None = None,
     ) -> None:
+        self.table = table
         self.w, self.h, self.schedule, self.answer = weight_t, hessian, schedule, answer
         self.grid, self.unit, self.scales = grid, unit, scales
         self.m = 0
@@ -107,7 +109,8 @@ class Refiner:
         if self.scales and len(self.schedule.groups) > 1:
             self._scale_group(block, step)
         zero = self.answer.zero
-        self.bounds = self.grid.bounds(None if zero is None else zero[self.group])
+        one = None if zero is None else zero[self.group]
+        self.bounds = self.grid.bounds(one, at_group(self.table, self.group))
         self.t[step.a : step.b].div_(self.answer.scale[self.group])
 
     def _close(self, block: Block, step: Step) -> None:
@@ -137,11 +140,10 @@ class Refiner:
                 moved = self._support(block.start + a + i, t[i:], old, keep, i, bounds)
                 t[i:].sub_(v[i : i + self.m, i:].t() @ moved)
                 t[i : i + self.m].add_(moved)  # an input's own change does not move its target
-            if bounds is None:
+            if bounds is None or self.grid is None:
                 q[i] = t[i]
             else:
-                torch.round(t[i], out=q[i])
-                clamp_(q[i], bounds)
+                self.grid.snap(t[i], bounds, q[i])
             if keep is not None:
                 q[i].mul_(keep[i])
             if extra is not None:
@@ -166,8 +168,8 @@ class Refiner:
         values, kept = old[i : i + m], keep[i : i + m]
         best = values + self.inverses[at // m] @ ((t[:m] - values) * h.diagonal()[:, None])
         support, trial = self.pick.restrict(at // m, best)
-        if bounds is not None:
-            trial = clamp_(trial.round_(), bounds).mul_(support)
+        if bounds is not None and self.grid is not None:
+            trial = self.grid.snap(trial, bounds, trial).mul_(support)
         far, near = values - best, trial - best
         better = (near * (h @ near)).sum(0) < (far * (h @ far)).sum(0)
         moved = torch.where(better, trial - values, 0.0)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..ir.errors import ModelError, UsageError
 from .answer import Answer
-from .grid import Grid
+from .double import DoubleScales
+from .grid import Fit, Grid
 from .hessian import Factor, prepare
 from .masks import MaskRule
 from .task import Task
@@ -50,11 +51,15 @@ class Solution:
 
     weight: fp32 ``[m, n]``, exactly ``(codes - zero) * scale`` where there are codes (but extra).
     codes: uint8 ``[m, n]``, masked entries at the zero point.
-    scale: ``[m, G]`` in the grid's scale_dtype; groups count dense inputs.
+    scale: ``[m, G]`` in the grid's scale_dtype; groups count dense inputs. None where levels are
+        weights.
+    table: levels or factors that the codes stand for, as the grid stores them (`Grid.stored`).
+    double: what the scales decode from, None when they are stored.
+    under: fp32 ``[m, n]``, what the codes give beneath extra; None where that is 0.
     zero: uint8 ``[m, G]``, None when symmetric (then it is 2**(bits-1)).
     mask: bool ``[m, n]``, True = kept.
-    extra: bool ``[m, n]``, weights that the mask dropped and that stay beside it: exact, off the
-        grid, their code at the zero point; None without any (see `MaskRule.recover`).
+    extra: bool ``[m, n]``, weights that stay off the grid, exact: those that the mask dropped and
+        that come back (see `MaskRule.recover`), or outliers; their code is that of 0 or next to it.
     loss: ``tr(D H D^T) / tr(W H W^T)``, undamped; with the identity where H was unusable.
     damp: the relative damping in use.
     fallbacks: everything that was given up, in words.
@@ -71,6 +76,9 @@ class Solution:
     fallbacks: tuple[str, ...] = ()
     rows_rtn: int = 0
     extra: Tensor | None = None
+    table: Tensor | None = None
+    double: DoubleScales | None = None
+    under: Tensor | None = None
 
 
 def solve(
@@ -90,6 +98,7 @@ def solve(
     refit: bool = True,
     mask_search: bool = False,
     extra: Tensor | None = None,
+    sensitivity: Tensor | None = None,
 ) -> Solution:
     """Compress weight ``[m, n]`` (out x in) for inputs with ``hessian`` = X^T X ``[n, n]``.
 
@@ -99,8 +108,9 @@ def solve(
     factor: from `prepare`, instead of hessian and damp, when several weights read the same input
         (or stack their rows: rows are independent).
     keep: bool ``[m, n]``, a mask that is already decided; survivors compensate if mask_solver is
-        "sparsegpt" or a sweep rounds. extra: with it, weights beside that mask that stay off the
-        grid.
+        "sparsegpt" or a sweep rounds. extra: with it or alone, weights that stay off the grid.
+    sensitivity: ``[m, n]``, the weight of each weight's squared error where levels are fitted
+        (the Fisher information); without it, the diagonal of H.
     sweeps: passes of coordinate descent over the answer, each as exact as the first sweep and never
         uphill; with refit they move the group scales too, with mask_search the N:M mask.
 
@@ -108,7 +118,7 @@ def solve(
     weights that are not finite.
     """
     _check(weight, grid, mask, grid_solver, mask_solver, block, sweeps, keep)
-    _check_extra(mask, keep, extra, mask_search)
+    _check_extra(mask, keep, extra, mask_search, grid)
     n = weight.shape[1]
     if factor is None:
         factor = prepare(hessian, damp, inputs=n, device=weight.device)
@@ -130,6 +140,7 @@ def solve(
         refit,
         mask_search,
         extra,
+        sensitivity,
     )
     return _packed(task, task.refined(task.run()))
 
@@ -164,6 +175,11 @@ def _check(
             f"grid group: expected a multiple of {mask.m} with a {mask.n}:{mask.m} mask, "
             f"found {grid.group}"
         )
+    if mask is not None and grid is not None and mask.kind != "nm" and not grid.has_zero:
+        raise UsageError(
+            "grid: expected one that holds 0 beside unstructured zeros, found one that does not",
+            hint="an N:M mask stores no code for a zero",
+        )
     if keep is not None and keep.shape != weight.shape:
         raise UsageError(f"keep: expected {list(weight.shape)}, found {list(keep.shape)}")
     if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
@@ -173,11 +189,17 @@ def _check(
 
 
 def _check_extra(
-    mask: MaskRule | None, keep: Tensor | None, extra: Tensor | None, mask_search: bool
+    mask: MaskRule | None,
+    keep: Tensor | None,
+    extra: Tensor | None,
+    mask_search: bool,
+    grid: Grid | None,
 ) -> None:
     if mask is not None and mask.recover and mask_search:
         raise UsageError("mask_search: expected a mask without recovered weights, found recover")
     if extra is None:
+        return
+    if keep is None and mask is None and grid is not None:
         return
     if keep is None or extra.shape != keep.shape or bool((extra & keep).any()):
         raise UsageError("extra: expected weights that keep, of the same shape, leaves out")
@@ -204,26 +226,47 @@ def _packed(task: Task, answer: Answer) -> Solution:
         return replace(solution, weight=_real(answer.value, task.unit).t().contiguous())
     n = len(task.wt)
     scale = (answer.scale.double() * task.unit).to(grid.scale_dtype)
-    zero = answer.zero
-    shift = float(grid.implied_zero) if zero is None else grid.spread(zero, n)
-    centred = answer.centred
+    stored = scale.float()
+    fit = Fit(answer.scale, answer.zero, None if task.fit is None else task.fit.table)
+    centred, under = answer.centred, None
     if answer.extra is not None:
         centred = torch.where(answer.extra, 0.0, centred)
-    values = centred.float() * grid.spread(scale.float(), n)
+    codes = grid.codes(centred, fit)
+    table = None if fit.table is None else grid.stored(fit.table, task.unit)
+    if table is not None and not grid.scaled:
+        # Levels are weights: as stored, not as they are in working units.
+        values = grid.decoded(codes, table, n)
+        if answer.keep is not None:
+            values = values * answer.keep
+    else:
+        values = centred.float() * grid.spread(stored, n)
     if answer.extra is not None:
+        under = None if grid.has_zero else values.t().contiguous()
         values = torch.where(answer.extra, _real(answer.value, task.unit), values)
-    info = torch.finfo(grid.scale_dtype)
     notes = solution.fallbacks
-    for what, where in (("saturate", scale >= info.max), ("vanish in", scale <= grid.floor)):
-        if bool(where.any()):
-            notes += (f"grid: {int(where.sum())} scales {what} {grid.scale_dtype}",)
+    if grid.scaled:
+        notes += _extremes(scale, grid)
     return replace(
         solution,
         weight=values.t().contiguous(),
-        codes=(centred + shift).to(torch.uint8).t().contiguous(),
-        scale=scale.t().contiguous(),
-        zero=None if zero is None else zero.to(torch.uint8).t().contiguous(),
+        codes=codes.t().contiguous(),
+        scale=scale.t().contiguous() if grid.scaled else None,
+        zero=None if fit.zero is None else fit.zero.to(torch.uint8).t().contiguous(),
         fallbacks=notes,
+        table=table,
+        double=task.double,
+        under=under,
+    )
+
+
+def _extremes(scale: Tensor, grid: Grid) -> tuple[str, ...]:
+    """What happened to scales at the ends of their dtype's range."""
+    top = torch.finfo(grid.scale_dtype).max
+    ends = (("saturate", scale >= top), ("vanish in", scale <= grid.floor))
+    return tuple(
+        f"grid: {int(where.sum())} scales {what} {grid.scale_dtype}"
+        for what, where in ends
+        if bool(where.any())
     )
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .answer import Answer, better_rows
-from .grid import Grid, rtn_t
+from .double import DoubleScales
+from .grid import Fit, Grid, rtn_t
 from .hessian import Factor
 from .loss import damped_rows, exact_rows, undamp
 from .masks import MaskRule, static_mask, static_score, top_per_row
@@ -26,6 +27,13 @@ class Support(NamedTuple):
 
     keep: Tensor | None = None
     extra: Tensor | None = None
+
+
+def _gridded(support: Support | None) -> Tensor | None:
+    """The weights that the grid is there for, None = all."""
+    if support is None or support.keep is not None:
+        return None if support is None else support.keep
+    return None if support.extra is None else ~support.extra
 
 
 def _support(answer: Answer) -> Support:
@@ -53,15 +61,18 @@ class Task:
     refit: bool
     mask_search: bool
     extra: Tensor | None = None
+    sensitivity: Tensor | None = None
     unit: float = 1.0
     rows_rtn: int = 0
     notes: tuple[str, ...] = ()
     wt: Tensor = field(init=False)
     fixed: Support | None = field(init=False)
+    fit: Fit | None = field(init=False, default=None)
+    double: DoubleScales | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        extra = None if self.extra is None else self.extra.t().contiguous()
-        self.fixed = None if self.keep is None else Support(self.keep.t().contiguous(), extra)
+        keep, extra = (None if s is None else s.t().contiguous() for s in (self.keep, self.extra))
+        self.fixed = None if keep is None and extra is None else Support(keep, extra)
         work = self.weight.to(self.factor.hessian.dtype)
         low, high = torch.aminmax(work)
         top = max(-float(low), float(high))
@@ -69,10 +80,21 @@ class Task:
             self.unit = 2.0 ** math.frexp(top)[1]
             work = (work.double() / self.unit).to(work.dtype)
         self.wt = work.t().contiguous()
+        if self.grid is not None and self.grid.whole:
+            self.fit, self.double = self.grid.fit_whole(
+                self.wt, keep=_gridded(self.fixed), importance=self.importance, unit=self.unit
+            )
+
+    @property
+    def importance(self) -> Tensor:
+        """What a fit weighs errors by: ``[n, m]`` where each weight's sensitivity is known."""
+        if self.sensitivity is None:
+            return self.factor.diagonal
+        return self.sensitivity.t().to(self.wt)
 
     def run(self) -> Answer:
         """The answer of the chosen pair, guarded."""
-        masked = self.mask is not None or self.fixed is not None
+        masked = self.mask is not None or self.keep is not None
         by_sweep = (self.grid is not None and self.grid_solver == "gptq") or (
             masked and self.mask_solver == "sparsegpt"
         )
@@ -109,7 +131,12 @@ class Task:
             whole = keep if keep is None or extra is None else keep | extra
             return Answer(wt if whole is None else wt * whole, keep=keep, extra=extra)
         value, centred, fit = rtn_t(
-            wt, self.grid, keep=keep, importance=self.factor.diagonal, unit=self.unit
+            wt,
+            self.grid,
+            keep=_gridded(support),
+            importance=self.factor.diagonal,
+            unit=self.unit,
+            fit=self.fit,
         )
         if extra is not None:
             value = torch.where(extra, wt, value)
@@ -137,7 +164,15 @@ class Task:
             keep = None if keep is None else keep[order]
             extra = None if extra is None else extra[order]
         sweep = Sweep(
-            wt, root, schedule, grid=grid, rule=self.mask, keep=keep, extra=extra, unit=self.unit
+            wt,
+            root,
+            schedule,
+            grid=grid,
+            rule=self.mask,
+            keep=keep,
+            scales=self.fit,
+            extra=extra,
+            unit=self.unit,
         )
         out = sweep.run()
         assert out.rows is not None
@@ -156,9 +191,10 @@ class Task:
             better,
             grid=self.grid,
             rule=self.mask,
-            scales=self.refit,
+            scales=self.refit and self.fit is None,
             mask=self.mask_search and self.fixed is None,
             unit=self.unit,
+            table=None if self.fit is None else self.fit.table,
         )
         for _ in range(self.sweeps):
             refiner.run()

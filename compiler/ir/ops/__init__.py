@@ -8,6 +8,7 @@ from . import (
     elementwise,
     index,
     linalg,
+    lookup,
     masks,
     pieces,
     reduce,
@@ -20,6 +21,6 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "conv", "cost", "create", "elementwise",
-    "flat", "index", "infer", "linalg", "masks", "pieces", "reduce", "row", "row_for", "row_of",
+    "flat", "index", "infer", "linalg", "lookup", "masks", "pieces", "reduce", "row", "row_for", "row_of",
     "semantic", "shape", "sparse",
 ]  # fmt: skip
