@@ -291,8 +291,13 @@ class _Find:
             param = self.program.params[m.param]
             share = float((m.unit_of >= 0).sum()) / len(m.unit_of) / units
             bytes_ += param.bytes * share
-            if m.role in ("writes", "reads") and len(param.shape) > 1:
-                flops += 2 * param.bytes // param.dtype.itemsize * share * self._active(m.node)
+            if len(param.shape) > 1:
+                # A tied head multiplies by the table that embeds.
+                node = self.program.param_node(m.param)
+                for reader in node.users:
+                    if _role(node, reader, m.axis) in ("writes", "reads"):
+                        count = 2 * param.bytes // param.dtype.itemsize
+                        flops += count * share * self._active(reader.name)
         return bytes_, flops
 
     def _active(self, name: str) -> float:

@@ -127,3 +127,17 @@ def test_cut_llama_equals_transformers_with_zeros() -> None:
         want = model(input_ids=inputs["input_ids"]).logits
     torch.testing.assert_close(run(small, inputs), want, rtol=1e-5, atol=1e-5)
     assert small.weight_bytes() < program("llama").weight_bytes()
+
+
+def test_a_tied_head_costs_its_product() -> None:
+    """What the embedding table multiplies as the head counts for a hidden channel."""
+    from llmc.compiler.analysis.groups import dependency_groups
+
+    small = program("llama")
+    (hidden,) = (g for g in dependency_groups(small) if g.kind == "hidden")
+    weights = [small.param_of(n.args[1]) for n in small.calls("aten.linear.default")]
+    assert len({p.name for p in weights}) == 15
+    assert sum(len(p.names) == 2 for p in weights) == 1
+    # Every product reads or writes the 32 hidden channels.
+    want = sum(2 * torch.Size(p.shape).numel() / 32 for p in weights)
+    assert hidden.flops_per_unit == want
