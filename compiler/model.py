@@ -210,6 +210,20 @@ class Model(torch.nn.Module):
 
         return artefact.save(path, self._contents(command), force=force)
 
+    def export(
+        self, path: str | Path, *, format: str = "hf", dtype: torch.dtype | None = None,
+        force: bool = False, drop_exits: bool = False,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Write the model in another format; see :func:`.runtime.export.export`."""
+        from .runtime.export import export
+
+        side = None if self.tokenizer is None else self.tokenizer.folder
+        return export(
+            self.program, path, format=format, dtype=dtype, force=force, drop_exits=drop_exits,
+            side=side, tell=progress,
+        )  # fmt: skip
+
     def _contents(self, command: Sequence[str]) -> Contents:
         from .runtime.artefact import Contents, versions
 

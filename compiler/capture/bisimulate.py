@@ -123,7 +123,9 @@ class _Walk:
             self._pair(*self.todo.pop())
         return self.found
 
-    def _differ(self, kind: str, ours: Any, theirs: Any, o: fx.Node, t: fx.Node, **more: Any) -> None:
+    def _differ(
+        self, kind: str, ours: Any, theirs: Any, o: fx.Node, t: fx.Node, **more: Any
+    ) -> None:
         self.found.differences.append(
             Difference(kind, ours, theirs, o.name, info(o).path, theirs_node=t.name, **more)
         )
@@ -140,6 +142,8 @@ class _Walk:
                 self._same(value, mine.get(name), t, o, name)
 
     def _same(self, theirs: Any, ours: Any, t: fx.Node, o: fx.Node, slot: str) -> None:
+        if theirs is None and ours is None:
+            return
         if isinstance(theirs, fx.Node) and isinstance(ours, fx.Node):
             if (theirs, ours) not in self.seen:
                 self.seen.add((theirs, ours))

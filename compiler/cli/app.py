@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("make", "say what compile would do; loads no weight"),
     "run": ("use", "generate text from an artefact or a model"),
     "eval": ("measure", "perplexity, divergence, size and speed"),
+    "export": ("export", "write a result in another format"),
     "inspect": ("look", "program, sites, schemes and bytes, from headers alone"),
     "groups": ("groups", "what must be cut together, and what a unit costs"),
     "diff": ("look", "what one pass changed in the graph"),

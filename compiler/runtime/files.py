@@ -80,6 +80,12 @@ class Folder:
         path.chmod(0o666 & ~_umask())
         sync(path)
 
+    def adopt(self) -> None:
+        """Sync the files that others wrote here, and give them the mode of new files."""
+        for name in all_files(self.path):
+            (self.path / name).chmod(0o666 & ~_umask())
+            sync(self.path / name)
+
     def _place(self, name: str) -> Path:
         path = self.path / safe_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)

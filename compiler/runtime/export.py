@@ -1,0 +1,125 @@
+"""Writing a program in other people's formats: whole, checked by loading it back, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ir.errors import UsageError, nearest
+from ..ir.graph import Program
+from ..ir.types import short
+from .artefact import versions
+from .files import canonical_json, new_folder
+
+FORMATS = {"hf": "a Hugging Face checkpoint that from_pretrained loads"}
+# What an export was made of; a folder with it may be replaced.
+RECORD = "llmc.json"
+_OVERHEAD = 64 << 20
+Tell = Callable[[str], None]
+
+
+def export(
+    program: Program,
+    folder: str | Path,
+    *,
+    format: str = "hf",
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    drop_exits: bool = False,
+    side: Path | None = None,
+    tell: Tell = lambda text: None,
+) -> dict[str, Any]:
+    """Write ``program`` to ``folder`` in another format.
+
+    Args:
+        format: one of :data:`FORMATS`.
+        dtype: of the floating weights; by default the one that most of them are stored in.
+        force: replace an earlier export, by one rename after the new one is complete.
+        drop_exits: write the full model of a program with early exits.
+        side: folder with tokenizer and generation config.
+        tell: hears what is being done.
+    Returns:
+        What was written: architecture, changed fields of the config, dtype, bytes; as shares of the
+        largest logit, the largest difference of a logit after loading, and how far rounding the
+        weights to ``dtype`` moved one.
+    Raises:
+        UsageError: an unknown format, a folder that may not be written, or a program that the
+            format has no place for: which layer, and which size, bias or op.
+        GateError: what was written does not load with the same logits; nothing is left.
+        ResourceError: no space; nothing was changed.
+    """
+    check_format(format)
+    target = Path(folder).expanduser()
+    check_target(target, force)
+    if program.exits is not None:
+        if not drop_exits:
+            raise UsageError(
+                f"expected a program without early exits, found {len(program.exits.blocks)}: "
+                f"{format} has no place for them",
+                hint="--drop-exits writes the full model, which runs every block",
+            )
+        program = program.clone()
+        program.exits = None
+    return _hugging_face(program, target, dtype, force, side, tell)
+
+
+def check_format(name: str) -> None:
+    """Raises UsageError for an unknown format, the nearest named."""
+    if name not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise UsageError(
+            f"format: expected one of {known}, found {name!r}",
+            hint=nearest(name, FORMATS) or f"the formats are: {known}",
+        )
+
+
+def check_target(folder: Path, force: bool) -> None:
+    """Refuse a target that exists, unless it is an earlier export and ``force`` is given.
+
+    Raises:
+        UsageError: it exists, or holds something else than an export.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"expected a folder to write, found a file or a link at {folder}")
+    if not force:
+        raise UsageError(f"expected a new folder, found {folder}", hint="--force replaces it")
+    if any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise UsageError(
+            f"expected an export to replace, found a folder of something else at {folder}",
+            hint="--force replaces exports only; choose a new folder",
+        )
+
+
+def _hugging_face(
+    program: Program, folder: Path, dtype: torch.dtype | None, force: bool, side: Path | None,
+    tell: Tell,
+) -> dict[str, Any]:  # fmt: skip
+    from ..capture import write_back
+    from ..capture.configs import say
+    from ..capture.fit import fit
+
+    tell("looking for the config")
+    fitted = fit(program, tell)
+    kind = dtype or write_back.stored_dtype(program)
+    size = write_back.bytes_of(fitted, kind)
+    with new_folder(folder, needed=size + _OVERHEAD, force=force) as out:
+        tell(f"writing {folder}")
+        write_back.write(fitted, out.path, kind, side)
+        tell("loading it and comparing logits")
+        apart, rounded = write_back.check(fitted, out.path)
+        record = {
+            "format": "hf", "architecture": fitted.family.model.__name__,
+            "changes": [*fitted.family.written, *say(fitted.changes)], "dtype": short(kind),
+            "bytes": size, "difference": apart, "rounding": rounded,
+            "tolerance": write_back.TOLERANCE,
+            "versions": versions(),
+        }  # fmt: skip
+        out.write(RECORD, canonical_json(record))
+        out.adopt()
+    return record
