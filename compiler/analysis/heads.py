@@ -147,6 +147,10 @@ class _Look:
                 raise Untraced("layout_known", why, node)
             for t in (q, k, v):
                 run_of(t.trace, t.rows.index)  # type: ignore[arg-type,union-attr]
+                other = leaks([t.trace], node, t.rows.index)  # type: ignore[list-item,union-attr]
+                if other is not None:
+                    why = f"{other.name} reads heads that {node.name} reads"
+                    raise Untraced("heads_read_once", why, other)
         else:
             for g, what in ((keys, "key"), (values, "value")):
                 self.check(g, kv, node, what)
@@ -223,7 +227,7 @@ class _Look:
         assert isinstance(value, fx.Node)
         try:
             found = trace(value)
-            shown = found.end.reshape(found.end.shape[1], found.end.shape[3])
+            shown = found.end
             if len(shown) % heads:
                 raise Untraced("heads_known", f"{value.name} lays {len(shown)} heads", value)
             runs = shown.reshape(heads, -1, shown.shape[1])
@@ -242,7 +246,7 @@ class _Look:
         try:
             if size is None:
                 raise Untraced("channels_known", f"{node.name} has a symbolic width", node)
-            linear, labels = reads(node, heads * size)
+            linear, labels = reads(node)
             if not torch.equal(labels.sort().values, torch.arange(heads * size)):
                 raise Untraced("one_reader", f"{linear.name} reads a part of it", linear)
             found = self.made(linear, labels.argsort().reshape(heads, size))

@@ -62,10 +62,16 @@ class Trace:
 
     @property
     def end(self) -> Tensor:
-        """Labels of the value itself."""
+        """Labels [heads, D] of the value [B, heads, S, D] itself, the same for every token.
+
+        Raises:
+            Untraced: tokens of a fixed number that hold different channels.
+        """
         found = self.labels[self.value]
         assert isinstance(found, Tensor)
-        return found
+        if not torch.equal(found, found[:1, :, :1].expand_as(found)):
+            raise Untraced("tokens_alike", f"{self.value.name} mixes tokens", self.value)
+        return found[0, :, 0]
 
 
 def trace(value: fx.Node) -> Trace:
@@ -85,7 +91,7 @@ def trace(value: fx.Node) -> Trace:
             if n is None:
                 raise Untraced("channels_known", f"{node.name} has a symbolic width", node)
             out.source = node
-            out.labels[node] = torch.arange(n).reshape([*_concrete(node)[:-1], n])
+            out.labels[node] = torch.arange(n).expand(_concrete(node))
             continue
         found = carried(node, out.labels)
         if found is None:
@@ -166,15 +172,17 @@ def _concrete(node: fx.Node) -> list[int]:
     return [_one(d) for d in shape_of(node) or ()]
 
 
-def reads(value: fx.Node, width: int) -> tuple[fx.Node, Tensor]:
+def reads(value: fx.Node) -> tuple[fx.Node, Tensor]:
     """(the one linear that reads a value through moves, labels [in] of its input's channels).
 
     Args:
-        width: elements of the value, labelled 0 … width-1, batch and sequence being 1.
+        value: [B, S, heads, D]; each token's elements are labelled 0 … heads·D-1.
     Raises:
         Untraced: anything else reads it.
     """
-    labels: dict[fx.Node, Labels] = {value: torch.arange(width).reshape(_concrete(value))}
+    shape = _concrete(value)
+    first = torch.arange(shape[-2] * shape[-1]).reshape(shape[-2:])
+    labels: dict[fx.Node, Labels] = {value: first.expand(shape)}
     found: list[tuple[fx.Node, fx.Node]] = []
     todo = [value]
     while todo:
@@ -193,7 +201,10 @@ def reads(value: fx.Node, width: int) -> tuple[fx.Node, Tensor]:
         raise Untraced("one_reader", f"{len(found)} linears read it", value)
     last = labels[found[0][1]]
     assert isinstance(last, Tensor)
-    return found[0][0], last.flatten()
+    rows = last.reshape(-1, last.shape[-1])
+    if not torch.equal(rows, rows[:1].expand_as(rows)):
+        raise Untraced("tokens_alike", f"{found[0][1].name} mixes tokens", found[0][1])
+    return found[0][0], rows[0]
 
 
 def run_of(found: Trace, index: Tensor) -> fx.Node:

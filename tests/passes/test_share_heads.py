@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # One of each way to make heads: plain, biased, fused in runs or per head, normed, without rotation.
 QUICK = ("llama_8_4", "qwen2", "phi3", "gpt2", "gpt_neox", "qwen3_8_4", "olmo2", "gptj", "bloom")
-SINGLE = ("falcon", "deepseek_v3", "t5")
+SINGLE = ("falcon", "deepseek_v3")
 EVERY = [
     pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
     for n in sorted({*FAMILIES, *MODELS} - set(SINGLE))
