@@ -254,7 +254,7 @@ def told_once(value: object, interleaved: bool) -> bool:
             along = (args[1] if len(args) > 1 else 0) in last
             return not interleaved and along and len(parts) == 2 and parts[0] is parts[1]
         if name == "aten.repeat_interleave.self_int":
-            return interleaved and args[1] == 2 and len(args) > 2 and args[2] in last
+            return bool(interleaved and args[1] == 2 and len(args) > 2 and args[2] in last)
         alike = name in _RETYPED or name in ("aten.cos.default", "aten.sin.default")
         factor = name in _FACTORS and isinstance(args[1], (int, float))
         ahead = name == "aten.unsqueeze.default" and args[1] not in last
