@@ -15,6 +15,7 @@ from ..analysis.depth import spans
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, Segment, tensor_type
 from ..ir.interpret import Fetch, Observe, run_nodes
+from ..ir.types import show_type
 from .events import Event, Listener, silent
 from .statistics import Collection
 
@@ -274,10 +275,20 @@ def for_logits(program: Program, tokens: Tensor, options: Options) -> Options:
 
 
 class Meter:
-    """Observes the logits of batch after batch and keeps each window's loss."""
+    """Observes the logits of batch after batch and keeps each window's loss.
+
+    Raises:
+        ModelError: the program gives something else than logits [B, S, vocabulary].
+    """
 
     def __init__(self, program: Program, tokens: Tensor) -> None:
         self.logits, self.tokens = logits_of(program), tokens
+        shape, top = tensor_type(self.logits).shape, int(tokens.max())
+        if len(shape) != 3 or not isinstance(shape[-1], int) or shape[-1] <= top:
+            raise ModelError(
+                f"expected logits over more than {top} tokens to take a loss of, found "
+                f"{show_type(tensor_type(self.logits))}", where=f"node {self.logits.name}",
+            )  # fmt: skip
         self._found: list[Tensor] = []
 
     def __call__(self, node: fx.Node, value: object) -> None:

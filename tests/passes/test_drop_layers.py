@@ -85,6 +85,12 @@ def test_the_loss_after_every_drop_is_that_of_the_smaller_model():
         assert losses[i] == pytest.approx(loss(part.program, tokens(), OPTIONS), rel=1e-6)
 
 
+def test_fewer_windows_give_the_losses_of_those():
+    program = segmented(zoo.decoder(blocks=4))
+    _, losses = drops(compiled("drop_layers:samples=3", program))
+    assert losses[0] == pytest.approx(loss(program, tokens()[:3], OPTIONS), rel=1e-6)
+
+
 def silenced(block: int, blocks: int = 5):
     """A model in which the projections back to the stream of one block are zero."""
     program = segmented(zoo.decoder(blocks=blocks))

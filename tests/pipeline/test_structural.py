@@ -336,6 +336,13 @@ def test_loss_is_the_mean_over_all_windows(batch):
     assert loss(program, tokens(), Options(batch=batch)) == pytest.approx(float(want), rel=1e-6)
 
 
+def test_a_loss_needs_logits():
+    program = model()
+    apply_segments(program)
+    with pytest.raises(ModelError, match="expected logits over more than 20 tokens"):
+        loss(program, tokens() + 1, OPTIONS)
+
+
 def test_a_walk_refuses_what_is_not_finite():
     program = model()
     apply_segments(program)
