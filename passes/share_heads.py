@@ -85,16 +85,16 @@ class ShareHeads(Structural):
                 context.program, context.data, wanted(found), context.options, context.listener
             )
         work = Sharing(program)
-        records = []
+        choice = Choice({"kv": dict.fromkeys(found, self.kv)})
         for name, site in found.items():
             context.listener(Event("tick", {"where": name}))
-            records.append(
-                work.share(
-                    site, self.kv, align=self.align, similar=self.group == "similar",
-                    roots=None if stats is None else roots(stats, site),
-                )
+            record = work.share(
+                site, self.kv, align=self.align, similar=self.group == "similar",
+                roots=None if stats is None else roots(stats, site),
             )  # fmt: skip
-        return Choice({"kv": dict.fromkeys(found, self.kv)}, work.results(), records)
+            choice.records.append(record)
+            choice.tensors.update(work.results())
+        return choice
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
         program, found = _apart(program, list(choice.data["kv"]))

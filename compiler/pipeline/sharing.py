@@ -173,13 +173,18 @@ class Sharing:
             self.dropped.setdefault(m.param, []).append(at[len(groups) :].flatten())
 
     def results(self) -> dict[str, Tensor]:
-        """New tensors by name, cut, in the dtypes in which the parameters are stored."""
+        """New tensors by name, cut, in the dtypes in which the parameters are stored.
+
+        What was loaded is forgotten, so that one site is held at a time.
+        """
         out = {}
         for name, tensor in self.tensors.items():
             stays = torch.ones(len(tensor), dtype=torch.bool)
             for gone in self.dropped.get(name, ()):
                 stays[gone] = False
             out[name] = tensor[stays].to(self.program.params[name].dtype).contiguous()
+        self.tensors.clear()
+        self.dropped.clear()
         return out
 
 

@@ -145,6 +145,7 @@ def test_keys_that_others_read_are_refused(name: str, predicate: str) -> None:
     assert {r.node for r in found} <= {n.name for n in program.graph.nodes}
 
 
+@pytest.mark.slow
 def test_keys_of_two_linears_are_refused() -> None:
     found = refused(captured("deepseek_v3"))
     assert len(found) == 2
