@@ -1,6 +1,6 @@
 """Fixed levels by name: what the codes of a table grid stand for, in units of the scale.
 
-    nf       NormalFloat of any width: quantiles of N(0, 1), one half with a level more than the other
+    nf       NormalFloat of any width: quantiles of N(0, 1), one level more above 0 than below
     e2m1     4-bit float; e4m3 and e5m2: 8-bit floats. Codes are the float's own bits
     ternary  -1, 0, 1
     binary   -1, 1

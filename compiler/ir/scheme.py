@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .errors import ModelError, UsageError
+from .levels import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,13 @@ class View:
 
 @dataclass(frozen=True)
 class Codes:
-    """M ⊙ deq(codes): integer codes on a grid.
+    """M ⊙ deq(codes): codes on a grid.
 
-    ``group`` counts dense input columns that share a scale; None is one scale per row.
+    ``group`` counts dense input columns that share a scale; None is one scale per row. ``grid`` is
+    ``uniform``, fixed levels by name (see :mod:`.levels`), ``quantile`` (scaled levels, one table
+    per matrix), ``lut`` or ``shared`` (levels that are weights, a table per row or per matrix), or
+    ``signs`` (a sum of signed factors). ``double``: scales are 8-bit codes themselves; ``power``:
+    scales are powers of two.
     """
 
     bits: int
@@ -34,6 +39,60 @@ class Codes:
     symmetric: bool = True
     grid: str = "uniform"
     scale_dtype: str = "f16"
+    double: bool = False
+    power: bool = False
+
+    @property
+    def scaled(self) -> bool:
+        """Whether there are scales; else levels or factors are weights themselves."""
+        return self.grid not in ("lut", "shared", "signs")
+
+    @property
+    def tables(self) -> str | None:
+        """Whether levels are stored, per ``row`` or per ``matrix``."""
+        return {"lut": "row", "shared": "matrix", "quantile": "matrix"}.get(self.grid)
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether 0 has a code."""
+        return self.scaled and self.grid != "binary"
+
+    @property
+    def short(self) -> str:
+        """A few characters for tables, e.g. ``nf4 g64``."""
+        name = {"uniform": f"w{self.bits}", "ternary": "ternary", "binary": "binary"}
+        floats = self.grid in ("e2m1", "e4m3", "e5m2")
+        text = name.get(self.grid, self.grid if floats else f"{self.grid}{self.bits}")
+        if self.scaled or self.grid == "signs":
+            text += " row" if self.group is None else f" g{self.group}"
+        text += "" if self.symmetric else " asym"
+        return text + " double" * self.double + " power" * self.power
+
+    def require_built(self) -> None:
+        """Refuse what no solver realises.
+
+        Raises:
+            UsageError: naming the grid and the bits that it can have.
+        """
+        known = GRID_BITS.get(self.grid)
+        if known is None:
+            grids = ", ".join(GRID_BITS)
+            raise UsageError(f"expected a grid of {grids}, found {self.grid!r}; not built yet")
+        if self.bits not in known:
+            raise UsageError(
+                f"{self.grid}:bits: expected {' or '.join(map(str, known))}, found {self.bits}"
+            )
+
+
+GRID_BITS: dict[str, tuple[int, ...]] = {
+    "uniform": tuple(range(2, 9)),
+    **WIDTHS,
+    "quantile": tuple(range(2, 9)),
+    "lut": tuple(range(1, 9)),
+    "shared": tuple(range(1, 9)),
+    "signs": tuple(range(1, 6)),
+}
+"""Bits that the codes of each grid can have."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +140,7 @@ class Sparse:
     """S: sparse entries, or whole outlier columns, kept in high precision.
 
     Kind ``csr``: of the best ``share`` of each row's weights those that an N:M mask drops.
+    Kind ``outliers``: that share of the matrix, kept beside codes.
     """
 
     kind: str
@@ -129,11 +189,22 @@ class Scheme:
         Raises:
             UsageError: naming the field.
         """
-        if self.sparse is not None and not (
-            self.sparse.kind == "csr" and self.mask is not None and self.mask.structured
-        ):
+        s = self.sparse
+        masked = self.mask is not None and self.mask.structured
+        if s is not None and not (s.kind == "csr" and masked) and s.kind != "outliers":
             raise UsageError(
-                f"expected sparse entries beside an N:M mask, found {self.sparse}; not built yet"
+                f"expected sparse entries beside an N:M mask, found {s}; not built yet"
+            )
+        if s is not None and s.kind == "outliers" and self.mask is not None:
+            raise UsageError(
+                f"expected outliers beside codes alone, found a mask too ({self.short})",
+                hint="prune:recover= keeps weights beside an N:M mask",
+            )
+        free = self.mask is not None and not self.mask.structured
+        if free and self.codes is not None and not self.codes.has_zero:
+            raise UsageError(
+                f"expected a grid that holds 0 beside unstructured zeros, found {self.short}",
+                hint="an n:m mask stores no code for a zero",
             )
         for name in ("low_rank", "input_grid"):
             if getattr(self, name) is not None:
@@ -147,8 +218,8 @@ class Scheme:
                 raise UsageError(f"expected a folded diagonal transform, found {t}; not built yet")
         if self.view.rows is not None or self.view.expert is not None:
             raise UsageError("expected a whole matrix, found a slice or an expert; not built yet")
-        if self.codes is not None and self.codes.grid != "uniform":
-            raise UsageError(f"expected grid 'uniform', found {self.codes.grid!r}; not built yet")
+        if self.codes is not None:
+            self.codes.require_built()
 
     @property
     def short(self) -> str:
@@ -159,12 +230,11 @@ class Scheme:
         if self.mask is not None:
             parts.append(self.mask.short)
         if self.sparse is not None:
-            parts.append(f"+top{self.sparse.share:.0%}")
+            share = self.sparse.share
+            csr = self.sparse.kind == "csr"
+            parts.append(f"+top{share:.0%}" if csr else f"+{100 * share:.3g}%")
         if self.codes is not None:
-            c = self.codes
-            parts.append(f"w{c.bits} " + ("row" if c.group is None else f"g{c.group}"))
-            if not c.symmetric:
-                parts.append("asym")
+            parts.append(self.codes.short)
         return " ".join(parts) or "dense"
 
     def to_json(self) -> dict[str, Any]:

@@ -15,12 +15,20 @@ from torch import fx
 from . import packing
 from .errors import ModelError, VerifierError
 from .graph import Program, tensor_type
+from .levels import levels
 from .ops import row_of
 from .ops.sparse import coordinates
 
-_PARTS = ("codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts")
+_PARTS = (
+    "codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts", "table", "signs",
+    "factors", "step", "mean", "scale_codes",
+)  # fmt: skip
+LOOKUP = "llmc.lookup"
 _ARGUMENTS = {
     "llmc.dequantize": ("codes", "scale", "zero"),
+    "llmc.lookup": ("codes", "scale", "table"),
+    "llmc.sum_signs": ("signs", "factors"),
+    "llmc.decode_scales": ("scale_codes", "step", "mean"),
     "llmc.expand_nm": ("values", "meta"),
     "llmc.expand_bitmap": ("values", "bitmap"),
     "llmc.fused_linear": ("", "codes", "scale", "zero", "meta"),
@@ -98,6 +106,7 @@ def _words(program: Program) -> None:
             "codes": (int(p.attrs.get("bits", 0)), _kept_columns(p)),
             "meta": (packing.nm_bits(m) if m else 0, _kept_columns(p)),
             "bitmap": (1, int(p.attrs.get("columns", 0))),
+            "signs": (1, int(p.attrs.get("columns", 0))),
         }
         for part, (bits, columns) in widths.items():
             t = p.tensors.get(part)
@@ -120,11 +129,28 @@ def _words(program: Program) -> None:
 
 
 def _scales(program: Program) -> None:
-    """Scales are finite floats."""
+    """Scales, tables, factors and what scales are made of are finite floats."""
     for p in packed_calls(program):
-        t = p.tensors.get("scale")
-        if t is not None and not (t.is_floating_point() and bool(torch.isfinite(t).all())):
-            _fail("scale", "expected finite scales, found inf, nan or integers", p.node)
+        for part in ("scale", "table", "factors", "step", "mean"):
+            t = p.tensors.get(part)
+            if t is not None and not (t.is_floating_point() and bool(torch.isfinite(t).all())):
+                _fail("scale", f"expected a finite {part}, found inf, nan or integers", p.node)
+
+
+def _values(program: Program) -> None:
+    """Each code stands for a level: none for inf, nan or nothing."""
+    for p in packed_calls(program):
+        name, t = p.node.kwargs.get("levels"), p.tensors.get("codes")
+        if not isinstance(name, str) or not name or t is None or row_of(p.node).name != LOOKUP:
+            continue
+        bits, columns = int(p.attrs["bits"]), int(p.attrs["columns"])
+        empty = torch.isnan(levels(name, bits)).to(t.device)
+        if not bool(empty.any()):
+            continue
+        found = empty[packing.unpack(t, bits, columns).long()]
+        if bool(found.any()):
+            why = f"expected codes of {name} levels, found {int(found.sum())} that stand for none"
+            _fail("level", why, p.node)
 
 
 def _zeros(program: Program) -> None:
@@ -223,6 +249,7 @@ TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("words", _words),
     ("scale", _scales),
     ("zero", _zeros),
+    ("level", _values),
     ("mask", _positions),
     ("count", _counts),
     ("rows", _rows),

@@ -18,16 +18,17 @@ from ..ir.build import result_type
 from ..ir.errors import LlmcError, ModelError
 from ..ir.graph import Param, Program, info
 from ..ir.ops.base import infer, row_of
-from ..ir.ops.compressed import dequantize, groups_of
 from ..ir.ops.sparse import add_csr, csr, index_dtype
 from ..ir.scheme import Codes, Mask, Scheme, Sparse
-from ..ir.types import DTYPES, same_type
+from ..ir.types import same_type
 from ..solvers import Solution
 from ..solvers.masks import recover_bound
+from ..solvers.outliers import outlier_count
+from . import decoding
 
 SPARSE = ("extra", "index", "starts")
 """Parts of a weight's sparse rows: values, columns, where each row starts."""
-_SUFFIXES = ("values", "meta", "bitmap", "codes", "scale", "zero", *SPARSE)
+_SUFFIXES = ("values", "meta", "bitmap", *decoding.SUFFIXES, *SPARSE)
 """Ends of the names of a weight's packed parts."""
 
 
@@ -104,10 +105,27 @@ def encode_sparse(
     How many come back is known after the solve; the planned sizes are a bound. ``bound``: mask and
     S rank by one score, which makes it tighter.
     """
+    rows, columns = _shape(program.node(node).args[1])
+    count = rows * recover_bound(sparse.share, mask.n, mask.m, columns, bound)
+    return _beside(program, node, count, made_by)
+
+
+def encode_outliers(program: Program, node: str, sparse: Sparse, *, made_by: str) -> list[str]:
+    """Let linear(x, W) read W + S, S the weights that stay off the grid; before `encode_codes`."""
+    rows, columns = _shape(program.node(node).args[1])
+    return _beside(program, node, outlier_count(sparse.share, rows * columns), made_by)
+
+
+def _shape(weight: Any) -> tuple[int, int]:
+    rows, columns = info(weight).type.shape  # type: ignore[union-attr]
+    return int(rows), int(columns)
+
+
+def _beside(program: Program, node: str, count: int, made_by: str) -> list[str]:
+    """Put sparse rows with room for ``count`` weights beside the weight of a linear."""
     linear = program.node(node)
     weight, param, base = _weight_of(program, linear)
-    rows, columns = (int(d) for d in info(weight).type.shape)  # type: ignore[union-attr]
-    count = rows * recover_bound(sparse.share, mask.n, mask.m, columns, bound)
+    rows, columns = _shape(weight)
     new_piece = partial(_new, program, param, linear, linear, made_by)
     values = new_piece(f"{base}.extra", (count,), param.dtype, False)
     index = new_piece(f"{base}.index", (count,), index_dtype(columns))
@@ -148,21 +166,15 @@ def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> 
         old, before = weight, reader
     assert isinstance(old, fx.Node)
     rows = int(info(linear).type.shape[-1])  # type: ignore[union-attr]
-    step = group or columns
-    groups = groups_of(columns, step)
-    scale_dtype = DTYPES[codes.scale_dtype]
-    words = (rows, packing.packed_words(columns, codes.bits))
-    new_piece = partial(_new, program, param, before, linear, made_by)
-    packed = new_piece(f"{base}.codes", words, torch.int32)
-    scale = new_piece(f"{base}.scale", (rows, groups), scale_dtype)
-    parts: list[Any] = [packed, scale]
-    made = [f"{base}.codes", f"{base}.scale"]
-    if not codes.symmetric:
-        parts.append(new_piece(f"{base}.zero", (rows, groups), torch.uint8))
-        made.append(f"{base}.zero")
-    new = program.emit(
-        "llmc.dequantize", *parts, bits=codes.bits, group=step, columns=columns,
-        dtype=program.dtype, before=before, made_by=made_by, like=linear,
+    made: list[str] = []
+
+    def new_piece(suffix: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
+        made.append(f"{base}.{suffix}")
+        return _new(program, param, before, linear, made_by, made[-1], shape, dtype)
+
+    new = decoding.emit(
+        program, codes, new_piece, rows, columns, group or columns,
+        before=before, made_by=made_by, like=linear,
     )  # fmt: skip
     before.replace_input_with(old, new)
     program.prune(old)
@@ -182,8 +194,9 @@ def tensors(
     sparse: tuple[Tensor, ...] = ()
     if scheme.sparse is not None:
         if solution.extra is None:
-            raise LlmcError(f"expected recovered weights from the solver, found none for {base}")
-        sparse = (solution.weight[solution.extra].to(stored), *csr(solution.extra))
+            raise LlmcError(f"expected sparse weights from the solver, found none for {base}")
+        beside = solution.weight if solution.under is None else solution.weight - solution.under
+        sparse = (beside[solution.extra].to(stored), *csr(solution.extra))
         out.update({f"{base}.{part}": t for part, t in zip(SPARSE, sparse, strict=True)})
     if codes is None:
         if mask is None or solution.mask is None:
@@ -194,7 +207,7 @@ def tensors(
             return out | {f"{base}.values": values, f"{base}.meta": meta}
         bitmap = packing.pack(solution.mask.to(torch.uint8), 1)
         return {f"{base}.values": weight[solution.mask], f"{base}.bitmap": bitmap}
-    if solution.codes is None or solution.scale is None:
+    if solution.codes is None:
         raise LlmcError(f"expected codes from the solver, found none for {base}")
     q, columns, group = solution.codes, solution.codes.shape[1], codes.group
     if mask is not None and mask.structured:
@@ -202,14 +215,9 @@ def tensors(
             raise LlmcError(f"expected a mask from the solver, found none for {base}")
         q, out[f"{base}.meta"] = packing.compress_nm(q, solution.mask, mask.n, mask.m)
         columns, group = q.shape[1], None if group is None else group // mask.m * mask.n
-    out[f"{base}.codes"] = packing.pack(q, codes.bits)
-    out[f"{base}.scale"] = solution.scale
-    if solution.zero is not None:
-        out[f"{base}.zero"] = solution.zero
-    back = dequantize(
-        out[f"{base}.codes"], solution.scale, solution.zero, bits=codes.bits,
-        group=group or columns, columns=columns,
-    )  # fmt: skip
+    parts = decoding.pieces(codes, q, solution)
+    out.update({f"{base}.{suffix}": t for suffix, t in parts.items()})
+    back = decoding.decoded(codes, parts, len(q), columns, group or columns)
     if mask is not None and mask.structured:
         width = solution.weight.shape[1]
         back = packing.expand_nm(back, out[f"{base}.meta"], mask.n, mask.m, width)

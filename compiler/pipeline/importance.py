@@ -33,7 +33,10 @@ ADDITIVE = ("taylor",)
 """Methods whose scores estimate the whole model's loss and so compare between groups as they are;
 all others are standardised within each group first."""
 
-_DECODED = ("llmc.dequantize", "llmc.expand_nm", "llmc.expand_bitmap", "llmc.fused_linear")
+_DECODED = (
+    "llmc.dequantize", "llmc.lookup", "llmc.sum_signs", "llmc.expand_nm", "llmc.expand_bitmap",
+    "llmc.fused_linear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -53,20 +53,22 @@ class Decision:
         o = self.options
         if o.get("sweeps"):
             return True
-        calibrated = o.get("mask_solver") in ("sparsegpt", "wanda")
+        calibrated = o.get("mask_solver") in ("sparsegpt", "wanda") or o.get("weigh") == "gram"
         return calibrated or o.get("grid_solver") == "gptq"
 
     @property
     def swept(self) -> bool:
-        """Whether gradients of the whole model's loss decide how sparse it becomes."""
-        return "allocate" in self.options
+        """Whether gradients of the whole model's loss decide how sparse it becomes, or what counts.
+        """
+        return "allocate" in self.options or self.options.get("weigh") == "fisher"
 
     @property
     def bytes_are(self) -> str:
         """``exact``, or what the planned bytes are where the weights decide how much is stored."""
-        if self.scheme.sparse is not None:
+        sparse = self.scheme.sparse
+        if sparse is not None and (sparse.kind == "csr" or "density" in self.options):
             return "at most"
-        return "on average" if self.swept else "exact"
+        return "on average" if "allocate" in self.options else "exact"
 
 
 @dataclass

@@ -22,6 +22,7 @@ from .allocate import allocate
 from .events import Event, Listener
 from .measure import Env, Options, Walk, batches, check_finite
 from .plan import Decision, Migration, Plan, Stage
+from .sensitivity import inform
 from .solving import Work, fold, solve_group
 from .statistics import Collection
 
@@ -47,6 +48,7 @@ def run_rounds(
         for stage in plan.stages:
             if tokens is not None:
                 allocate(plan, stage, work, tokens, listener)
+                inform(stage, work, tokens, listener)
             _Round(plan, stage, work, tokens, options, listener, out).run()
         _finish(plan, work)
     return out

@@ -16,10 +16,10 @@ from ..analysis.migrate import migrated
 from ..ir.errors import ModelError
 from ..ir.graph import Segment
 from ..ir.interpret import Fetch
-from ..ir.scheme import Codes, Mask, Sparse
-from ..ir.types import DTYPES
-from ..solvers import NO_HESSIAN, Factor, Grid, MaskRule, Solution, prepare, solve
+from ..ir.scheme import Mask, Sparse
+from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
 from . import encode
+from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
 from .statistics import Collection
 
@@ -31,7 +31,7 @@ class Work:
         dense: rewritten parameters, fp32 whatever the program computes in.
         packed: finished canonical tensors by final parameter name.
         masks: decided masks by parameter, frozen for later rounds; extras: the weights beside
-            them that came back.
+            them that came back. information: see :mod:`.sensitivity`.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -40,6 +40,7 @@ class Work:
         self.packed: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
+        self.information: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
 
     def fetch(self, name: str) -> Tensor:
@@ -154,14 +155,6 @@ def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
-    """The solver's grid for a scheme's codes."""
-    if codes is None:
-        return None
-    dtype = DTYPES[codes.scale_dtype]
-    return Grid(codes.bits, codes.group, codes.symmetric, options.get("clip", "absmax"), dtype)
-
-
 def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:
     """The solver's mask rule for a scheme's mask and for what comes back of it."""
     if mask is None:
@@ -188,8 +181,10 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
     param = d.site.param
     o = d.options
     frozen = work.masks.get(param)
+    weight, known = work.weight(param), work.information.pop(param, None)
+    out = outliers(weight, d.scheme.sparse, o, factor, known)
     solution: Solution = solve(
-        work.weight(param),
+        weight,
         grid=grid_of(d.scheme.codes, o),
         mask=rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
         grid_solver=o.get("grid_solver", "gptq"),
@@ -197,7 +192,8 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
         act_order=o.get("act_order", False),
         factor=factor,
         keep=frozen,
-        extra=work.extras.get(param),
+        extra=work.extras.get(param) if out is None else out,
+        sensitivity=known,
         sweeps=o.get("sweeps", 0),
         refit=o.get("refit", True),
         mask_search=o.get("mask_search", False),
@@ -210,28 +206,29 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
     work.packed.update(made)
     if solution.mask is not None:
         work.masks[param] = solution.mask
-    if solution.extra is not None:
+    if solution.extra is not None and solution.mask is not None:
         work.extras[param] = solution.extra
     dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
     work.replace(param, dense)
-    back = 0.0 if solution.extra is None else _share(solution.extra)
+    beside = 0.0 if solution.extra is None else _share(solution.extra)
     # A solve that asked for no statistic has lost nothing by having none.
     fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
     return {
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
-        "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - back,
-        **({} if solution.extra is None else {"recovered": back}),
+        "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - beside,
+        **({} if solution.extra is None else {"recovered" if out is None else "outliers": beside}),
         "seconds": round(time.perf_counter() - began, 4),
     }  # fmt: skip
 
 
 def _as_stored(solution: Solution, stored: torch.dtype) -> Solution:
-    """The solution with its recovered weights as their dtype holds them."""
+    """The solution with its sparse weights as their dtype holds them."""
     if solution.extra is None:
         return solution
-    rounded = solution.weight.to(stored).float()
+    under = 0.0 if solution.under is None else solution.under
+    rounded = under + (solution.weight - under).to(stored).float()
     return replace(solution, weight=torch.where(solution.extra, rounded, solution.weight))
 
 

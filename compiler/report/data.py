@@ -31,7 +31,10 @@ def report(done: Compiled) -> dict[str, Any]:
     sites = []
     for row in done.plan.rows():
         of = solved.get(row["site"], {})
-        keep = ("loss", "damp", "tokens", "zeros", "recovered", "rows_rtn", "fallbacks", "round")
+        keep = (
+            "loss", "damp", "tokens", "zeros", "recovered", "outliers", "rows_rtn", "fallbacks",
+            "round",
+        )  # fmt: skip
         weights = row["shape"][0] * row["shape"][1]
         after = stored[params[row["site"]]]
         sites.append(

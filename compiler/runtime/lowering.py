@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...codegen.targets import Lowered
 
 _COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
+_DECODES = ("llmc.dequantize", "llmc.lookup", "llmc.sum_signs")
 # Ops whose floating arguments must have one dtype.
 _ONE_DTYPE = {
     "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default",
@@ -119,7 +120,7 @@ def recast(program: Program, dtype: torch.dtype) -> Program:
             kind = out.param_type(out.params[str(node.target)])
             node.meta["llmc"] = replace(info(node), type=kind)
         elif node.op == "call_function":
-            if row_of(node).name == "llmc.dequantize" and node.kwargs.get("dtype", old) == old:
+            if row_of(node).name in _DECODES and node.kwargs.get("dtype", old) == old:
                 node.kwargs = {**node.kwargs, "dtype": dtype}
             _unify(out, node, dtype)
             node.meta["llmc"] = replace(info(node), type=infer(node))

@@ -1,8 +1,8 @@
 """Binary-coding grids: a weight is a sum of a few factors, each with a sign of its own.
 
-``w = sum_i factor_i * b_i``, ``b_i`` in {-1, 1}, factors per group of inputs. The greedy start takes
-the sign and mean magnitude of what is left, plane after plane; then factors (least squares) and
-signs (the nearest of all sums) take turns, and the best of all turns is kept.
+``w = sum_i factor_i * b_i``, ``b_i`` in {-1, 1}, factors per group of inputs. The greedy start
+takes the sign and mean magnitude of what is left, plane after plane; then factors (least squares)
+and signs (the nearest of all sums) take turns, and the best of all turns is kept.
 
 Sources: alternating multi-bit quantisation (Xu et al., arXiv 1802.00150); LUT-GEMM (arXiv
 2206.09557).

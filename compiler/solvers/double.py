@@ -32,7 +32,7 @@ class DoubleScales(NamedTuple):
 
 
 def double_scales(scale: Tensor, empty: Tensor, unit: float = 1.0) -> DoubleScales:
-    """Round positive scales ``[G, m]``, times unit, to 8-bit codes; what they decode to is positive.
+    """Round positive scales ``[G, m]``, times unit, to 8-bit codes that decode to positive ones.
 
     empty: bool ``[G, m]``, groups without a weight, whose scale is free.
     """

@@ -21,6 +21,6 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "conv", "cost", "create", "elementwise",
-    "flat", "index", "infer", "linalg", "lookup", "masks", "pieces", "reduce", "row", "row_for", "row_of",
-    "semantic", "shape", "sparse",
+    "flat", "index", "infer", "linalg", "lookup", "masks", "pieces", "reduce", "row", "row_for",
+    "row_of", "semantic", "shape", "sparse",
 ]  # fmt: skip

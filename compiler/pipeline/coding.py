@@ -1,0 +1,113 @@
+"""What passes that write codes share: sites, solver knobs, groups that divide, the rewrite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..analysis.linears import LinearSite
+from ..ir.errors import UsageError
+from ..ir.graph import Program
+from ..ir.scheme import Codes, Sparse
+from .analysis import linear_weights
+from .base import Example, Lossy, Precondition, knob
+from .encode import encode_codes, encode_outliers
+from .sites import BLOCK_WEIGHT, Protecting
+
+
+def group_divides(made: Any, site: LinearSite) -> str | None:
+    """An explicit group must divide; the default one ends in a shorter group instead."""
+    g, n = made.group, site.in_features
+    if g is None or g >= n or n % g == 0 or not made.explicit("group"):
+        return None
+    fits = [d for d in range(1, n + 1) if n % d == 0]
+    near = min(fits, key=lambda d: (abs(d - g), d))
+    raise UsageError(
+        f"{made.called}:group: expected a divisor of {n} inputs, found {g}",
+        where=site.id,
+        hint=f"the nearest is group={near}",
+    )
+
+
+@dataclass(frozen=True)
+class Coding(Protecting):
+    """Base of passes that replace a weight by codes, one grid per pass."""
+
+    stage = "grid"
+    effect = Lossy("perplexity")
+    needs = ("gram",)
+    pattern = linear_weights
+    preconditions = BLOCK_WEIGHT
+    hits = (Example("llama_gqa"), Example("with_bias"), Example("odd_inputs"))
+    misses = (Example("tied_head", "param_read_once"),)
+
+    solver: str = knob(
+        "gptq",
+        "how codes are chosen: gptq lets the inputs still free compensate, rtn takes the nearest",
+        choices=("gptq", "rtn"),
+    )
+    damp: float = knob(0.01, "damping relative to the mean diagonal of XᵀX", lo=0.0, hi=10.0)
+    act_order: bool = knob(False, "most important inputs first, inside the solver")
+    sweeps: int = knob(0, "further sweeps of coordinate descent, never uphill", lo=0, hi=100)
+
+    def codes(self, site: LinearSite) -> Codes:
+        """The scheme's codes at a site."""
+        raise UsageError(f"{type(self).__name__} has no grid")
+
+    def beside(self, site: LinearSite) -> Sparse | None:
+        """Weights that stay beside the codes at a site."""
+        return None
+
+    def facts(self, site: LinearSite) -> dict[str, Any]:
+        sparse = self.beside(site)
+        return {"codes": self.codes(site)} | ({} if sparse is None else {"sparse": sparse})
+
+    def solving(self, site: LinearSite) -> dict[str, Any]:
+        shared = ("damp", "act_order", "sweeps", "refit")
+        given = {k: getattr(self, k) for k in shared if self.explicit(k)}
+        return {"grid_solver": self.solver} | given
+
+    def rewrite(self, program: Program, site: LinearSite) -> list[str]:
+        sparse = self.beside(site)
+        beside = encode_outliers(program, site.node, sparse, made_by=self.called) if sparse else []
+        return beside + encode_codes(program, site.node, self.codes(site), made_by=self.called)
+
+
+@dataclass(frozen=True)
+class GroupedCoding(Coding):
+    """Base of passes with a scale per group of inputs."""
+
+    preconditions = (*BLOCK_WEIGHT, Precondition("group_divides", group_divides))
+
+    group: int | None = knob(
+        128,
+        "inputs that share a scale, or row; the default ends in a shorter group",
+        lo=8,
+        hi=65536,
+    )
+    clip: str = knob(
+        "absmax",
+        "how the range is fitted: absmax takes it all, mse searches the shrink that costs least, "
+        "percentile leaves out the rarest",
+        choices=("absmax", "mse", "percentile"),
+    )
+    percentile: float = knob(99.9, "share of the weights that clip=percentile keeps", lo=51, hi=100)
+    double: bool = knob(False, "scales are 8-bit codes themselves, in blocks of 256")
+    power: bool = knob(False, "scales are powers of two")
+    refit: bool = knob(True, "let the further sweeps move the scales too")
+
+    def check(self) -> None:
+        if self.explicit("percentile") and self.clip != "percentile":
+            raise UsageError(f"{self.called}:percentile: expected clip=percentile beside it")
+        if self.double and self.power:
+            raise UsageError(f"{self.called}: expected one of double and power, found both")
+
+    def grouped(self, site: LinearSite) -> int | None:
+        """Inputs per scale at a site, None = the row."""
+        return None if self.group is None or self.group >= site.in_features else self.group
+
+    def solving(self, site: LinearSite) -> dict[str, Any]:
+        fit: dict[str, Any] = {"clip": self.clip}
+        if self.clip == "percentile":
+            fit["percentile"] = self.percentile
+        return super().solving(site) | fit

@@ -1,0 +1,69 @@
+"""From a scheme's codes to the solver's grid, and which weights stay beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ir.levels import WIDTHS, levels
+from ..ir.scheme import Codes, Sparse
+from ..ir.types import DTYPES
+from ..solvers import Factor, Grid
+from ..solvers.bcq import BinaryGrid
+from ..solvers.lut import LutGrid
+from ..solvers.outliers import by_density, by_size
+from ..solvers.tables import QuantileGrid, TableGrid
+
+
+def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
+    """The solver's grid for a scheme's codes; None without any.
+
+    options: ``clip`` and ``percentile`` of grids that have scales.
+    """
+    if codes is None:
+        return None
+    dtype = torch.float32 if codes.double else DTYPES[codes.scale_dtype]
+    if codes.grid in ("lut", "shared"):
+        return LutGrid(codes.bits, None, scale_dtype=dtype, shared=codes.grid == "shared")
+    if codes.grid == "signs":
+        return BinaryGrid(codes.bits, codes.group, scale_dtype=dtype)
+    shared: dict[str, Any] = {
+        "clip": options.get("clip", "absmax"),
+        "percentile": options.get("percentile", 99.9),
+        "scale_dtype": dtype,
+        "power": codes.power,
+        "double": codes.double,
+    }
+    if codes.grid in WIDTHS:
+        values = tuple(levels(codes.grid, codes.bits).tolist())
+        return TableGrid(codes.bits, codes.group, values=values, **shared)
+    if codes.grid == "quantile":
+        return QuantileGrid(codes.bits, codes.group, **shared)
+    return Grid(codes.bits, codes.group, codes.symmetric, **shared)
+
+
+def outliers(
+    weight: Tensor,
+    sparse: Sparse | None,
+    options: dict[str, Any],
+    factor: Factor | None,
+    sensitivity: Tensor | None,
+) -> Tensor | None:
+    """Weights of [m, n] that stay beside the codes, bool; None where the scheme has none.
+
+    sensitivity: [m, n], the Fisher information; without it the diagonal of H times w² ranks.
+    options: ``sensitive``, the part of the share that is ranked so; ``density``, the log-density
+    that counts instead of the share, which is then a limit.
+    """
+    if sparse is None or sparse.kind != "outliers":
+        return None
+    if "density" in options:
+        return by_density(weight, options["density"], sparse.share)
+    sensitive = options.get("sensitive", 0.0)
+    if sensitivity is None:
+        sensitivity = weight.square()
+        if factor is not None:
+            sensitivity = sensitivity * factor.diagonal.to(weight)
+    return by_size(weight, sensitivity.to(weight), sparse.share - sensitive, sensitive)
