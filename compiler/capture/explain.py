@@ -19,7 +19,7 @@ def refusal(
 
     Args:
         differences: what is left under the nearest config; not empty.
-        given: (wanted, given) shape by name of the parameters that were to change.
+        given: (wanted, given) shape by name of every parameter.
     """
     stored = [d for d in differences if d.kind == "size" and d.axis >= 0]
     if stored:
@@ -65,9 +65,8 @@ def _size(d: Difference, given: dict[str, tuple[Any, Any]]) -> UsageError:
     for name, (want, have) in given.items():
         if name == d.name or want != have:
             continue
-        # The nearest config changed this one the same way, and here it fits.
-        twin = _alike(name, d.name)
-        if twin and d.theirs in have and len(have) > d.axis:
+        # What the nearest config says of both is true of this one.
+        if _alike(name, d.name) and d.theirs in have:
             return UsageError(
                 f"expected one size in every block, found {d.ours} in {d.name} and {d.theirs} in "
                 f"{name}", where=d.path,

@@ -91,7 +91,7 @@ class _Search:
             if self._adjust(match.differences):
                 match = bisimulate(captured.program, self.program, captured.stored)
         if match.differences:
-            raise refusal(self.program, match.differences, self._given_sizes(changes, captured))
+            raise refusal(self.program, match.differences, self._given_sizes(changes))
         return Fitted(self.given, self.program, self.family, changes, captured, match)
 
     # ** depth **
@@ -273,14 +273,10 @@ class _Search:
                 done |= move_scale(self.program, d.node, d.theirs)
         return done
 
-    def _given_sizes(self, changes: Changes, captured: Captured) -> dict[str, tuple[Any, Any]]:
-        """Wanted and given shape of each parameter that differs from the unchanged model."""
-        shapes, first = self.family.shapes(changes) or {}, self.family.shapes() or {}
-        return {
-            name: (want, shapes.get(name))
-            for name, want in self.wanted.items()
-            if shapes.get(name) != first.get(name) or shapes.get(name) != want
-        }
+    def _given_sizes(self, changes: Changes) -> dict[str, tuple[Any, Any]]:
+        """Wanted and given shape of each parameter under the nearest config."""
+        shapes = self.family.shapes(changes) or {}
+        return {name: (want, shapes.get(name)) for name, want in self.wanted.items()}
 
 
 def _adjustable(d: Difference) -> bool:
