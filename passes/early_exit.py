@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compiler.analysis.cacheable import cache_refusals
+from ..compiler.analysis.cost import CostModel
 from ..compiler.analysis.depth import Span
 from ..compiler.analysis.exits import exit_spans
 from ..compiler.ir.errors import GateError, UsageError
@@ -18,7 +20,7 @@ from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
-from ..compiler.pipeline.exits import ExitWalk, Outcome, Seen, lowest, replay, thresholds
+from ..compiler.pipeline.exits import ExitWalk, Ladder, Outcome, Seen, lowest
 from ..compiler.pipeline.structure import Choice, Context, Structural
 from ..compiler.solvers.classify import linear_classifier
 
@@ -47,10 +49,11 @@ class EarlyExit(Structural):
 
     c is the gap of the two likeliest tokens (softmax), the cosine of the stream around the block
     (cosine), or a classifier of gap and top probability, fitted for each block on half of the
-    calibration windows. The other half calibrates λ: the lowest whose agreement with the full
-    model's likeliest tokens is as high as asked, by a test at level ``error``; exits that none of
-    its tokens took are left out. Later blocks make the token's keys and values from the stream with
-    which it left. Prompts run at full depth.
+    calibration windows; so is the first exit, each look at the head counted. The other half
+    calibrates λ: the lowest whose agreement with the full model's likeliest tokens is as high as
+    asked, by a test at level ``error``; exits that none of its tokens took are left out. Later
+    blocks make the token's keys and values from the stream with which it left. Prompts run at full
+    depth.
     """
 
     variants = {"early_exit": {}}
@@ -70,7 +73,9 @@ class EarlyExit(Structural):
     threshold: float | None = knob(
         None, "λ, instead of calibrating it; above 1 no token leaves", lo=-1.0, hi=2.0
     )
-    first: int = knob(0, "the first block behind which a token may leave", lo=0)
+    first: int | None = knob(
+        None, "first block behind which a token may leave; none: where it costs least", lo=0
+    )
     every: int = knob(1, "an exit behind every n-th block from there on", lo=1)
     decay: int | None = knob(
         None, "new tokens n over which λ relaxes to clip(0.9 λ + 0.1 exp(-4 t / n), 0, 1)",
@@ -96,12 +101,14 @@ class EarlyExit(Structural):
         return 1.0 if self.threshold is not None else 5.0
 
     def predict(self, analysis: Analysis, sites: list[Any]) -> Choice:
-        return self._choice(self._places(sites), _NEVER if self.threshold is None else None)
+        places = self._places(sites, self.first or 0)
+        return self._choice(places, _NEVER if self.threshold is None else self.threshold)
 
     def decide(self, context: Context, sites: list[Any]) -> Choice:
-        places = self._places(sites)
+        places = self._places(sites, self.first or 0)
         if not self.calibrated():
-            return self._choice(places)
+            assert self.threshold is not None
+            return self._choice(places, self.threshold)
         tokens = context.data
         if len(tokens) < 2:
             raise UsageError(
@@ -109,41 +116,45 @@ class EarlyExit(Structural):
                 hint="--samples",
             )
         run = (context.options, context.listener)
-        seen = ExitWalk(context.program, places, tokens, *run).look()
+        seen = ExitWalk(context.program, sites, tokens, *run).look()
         half = len(tokens) // 2
         fit, held = seen.part(slice(None, half)), seen.part(slice(half, None))
         made = self._fit(fit) if self.rule == "classifier" else None
-        tensors = {} if made is None else {CLASSIFIER: made}
+        depth = len(context.analysis.blocks)
         if self.threshold is not None:
-            return replace(self._choice(places), tensors=tensors)
-        exits = self._exits(places, _NEVER)
-        depths = [*(p.index + 1 for p in places), len(context.analysis.blocks)]
-        walk = ExitWalk(context.program, places, tokens[half:], *run)
-        ladder = thresholds(fit, exits, made, depths, self.agreement)
+            trial = self._trial(places, sites, fit, made, depth)
+            return self._choice(places, self.threshold, trial.classifier)
+        head = 0.0 if self.rule == "cosine" else _head_in_blocks(context.program)
+        firsts = [s.index for s in sites] if self.first is None else [self.first]
+        trials = [
+            self._trial(self._places(sites, f), sites, fit, made, depth) for f in firsts
+        ]  # fmt: skip
+        trial = min(trials, key=lambda t: t.cost(self.agreement, head))
+        walk = ExitWalk(context.program, trial.places, tokens[half:], *run)
 
         def tried() -> Iterator[tuple[float, Outcome]]:
-            for value in ladder:
-                yield value, walk.run(replace(exits, threshold=value), made, held.final)
+            for value in trial.ladder.around(self.agreement):
+                exits = replace(trial.exits, threshold=value)
+                yield value, walk.run(exits, trial.classifier, held.final)
 
         records: list[dict[str, Any]] = []
         found = lowest(tried(), self.agreement, self.error, records)
-        if found is None or not bool((found[1].depth < depths[-1]).any()):
+        if found is None or not bool((found[1].depth < depth).any()):
             raise self._missed(records)
         value, outcome = found
-        before = replay(fit, replace(exits, threshold=value), made, depths)
         measured = {
-            "wanted": self.agreement, "error": self.error, "fit": before.agreement,
-            "held_out": outcome.agreement, "tokens": held.final.numel(),
-            "blocks_per_token": outcome.blocks, "of": depths[-1],
-            "shares": outcome.shares(depths[-1]),
+            "wanted": self.agreement, "error": self.error,
+            "fit": trial.ladder.outcome(value).agreement, "held_out": outcome.agreement,
+            "tokens": held.final.numel(), "blocks_per_token": outcome.blocks, "of": depth,
+            "heads_asked_per_token": outcome.asked(trial.depths[:-1]), "head_in_blocks": head,
+            "shares": outcome.shares(depth),
         }  # fmt: skip
-        records += _by_exit(places, seen)
         # Behind a block where none of these tokens left, asking the head is a cost alone.
-        taken = [i for i, d in enumerate(depths[:-1]) if bool((outcome.depth == d).any())]
-        if made is not None:
-            tensors = {CLASSIFIER: made[taken]}
-        data = self._choice([places[i] for i in taken], value).data | {"measured": measured}
-        return Choice(data, tensors, records)
+        taken = [i for i, d in enumerate(trial.depths[:-1]) if bool((outcome.depth == d).any())]
+        kept = None if trial.classifier is None else trial.classifier[taken]
+        choice = self._choice([trial.places[i] for i in taken], value, kept)
+        records += _by_exit(sites, seen)
+        return replace(choice, data=choice.data | {"measured": measured}, records=records)
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
         d = choice.data
@@ -151,37 +162,38 @@ class EarlyExit(Structural):
         set_exits(program, exits, choice.tensors.get(CLASSIFIER))
         return list(choice.tensors)
 
-    def _places(self, sites: list[Span]) -> list[Span]:
+    def _places(self, sites: list[Span], first: int) -> list[Span]:
         """The boundaries that ``first`` and ``every`` leave.
 
         Raises:
             UsageError: none.
         """
-        out = [
-            s for s in sites if s.index >= self.first and not (s.index - self.first) % self.every
-        ]
+        out = [s for s in sites if s.index >= first and (s.index - first) % self.every == 0]
         if not out:
             last = max(s.index for s in sites)
-            raise UsageError(f"early_exit:first: expected 0..{last}, found {self.first}")
+            raise UsageError(f"early_exit:first: expected 0..{last}, found {first}")
         return out
 
-    def _exits(self, places: list[Span], threshold: float) -> Exits:
-        return Exits(self.rule, tuple(p.block for p in places), threshold, self.decay)
-
-    def _choice(self, places: list[Span], threshold: float | None = None) -> Choice:
-        if threshold is None:
-            assert self.threshold is not None
-            threshold = self.threshold
+    def _choice(
+        self, places: list[Span], threshold: float, classifier: Tensor | None = None
+    ) -> Choice:
         blocks = [p.block for p in places]
         data = {"rule": self.rule, "blocks": blocks, "threshold": threshold, "decay": self.decay}
-        return Choice(data)
+        return Choice(data, {} if classifier is None else {CLASSIFIER: classifier})
 
     def _fit(self, seen: Seen) -> Tensor:
         """A classifier for each exit, f32 [exits, 3]."""
         pairs = torch.stack([seen.gap, seen.top], -1).flatten(1, 2)
-        right = seen.right.flatten(1)
-        rows = zip(pairs, right, strict=True)
+        rows = zip(pairs, seen.right.flatten(1), strict=True)
         return torch.stack([linear_classifier(x, y, self.classifier) for x, y in rows])
+
+    def _trial(
+        self, places: list[Span], sites: list[Span], seen: Seen, made: Tensor | None, depth: int
+    ) -> _Trial:
+        at = [sites.index(p) for p in places]
+        exits = Exits(self.rule, tuple(p.block for p in places), _NEVER, self.decay)
+        depths = [*(p.index + 1 for p in places), depth]
+        return _Trial(places, exits, seen.only(at), None if made is None else made[at], depths)
 
     def _missed(self, records: list[dict[str, Any]]) -> GateError:
         found = "no threshold to try"
@@ -194,6 +206,34 @@ class EarlyExit(Structural):
             where="early_exit",
             hint="less agreement, more --samples, another rule, or threshold=2 for the full model",
         )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Exits behind some blocks, and what they would do on the windows that fit them."""
+
+    places: list[Span]
+    exits: Exits
+    seen: Seen
+    classifier: Tensor | None
+    depths: list[int]
+
+    @cached_property
+    def ladder(self) -> Ladder:
+        return Ladder(self.seen, self.exits, self.classifier, self.depths)
+
+    def cost(self, agreement: float, head: float) -> float:
+        """Blocks per token at an agreement, each look at the head counted as ``head`` blocks."""
+        value = self.ladder.lowest(agreement)
+        outcome = self.ladder.outcome(_NEVER if value is None else value)
+        return outcome.blocks + head * outcome.asked(self.depths[:-1])
+
+
+def _head_in_blocks(program: Program) -> float:
+    """Operations of the head over those of a block, for one token."""
+    costs = CostModel(program, 1, 1)
+    *blocks, head = (costs.segment(s).flops for s in program.segments[1:])
+    return head * len(blocks) / max(sum(blocks), 1)
 
 
 def _by_exit(places: list[Span], seen: Seen) -> list[dict[str, Any]]:

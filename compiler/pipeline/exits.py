@@ -7,8 +7,9 @@ blocks make its keys and values from it: to the letter what decoding token by to
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .measure import Env, Options, Walk, batches, check_finite
 # Values of λ that are looked at, evenly spread over all confidences.
 _RUNGS = 1024
 # Shares of the allowed disagreement at which thresholds are tried, from timid to bold.
-_LEVELS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3)
+_LEVELS = (0.01, 0.03, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Seen:
         gap, top, cos, right = (p[:, windows] for p in (self.gap, self.top, self.cos, self.right))
         return Seen(gap, top, cos, right, self.final[windows])
 
+    def only(self, exits: Sequence[int]) -> Seen:
+        """Some of the exits."""
+        at = list(exits)
+        return Seen(self.gap[at], self.top[at], self.cos[at], self.right[at], self.final)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -82,6 +88,10 @@ class Outcome:
     def blocks(self) -> float:
         """Mean blocks per token."""
         return float(self.depth.double().mean())
+
+    def asked(self, depths: Sequence[int]) -> float:
+        """Mean number of exits that a token came by, exits lying at these depths."""
+        return sum(float((self.depth >= d).double().mean()) for d in depths)
 
     def shares(self, depth: int) -> list[float]:
         """Share of the tokens that ran 1, 2, …, ``depth`` blocks."""
@@ -113,6 +123,7 @@ class ExitWalk:
         wanted = set(head_nodes(program))
         self._head = [n for n in head if n in wanted or n.op == "get_attr"]
         self._weights: dict[str, Tensor] = {}
+        self._ready: tuple[int, list[Env]] | None = None
 
     @torch.no_grad()
     def look(self) -> Seen:
@@ -152,8 +163,9 @@ class ExitWalk:
         limit = _limits(exits, self.tokens.shape[1])
         gone = [torch.zeros(ids.shape, dtype=torch.bool) for ids in self._ids()]
         said = [torch.zeros_like(ids) for ids in self._ids()]
-        depth = [torch.zeros_like(ids) for ids in self._ids()]
-        for segment, envs in self._segments():
+        first = min(self._spans[b].index for b in self._exits)
+        depth = [torch.full_like(ids, first) for ids in self._ids()]
+        for segment, envs in self._segments(first):
             span = self._spans[segment.name]
             at = self._exits.get(segment.name)
             for i, env in enumerate(envs):
@@ -181,16 +193,22 @@ class ExitWalk:
     def _ids(self) -> tuple[Tensor, ...]:
         return self.tokens.split(self._options.batch)
 
-    def _segments(self) -> Iterator[tuple[Segment, list[Env]]]:
-        """Each block with the batches' environments before it, which the caller moves on."""
-        envs = batches(self.program, self.tokens, self._options)
-        for segment in self._walk.segments[:-1]:
+    def _segments(self, first: int = 0) -> Iterator[tuple[Segment, list[Env]]]:
+        """Each block from ``first`` on with the batches' environments, which the caller moves on.
+
+        What lies before that block is run once, however often it is asked for.
+        """
+        start = 1 + first
+        if self._ready is None or self._ready[0] != first:
+            before = batches(self.program, self.tokens, self._options)
+            for segment in self._walk.segments[:start]:
+                before = self._walk.step(segment, before)
+            self._ready = (first, before)
+        envs = list(self._ready[1])
+        for segment in self._walk.segments[start:-1]:
             self.listener(Event("tick", {"where": segment.name}))
-            if segment.name in self._spans:
-                yield segment, envs
-                self._walk.forget()
-            else:
-                envs = self._walk.step(segment, envs)
+            yield segment, envs
+            self._walk.forget()
 
     def _out(self, span: Span) -> fx.Node:
         return self.program.node(span.leaves)
@@ -251,29 +269,42 @@ def replay(seen: Seen, exits: Exits, classifier: Tensor | None, depths: Sequence
     return Outcome(right.gather(0, first[None])[0], torch.tensor(depths)[first])
 
 
-def thresholds(
-    seen: Seen, exits: Exits, classifier: Tensor | None, depths: Sequence[int], agreement: float
-) -> list[float]:
-    """Thresholds to try, from timid to bold: each the lowest that keeps a level of agreement.
+class Ladder:
+    """Values of λ from timid to bold, and what they do on what was seen.
 
-    The levels lie around the wanted agreement, on what was seen with earlier tokens run in full.
+    Args:
+        exits: rule, blocks and decay; its threshold is not looked at.
+        depths: as for :func:`replay`.
     """
-    sure = seen.sure(exits.rule, classifier).flatten().double()
-    if exits.decay is not None:
-        sure = torch.cat([sure, sure / 0.9])
-    grid = torch.quantile(_thinned(sure), torch.linspace(0, 1, _RUNGS, dtype=torch.float64))
-    ladder = sorted({min(float(q), 1.0) for q in grid} | {1.0}, reverse=True)
-    found: dict[float, float] = {}
-    levels = [1 - share * (1 - agreement) for share in _LEVELS]
-    for value in ladder:
-        tried = Exits(exits.rule, exits.blocks, value, exits.decay)
-        reached = replay(seen, tried, classifier, depths).agreement
-        levels = [level for level in levels if reached >= level]
-        for level in levels:
-            found[level] = value
-        if not levels:
-            break
-    return sorted(set(found.values()), reverse=True)
+
+    def __init__(
+        self, seen: Seen, exits: Exits, classifier: Tensor | None, depths: Sequence[int]
+    ) -> None:
+        self._seen, self._exits, self._depths = seen, exits, depths
+        self._classifier = classifier
+        sure = seen.sure(exits.rule, classifier).flatten().double()
+        if exits.decay is not None:
+            sure = torch.cat([sure, sure / 0.9])
+        grid = torch.quantile(_thinned(sure), torch.linspace(0, 1, _RUNGS, dtype=torch.float64))
+        self.rungs = sorted({min(float(q), 1.0) for q in grid} | {1.0}, reverse=True)
+
+    def outcome(self, threshold: float) -> Outcome:
+        """What one λ does where every earlier token ran in full."""
+        tried = replace(self._exits, threshold=threshold)
+        return replay(self._seen, tried, self._classifier, self._depths)
+
+    def lowest(self, agreement: float) -> float | None:
+        """The lowest λ that keeps an agreement; None where not even 1 does."""
+        missed = bisect_left(
+            self.rungs, True, key=lambda value: self.outcome(value).agreement < agreement
+        )
+        return self.rungs[missed - 1] if missed else None
+
+    def around(self, agreement: float) -> list[float]:
+        """λs to try for an agreement, from timid to bold: each the lowest that keeps a level."""
+        levels = (1 - share * (1 - agreement) for share in _LEVELS)
+        found = {value for level in levels if (value := self.lowest(level)) is not None}
+        return sorted(found, reverse=True)
 
 
 def _thinned(values: Tensor, most: int = 1 << 20) -> Tensor:

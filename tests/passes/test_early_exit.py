@@ -16,14 +16,7 @@ from llmc.compiler.ir.errors import GateError, UsageError
 from llmc.compiler.ir.exits import CLASSIFIER, Exits
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.pipeline import recipe, zoo
-from llmc.compiler.pipeline.exits import (
-    Outcome,
-    Seen,
-    doubt,
-    lowest,
-    replay,
-    thresholds,
-)
+from llmc.compiler.pipeline.exits import Ladder, Outcome, Seen, doubt, lowest, replay
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.runtime.exits import ExitRunner
 
@@ -217,13 +210,16 @@ def test_replay_by_hand() -> None:
 def test_thresholds_go_from_timid_to_bold() -> None:
     s = seen(windows=64)
     exits = Exits("softmax", ("a", "b", "c"), 2.0)
-    found = thresholds(s, exits, None, [1, 2, 3, 4], 0.9)
+    ladder = Ladder(s, exits, None, [1, 2, 3, 4])
+    found = ladder.around(0.9)
     assert found == sorted(found, reverse=True)
-    reached = [
-        replay(s, Exits("softmax", exits.blocks, v), None, [1, 2, 3, 4]).agreement for v in found
-    ]
-    assert reached[0] > 0.95
-    assert min(reached) < 0.92
+    reached = [ladder.outcome(v).agreement for v in found]
+    assert reached[0] > 0.99
+    assert min(reached) < 0.9
+    lowest_kept = ladder.lowest(0.9)
+    assert lowest_kept in found
+    below = ladder.rungs[ladder.rungs.index(lowest_kept) + 1]
+    assert ladder.outcome(lowest_kept).agreement >= 0.9 > ladder.outcome(below).agreement
 
 
 def test_doubt_is_a_bound_on_the_binomial_tail() -> None:
