@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..pipeline.base import Pass
 from ..pipeline.registry import all_passes
 from .structure import structure_table
 from .text import Table, size
@@ -16,10 +17,15 @@ def order_table(plan: dict[str, Any]) -> Table:
     known = all_passes()
     for row in plan["order"]:
         knobs = stages[row["stage"]][row["pass"]]
-        preset = known[row["pass"]].variants[row["pass"]] if row["pass"] in known else {}
-        shown = " ".join(f"{k}={_value(v)}" for k, v in knobs.items() if k not in preset)
-        table.rows.append((row["pass"], str(row["stage"] + 1), shown, row["why"]))
+        usual = _usual(known[row["pass"]], row["pass"]) if row["pass"] in known else {}
+        shown = " ".join(f"{k}={_value(v)}" for k, v in knobs.items() if usual.get(k, v) != v)
+        table.rows.append((row["pass"], str(row["stage"] + 1), shown or "as usual", row["why"]))
     return table
+
+
+def _usual(made: type[Pass], name: str) -> dict[str, Any]:
+    """Every knob's value where nobody gave one (``llmc passes NAME`` shows them)."""
+    return {k: made.variants[name].get(k, knob.default) for k, knob in made.knobs().items()}
 
 
 def _value(value: Any) -> str:
