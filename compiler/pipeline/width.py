@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -173,7 +174,22 @@ def counts(ledger: Ledger, target: Target) -> dict[str, int]:
         share = _share(ledger, done, wanted, inside=inside)
         for g in kinds[kind]:
             done[g] = ledger.round(g, (1 - share) * ledger.units(g))
+    if all(done[g] == ledger.units(g) for g in done):
+        _too_little(ledger, target, len(done))
     return {g: done[g] for g in ledger.groups}
+
+
+def _too_little(ledger: Ledger, target: Target, together: int) -> NoReturn:
+    """A target that rounds to nothing is a mistake: nothing would happen, and nobody would know."""
+    inside = target.params is None
+    step = min(ledger.steps[g] * ledger.cost(g, inside=inside) for g in ledger.groups)
+    full = ledger.count({}, inside=inside)
+    if inside:
+        least = f"remove: expected at least {step * together / 2 / full:.3g}"
+    else:
+        least = f"params: expected at most {full - step * together / 2:.0f}"
+    found = target.remove if inside else target.params
+    raise UsageError(f"{least}, half a step of the finest unit, found {found}: nothing would go")
 
 
 def _share(
@@ -255,6 +271,8 @@ def ranked(
             continue  # a smaller packet further on may still fit
         stays[name][part] = False
         excess -= cost
+    if all(bool(mask.all()) for mask in stays.values()):
+        _too_little(ledger, target, 1)
     return {g: mask.nonzero().view(-1) for g, mask in stays.items()}
 
 
