@@ -45,6 +45,10 @@ def test_merging_adds_and_refuses_a_second_opinion():
         ({"view": View("p1", rows=(0, 2))}, "slice"),
         ({"view": View("p1", expert=1)}, "expert"),
         ({"codes": Codes(4, 64, grid="table")}, "'table'"),
+        ({"codes": Codes(3, 64, grid="e2m1")}, "e2m1:bits: expected 4"),
+        ({"codes": Codes(1, 64, grid="binary"), "mask": Mask(sparsity=0.5)}, "holds 0"),
+        ({"codes": Codes(4, None, grid="lut"), "mask": Mask(sparsity=0.5)}, "holds 0"),
+        ({"sparse": Sparse("outliers", 0.01), "mask": Mask(2, 4)}, "outliers"),
     ],
 )
 def test_what_is_not_built_refuses(part, word):
