@@ -87,7 +87,8 @@ class ExitRunner(Runner):
         if program.exits is None or not program.states:
             raise ModelError("expected a program with exits and a KV cache, found another")
         self.exits = program.exits
-        self.classifier = classifier_of(self.exits, program.weights)
+        made = classifier_of(self.exits, program.weights)
+        self.classifier = None if made is None else made.to(device)
         self.used: list[int] = []
         super().__init__(program, implementations, resident=resident, device=device)
 
