@@ -141,20 +141,39 @@ class Sparse:
 
     Kind ``csr``: of the best ``share`` of each row's weights those that an N:M mask drops.
     Kind ``outliers``: that share of the matrix, kept beside codes.
+    Kind ``columns``: inputs that reach ``threshold`` in calibration, at most that share of them.
     """
 
     kind: str
     share: float
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
 class InputGrid:
-    """grid_x: how the input is quantised."""
+    """grid_x: how the input is rounded, by ``llmc.round_input`` (see :mod:`.ops.rounding`).
+
+    ``per``: one scale per ``token`` or per ``tensor`` as it comes, or ``static`` from calibration.
+    ``kind``: ``int``, a small float by name, or ``pairs``. ``group``: channels that share a scale.
+    ``power``: scales are powers of two.
+    """
 
     bits: int
-    granularity: str
-    static: bool = False
+    per: str = "token"
     kind: str = "int"
+    group: int | None = None
+    power: bool = False
+
+    @property
+    def static(self) -> bool:
+        return self.per == "static"
+
+    @property
+    def short(self) -> str:
+        """A few characters for tables, e.g. ``a8 token``."""
+        name = {"int": f"a{self.bits}", "pairs": f"a{self.bits} pairs"}.get(self.kind)
+        text = f"{name or 'a-' + self.kind} {self.per}"
+        return text + (f" g{self.group}" if self.group else "") + " power" * self.power
 
 
 @dataclass(frozen=True)
@@ -191,11 +210,12 @@ class Scheme:
         """
         s = self.sparse
         masked = self.mask is not None and self.mask.structured
-        if s is not None and not (s.kind == "csr" and masked) and s.kind != "outliers":
+        kinds = ("outliers", "columns")
+        if s is not None and not (s.kind == "csr" and masked) and s.kind not in kinds:
             raise UsageError(
                 f"expected sparse entries beside an N:M mask, found {s}; not built yet"
             )
-        if s is not None and s.kind == "outliers" and self.mask is not None:
+        if s is not None and s.kind in kinds and self.mask is not None:
             raise UsageError(
                 f"expected outliers beside codes alone, found a mask too ({self.short})",
                 hint="prune:recover= keeps weights beside an N:M mask",
@@ -206,11 +226,10 @@ class Scheme:
                 f"expected a grid that holds 0 beside unstructured zeros, found {self.short}",
                 hint="an n:m mask stores no code for a zero",
             )
-        for name in ("low_rank", "input_grid"):
-            if getattr(self, name) is not None:
-                raise UsageError(
-                    f"expected a scheme of codes and masks, found {name}; not built yet"
-                )
+        if s is not None and s.kind == "columns" and self.input_grid is None:
+            raise UsageError(f"expected an input grid beside outlier columns, found {self.short}")
+        if self.low_rank is not None:
+            raise UsageError("expected a scheme of codes and masks, found low_rank; not built yet")
         if self.bias_delta:
             raise UsageError("expected a scheme without bias_delta; it is not built yet")
         for t in (self.t_in, self.t_out):
@@ -231,10 +250,12 @@ class Scheme:
             parts.append(self.mask.short)
         if self.sparse is not None:
             share = self.sparse.share
-            csr = self.sparse.kind == "csr"
-            parts.append(f"+top{share:.0%}" if csr else f"+{100 * share:.3g}%")
+            text = {"csr": f"+top{share:.0%}", "columns": f"+columns {self.sparse.threshold:g}"}
+            parts.append(text.get(self.sparse.kind, f"+{100 * share:.3g}%"))
         if self.codes is not None:
             parts.append(self.codes.short)
+        if self.input_grid is not None:
+            parts.append(self.input_grid.short)
         return " ".join(parts) or "dense"
 
     def to_json(self) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 from ..analysis.linears import LinearSite
 from ..ir.errors import UsageError
 from ..ir.graph import Program
-from ..ir.scheme import Codes, Sparse
+from ..ir.scheme import Codes, InputGrid, Sparse
 from .analysis import linear_weights
 from .base import Example, Lossy, Precondition, knob
 from .encode import encode_codes, encode_outliers
+from .inputs import encode_input
 from .sites import BLOCK_WEIGHT, Protecting
 
 
@@ -58,9 +59,14 @@ class Coding(Protecting):
         """Weights that stay beside the codes at a site."""
         return None
 
+    def reads(self, site: LinearSite) -> InputGrid | None:
+        """The grid of what the weight reads at a site."""
+        return None
+
     def facts(self, site: LinearSite) -> dict[str, Any]:
-        sparse = self.beside(site)
-        return {"codes": self.codes(site)} | ({} if sparse is None else {"sparse": sparse})
+        found = {"sparse": self.beside(site), "input_grid": self.reads(site)}
+        stated = {k: v for k, v in found.items() if v is not None}
+        return {"codes": self.codes(site), **stated}
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         shared = ("damp", "act_order", "sweeps", "refit")
@@ -68,9 +74,14 @@ class Coding(Protecting):
         return {"grid_solver": self.solver} | given
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
-        sparse = self.beside(site)
-        beside = encode_outliers(program, site.node, sparse, made_by=self.called) if sparse else []
-        return beside + encode_codes(program, site.node, self.codes(site), made_by=self.called)
+        sparse, grid, made = self.beside(site), self.reads(site), []
+        columns = sparse if sparse is not None and sparse.kind == "columns" else None
+        if sparse is not None and columns is None:
+            made += encode_outliers(program, site.node, sparse, made_by=self.called)
+        made += encode_codes(program, site.node, self.codes(site), made_by=self.called)
+        if grid is not None:
+            made += encode_input(program, site.node, grid, columns, made_by=self.called)
+        return made
 
 
 @dataclass(frozen=True)
@@ -111,3 +122,20 @@ class GroupedCoding(Coding):
         if self.clip == "percentile":
             fit["percentile"] = self.percentile
         return super().solving(site) | fit
+
+
+@dataclass(frozen=True)
+class RoundedCoding(GroupedCoding):
+    """Base of passes that round what a weight reads too, once for all weights that read it."""
+
+    act: str = knob(
+        "token",
+        "scales of the inputs: one per token, one per tensor as it comes, or static from "
+        "calibration, which clips nothing that it saw",
+        choices=("token", "tensor", "static"),
+    )
+    act_group: int | None = knob(None, "channels of an input that share a scale", lo=2, hi=65536)
+
+    def rounded(self, bits: int, kind: str = "int", power: bool = False) -> InputGrid:
+        """The input grid with the pass's scales."""
+        return InputGrid(bits, self.act, kind, self.act_group, power)

@@ -5,8 +5,9 @@ Memory is that of one segment's weights and of what flows between two segments, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -113,13 +114,18 @@ class Walk:
 
     Attributes:
         segments: in order.
+        implementations: replacement callables by node name, see `run_nodes`.
     """
 
-    def __init__(self, program: Program, fetch: Fetch | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, program: Program, fetch: Fetch | None = None, device: str = "cpu",
+        implementations: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:  # fmt: skip
         if not program.segments:
             raise ModelError("expected a segmented program, found none", hint="call apply_segments")
         self.program, self.segments = program, program.segments
         self.device = torch.device(device)
+        self.implementations = implementations
         self._nodes = {n.name: n for n in program.graph.nodes}
         self._loaded: dict[str, Tensor] = {}
         self.fetch: Fetch = fetch or self._load
@@ -144,7 +150,10 @@ class Walk:
         """What the segment gives to others, from a batch's environment, which stays as it is."""
         keep = [self._nodes[n] for n in segment.live_out if self._nodes[n].op != "output"]
         get = fetch or self.fetch
-        done = run_nodes(self.calls(segment), dict(env), get, observe=observe, keep=keep)
+        done = run_nodes(
+            self.calls(segment), dict(env), get, implementations=self.implementations,
+            observe=observe, keep=keep,
+        )  # fmt: skip
         return {n: done[n] for n in keep if n in done}
 
     def advanced(self, segment: Segment, env: Env, new: Env) -> Env:

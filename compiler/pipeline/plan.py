@@ -20,7 +20,7 @@ from ..ir.scheme import Scheme, Transform, View
 from ..ir.segments import refresh_segments
 from ..ir.serial import to_json
 from ..ir.verifier import verify, verify_interface
-from . import order
+from . import inputs, order
 from .analysis import Analysis
 from .predict import predictions
 from .recipe import Call, Recipe
@@ -57,16 +57,21 @@ class Decision:
         return calibrated or o.get("grid_solver") == "gptq"
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics of the value that it reads."""
+        return ("gram",) * self.needs_gram + inputs.needs(self.scheme)
+
+    @property
     def swept(self) -> bool:
-        """Whether gradients of the whole model's loss decide how sparse it becomes, or what counts.
-        """
+        """Whether gradients of the whole model's loss decide its sparsity, or what counts."""
         return "allocate" in self.options or self.options.get("weigh") == "fisher"
 
     @property
     def bytes_are(self) -> str:
         """``exact``, or what the planned bytes are where the weights decide how much is stored."""
         sparse = self.scheme.sparse
-        if sparse is not None and (sparse.kind == "csr" or "density" in self.options):
+        bound = ("csr", "columns")
+        if sparse is not None and (sparse.kind in bound or "density" in self.options):
             return "at most"
         return "on average" if "allocate" in self.options else "exact"
 
@@ -84,7 +89,7 @@ class Stage:
     def needing(self) -> list[str]:
         """Names of the passes that need calibration data here."""
         names = {m.call.name for m in self.migrations}
-        decisions = [d for d in self.decisions.values() if d.needs_gram or d.swept]
+        decisions = [d for d in self.decisions.values() if d.needs or d.swept]
         names |= {n for d in decisions for n in d.passes}
         return sorted(names)
 

@@ -7,7 +7,7 @@ feed the next block. Peak memory is about one block plus the activations, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -64,8 +64,10 @@ class _Round:
         self.stage, self.index, self.work = stage, stage.index, work
         self.last = stage is plan.stages[-1]
         self.options, self.listener, self.out = options, listener, out
-        self.walk = Walk(plan.source, work.fetch)
+        self.walk = Walk(plan.source, work.fetch, implementations=work.implementations)
         self.envs: list[Env] = []
+        # Linears that were solved before the wave and read rounded values, by node name.
+        self.given: dict[str, Callable[..., Any]] = {}
         if stage.needing:
             assert tokens is not None
             self.envs = batches(plan.source, tokens, options)
@@ -113,14 +115,15 @@ class _Round:
         # Every part measures the block as it stood when the wave began, so that the budget
         # changes memory and never the answer.
         fetch: Fetch = self.work.fetch
+        self.given = dict(self.work.implementations)
         for i, part in enumerate(parts):
             stats = Collection()
             for m in folds if i == 0 else []:
                 for need in m.call.made.needs:
                     stats.want(m.site.value, need)
             for d in part:
-                if d.needs_gram:
-                    stats.want(d.site.reads, "gram")
+                for need in d.needs:
+                    stats.want(d.site.reads, need)
             if stats.data:
                 self._collect(segment, stats, fetch)
             for m in folds if i == 0 else []:
@@ -134,7 +137,9 @@ class _Round:
     def _solve(self, part: list[Decision], stats: Collection) -> None:
         groups: dict[tuple[Any, ...], list[Decision]] = {}
         for d in part:
-            key = (d.site.reads, repr(d.scheme.codes), repr(d.scheme.mask), repr(d.options))
+            s = d.scheme
+            how = (s.codes, s.mask, s.sparse, s.input_grid, d.options)
+            key = (d.site.reads, *map(repr, how))
             groups.setdefault(key, []).append(d)
         for members in groups.values():
             for record in solve_group(self.work, members, stats):
@@ -155,7 +160,10 @@ class _Round:
         for env in self.envs:
             for n in outside:
                 observe(n, env[n])
-            run_nodes(nodes[: last + 1], dict(env), fetch, observe=observe, keep=())
+            run_nodes(
+                nodes[: last + 1], dict(env), fetch, implementations=self.given, observe=observe,
+                keep=(),
+            )  # fmt: skip
             self.listener(Event("tick", {"segment": segment.name}))
 
     def _dense_outputs(self, segment: Segment, solved: bool) -> list[Env] | None:

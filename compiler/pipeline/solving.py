@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..ir.graph import Segment
 from ..ir.interpret import Fetch
 from ..ir.scheme import Mask, Sparse
 from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
-from . import encode
+from . import encode, inputs
 from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
 from .statistics import Collection
@@ -32,6 +32,7 @@ class Work:
         packed: finished canonical tensors by final parameter name.
         masks: decided masks by parameter, frozen for later rounds; extras: the weights beside
             them that came back. information: see :mod:`.sensitivity`.
+        implementations: what stands for solved linears that read a rounded value, by node name.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -41,6 +42,7 @@ class Work:
         self.masks: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
         self.information: dict[str, Tensor] = {}
+        self.implementations: dict[str, Callable[..., Tensor]] = {}
         self._loaded: dict[str, Tensor] = {}
 
     def fetch(self, name: str) -> Tensor:
@@ -173,16 +175,20 @@ def solve_group(work: Work, members: list[Decision], stats: Collection) -> list[
         gram: Any = stats.get(first.site.reads, "gram")
         tokens = gram.tokens
         factor = prepare(gram.value, first.options.get("damp", 0.01))
-    return [_solve_one(work, d, factor, tokens) for d in members]
+    read = inputs.reading(first.scheme, stats, first.site.reads)
+    return [_solve_one(work, d, factor, read, tokens) for d in members]
 
 
-def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> dict[str, Any]:
+def _solve_one(
+    work: Work, d: Decision, factor: Factor | None, read: inputs.Reading, tokens: int
+) -> dict[str, Any]:
     began = time.perf_counter()
     param = d.site.param
     o = d.options
     frozen = work.masks.get(param)
     weight, known = work.weight(param), work.information.pop(param, None)
     out = outliers(weight, d.scheme.sparse, o, factor, known)
+    out = inputs.columns_mask(weight, read) if out is None else out
     solution: Solution = solve(
         weight,
         grid=grid_of(d.scheme.codes, o),
@@ -202,8 +208,13 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
     solution = _as_stored(solution, stored)
     for name in [n for n in work.packed if n == param or n.startswith(param + ".")]:
         del work.packed[name]
-    made = encode.tensors(param, d.scheme, solution, stored)
-    work.packed.update(made)
+    scheme, rest, beside_codes = inputs.split_off(d.scheme, solution, read, stored)
+    work.packed.update(encode.tensors(param, scheme, rest, stored))
+    work.packed.update({f"{param}.{suffix}": t for suffix, t in beside_codes.items()})
+    if d.scheme.input_grid is not None:
+        work.packed.update(inputs.tensors(work.final, d.site.node, read))
+        rounded = inputs.rounded_linear(d.scheme, read, d.site.in_features)
+        work.implementations[d.site.node] = rounded
     if solution.mask is not None:
         work.masks[param] = solution.mask
     if solution.extra is not None and solution.mask is not None:
@@ -213,6 +224,7 @@ def _solve_one(work: Work, d: Decision, factor: Factor | None, tokens: int) -> d
     beside = 0.0 if solution.extra is None else _share(solution.extra)
     # A solve that asked for no statistic has lost nothing by having none.
     fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
+    fallbacks += read.notes
     return {
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,

@@ -12,6 +12,7 @@ from . import (
     masks,
     pieces,
     reduce,
+    rounding,
     semantic,
     shape,
     sparse,
@@ -21,6 +22,6 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "conv", "cost", "create", "elementwise",
-    "flat", "index", "infer", "linalg", "lookup", "masks", "pieces", "reduce", "row", "row_for",
-    "row_of", "semantic", "shape", "sparse",
+    "flat", "index", "infer", "linalg", "lookup", "masks", "pieces", "reduce", "rounding", "row",
+    "row_for", "row_of", "semantic", "shape", "sparse",
 ]  # fmt: skip
