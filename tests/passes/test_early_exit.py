@@ -257,3 +257,18 @@ def test_testing_stops_at_the_first_failure() -> None:
     assert found[0] == 0.8
     assert asked == [0.9, 0.8, 0.7]
     assert [r["p"] <= 0.05 for r in records] == [True, True, False]
+
+
+def test_the_first_exit_is_where_it_costs_least() -> None:
+    """Of all suffixes of the exits, the pass takes the cheapest; an explicit one is obeyed."""
+    auto = compiled("early_exit:agreement=0.8").solved.structure[0]["choice"]
+    costs = []
+    for first in range(3):
+        m = compiled(f"early_exit:agreement=0.8,first={first}").solved.structure[0]["choice"]
+        assert all(int(b.removeprefix("block")) >= first for b in m["blocks"])
+        m = m["measured"]
+        costs.append(m["blocks_per_token"] + m["head_in_blocks"] * m["heads_asked_per_token"])
+    m = auto["measured"]
+    found = m["blocks_per_token"] + m["head_in_blocks"] * m["heads_asked_per_token"]
+    assert found <= min(costs) + 0.15
+    assert m["head_in_blocks"] > 0
