@@ -56,8 +56,8 @@ class PruneWidth(Structural):
     source = "LLM-Pruner, arXiv 2305.11627; FLAP, arXiv 2312.11983; Michel et al., arXiv 1905.10650"
     pattern = _groups
     preconditions = (Precondition("group_is_free", _free),)
-    hits = (Example("llama_gqa"), Example("layer_norm"), Example("with_bias"))
-    misses = (Example("softmax_between", "group_is_free"), Example("moe", "method_reads_it"))
+    hits = (Example("llama_gqa"), Example("layer_norm"), Example("with_bias"), Example("moe"))
+    misses = (Example("softmax_between", "group_is_free"),)
 
     remove: float = knob(0.2, "share of the parameters in repeated blocks that goes, below 1")
     params: int | None = knob(None, "instead: parameters that the whole model keeps", lo=1)
@@ -73,8 +73,8 @@ class PruneWidth(Structural):
     reduce: str = knob("sum", "a unit's score over its parameters", choices=REDUCTIONS)
     ranking: str = knob(
         "auto",
-        "local: one share everywhere; global: layers and kinds compete; auto: global for "
-        "uniform=false",
+        "local: one share everywhere; global: layers and kinds compete (kinds alone beside "
+        "uniform=true); auto: global for uniform=false",
         choices=("auto", "local", "global"),
     )
     uniform: bool | None = knob(
@@ -136,10 +136,9 @@ class PruneWidth(Structural):
             raise UsageError(
                 f"prune_width:units: expected the unit of {idle[0]}=, found {self.units}"
             )
-        if self.everywhere and (self.uniform or counts):
-            found = "uniform=true" if self.uniform else f"{counts[0]}="
+        if self.everywhere and counts:
             raise UsageError(
-                f"prune_width: expected ranking=local beside {found}, found ranking=global"
+                f"prune_width: expected ranking=local beside {counts[0]}=, found ranking=global"
             )
         if self.uniform and self.protected:
             raise UsageError(
@@ -216,7 +215,8 @@ class PruneWidth(Structural):
         scores = importance.scores(program, sites, how, tokens, options, context.listener)
         if self.everywhere:
             ledger = self._ledger(program, sites)
-            keep = width.ranked(ledger, self._target(), self._priority(ledger, scores))
+            priority = self._priority(ledger, scores)
+            keep = width.ranked(ledger, self._target(), priority, together=bool(self.uniform))
         else:
             keep = {g.id: width.local(scores[g.id].values, counts[g.id]) for g in sites}
         tensors: dict[str, Tensor] = {}
@@ -313,6 +313,7 @@ def _record(group: Group, score: Tensor, keep: Tensor) -> dict[str, Any]:
     points = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=score.dtype)
     return {
         "site": group.id, "kind": group.kind, "units_before": group.units,
-        "units_after": len(keep), "score_quantiles": torch.quantile(score, points).tolist(),
+        "units_after": len(keep), "importance": total,
+        "score_quantiles": torch.quantile(score, points).tolist(),
         "importance_kept": float(score[keep].sum()) / total if total > 0 else 1.0,
     }  # fmt: skip

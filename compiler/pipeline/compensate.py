@@ -18,13 +18,13 @@ from ..ir.errors import ModelError
 from ..ir.graph import Param, Program
 from ..solvers import importance as score
 from .events import Listener, silent
-from .importance import Reading, fitting, readings
-from .measure import Options, collect
+from .measure import Options
+from .readings import Reading, fitting, measured, readings
 from .width import UNIT_OF
 
 KINDS = ("none", "bias", "weights", "both")
 REPAIRED = ("neuron", "head")
-"""Units whose readers are repaired; a hidden channel has too many readers, an expert has none."""
+"""Units whose readers are repaired: a hidden channel has too many, an expert has no bias."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def repaired(program: Program, groups: Sequence[Group]) -> list[tuple[Group, Rea
         for g in groups
         if UNIT_OF[g.kind] in REPAIRED
         for r in readings(program, g)
-        if len(program.param_node(r.param.name).users) == 1
+        if r.kind == "linear" and len(program.param_node(r.param.name).users) == 1
     ]
 
 
@@ -112,10 +112,8 @@ def compensations(
     statistics = (["gram"] if moves else []) + (["moments"] if kind != "weights" else [])
     for part in fitting(program, lost, "gram" if moves else "moments", options.budget):
         reads = repaired(program, part)
-        wants = {r.value: statistics for _, r in reads}
-        stats = collect(program, tokens, wants, options, listener) if wants else None
+        stats = measured(program, [r for _, r in reads], statistics, tokens, options, listener)
         for group, r in reads:
-            assert stats is not None
             found = {s: stats.get(r.value, s) for s in statistics}
             columns = _columns(r.unit_of, keep[group], group.units)
             rows = _rows(keep, r.param)

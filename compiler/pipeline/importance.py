@@ -2,8 +2,7 @@
 
 The glue between groups and :mod:`llmc.compiler.solvers.importance`: a score of each element of each
 member is summed along the member's axis, gathered into units and combined over the members. Scores
-that look at activations are taken where the group is read: at the matrices x @ Wᵀ whose inputs it
-is.
+that look at activations are taken where the group is read (:mod:`.readings`).
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..analysis.flow import LINEAR
 from ..analysis.groups import Group
 from ..analysis.ties import op_name
 from ..ir.errors import ModelError
-from ..ir.graph import Param, Program
+from ..ir.graph import Program
 from ..solvers import importance as score
 from .events import Listener, silent
-from .measure import Options, collect
+from .measure import Options
+from .readings import Reading, fitting, measured, readings
 from .reverse import gradients
 
 METHODS = ("flap", "taylor", "obs", "wanda", "michel", "magnitude", "random")
@@ -74,38 +73,18 @@ class Scores:
         return score.standardise(self.values, self.spread)
 
 
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A matrix x @ Wᵀ whose inputs are a group: its call, its parameter, the value x, the units."""
-
-    node: fx.Node
-    param: Param
-    value: str
-    unit_of: Tensor
-
-
-def readings(program: Program, group: Group) -> list[Reading]:
-    """Every linear that reads the group, in the order of its members."""
-    out = []
-    for m in group.members:
-        if m.axis != 1:
-            continue
-        node = program.param_node(m.param)
-        for user in node.users:
-            if op_name(user) == LINEAR and user.args[1] is node:
-                x = user.args[0]
-                assert isinstance(x, fx.Node)
-                out.append(Reading(user, program.params[m.param], x.name, m.unit_of))
-    return out
-
-
 def why_not(program: Program, group: Group, method: str) -> str | None:
     """Why a method cannot score a group, None where it can."""
-    if method in ACTIVATIONS and not readings(program, group):
+    if method not in ACTIVATIONS:
+        return None
+    reads = readings(program, group)
+    if not reads:
         return (
             f"{method} looks at the inputs of the matrix that reads a unit, and no such matrix "
-            f"stands in the graph for {group.kind}s here; taylor, magnitude and random need none"
+            f"reads {group.id}; taylor, magnitude and random need none"
         )
+    if method == "obs" and any(r.kind == "inside" for r in reads):
+        return f"obs would need XᵀX over the neurons of all experts for {group.id}; flap needs none"
     return None
 
 
@@ -179,8 +158,8 @@ def _by_inputs(
     spreads: dict[str, float] = {}
     for part in fitting(program, groups, statistic, options.budget):
         reads = {g.id: readings(program, g) for g in part}
-        wants = {r.value: [statistic] for rs in reads.values() for r in rs}
-        stats = collect(program, tokens, wants, options, listener)
+        every = [r for rs in reads.values() for r in rs]
+        stats = measured(program, every, [statistic], tokens, options, listener)
         for g in part:
             parts = []
             for r in reads[g.id]:
@@ -197,7 +176,7 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Scores of a group's units at one reading matrix; of its channels where units are means."""
     found = stat.value if how.method == "obs" else stat.variance
-    weight = program.weights.load(at.param.name).to(found.device)
+    weight = at.matrix(program.weights.load(at.param.name).to(found.device))
     if how.method == "obs":
         return score.obs(weight, found / stat.tokens, at.unit_of, units, how.damp), None
     if how.method == "flap":
@@ -205,27 +184,6 @@ def _read(
         return score.per_unit(each, at.unit_of, units, mean=True), each[at.unit_of >= 0]
     rms = (found + stat.mean.square()).sqrt()
     return score.per_unit(score.along(score.wanda(weight, rms), 1), at.unit_of, units), None
-
-
-def fitting(
-    program: Program, groups: Sequence[Group], statistic: str, budget: int
-) -> Iterator[list[Group]]:
-    """Groups in parts whose statistics fit the budget together (one group always does)."""
-    held: list[Group] = []
-    values: dict[str, int] = {}
-    for g in groups:
-        mine = {}
-        for r in readings(program, g):
-            n = r.param.shape[1]
-            mine[r.value] = 4 * n * n if statistic == "gram" else 16 * n
-        new = {**values, **mine}
-        if held and sum(new.values()) > budget:
-            yield held
-            held, new = [], mine
-        held.append(g)
-        values = new
-    if held:
-        yield held
 
 
 def _chunks(program: Program, names: Iterable[str], budget: int, copies: int) -> list[list[str]]:
@@ -293,7 +251,7 @@ def _michel(
                     continue
                 grad = grads[r.param.name]
                 weight = program.weights.load(r.param.name).to(grad.device)
-                along = score.masked_slope(weight, grad, 1)
+                along = score.masked_slope(r.matrix(weight), r.matrix(grad), 1)
                 mine = score.per_unit(along, r.unit_of, group.units)
                 known = slopes[group.id]
                 if i < len(known):

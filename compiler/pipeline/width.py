@@ -6,7 +6,7 @@ counts the parameters of the repeated blocks; embeddings and head count only in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -162,9 +162,7 @@ def counts(ledger: Ledger, target: Target) -> dict[str, int]:
     if target.kept:
         return _absolute(ledger, target.kept)
     wanted, inside = ledger.wanted(target)
-    kinds: dict[str, list[str]] = {}
-    for g in ledger.groups.values():
-        kinds.setdefault(UNIT_OF[g.kind], []).append(g.id)
+    kinds = _by_unit(ledger)
 
     def coarseness(kind: str) -> float:
         return max(ledger.steps[g] * ledger.cost(g, inside=inside) for g in kinds[kind])
@@ -243,37 +241,77 @@ def local(score: Tensor, count: int) -> Tensor:
     return stays.nonzero().view(-1)
 
 
+@dataclass(frozen=True)
+class _Packet:
+    """Units that go at once: some of one group, or of every group of a kind."""
+
+    priority: float
+    cost: float
+    units: tuple[tuple[str, Tensor], ...]
+
+
 def ranked(
-    ledger: Ledger, target: Target, priority: Mapping[str, Tensor]
+    ledger: Ledger, target: Target, priority: Mapping[str, Tensor], *, together: bool = False
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Units that stay when all groups compete: lowest priority goes first, until the target.
+    """Units that stay when groups compete: lowest priority goes first, until the target.
 
     Args:
         priority: by group id, comparable between groups, [units].
+        together: groups of one kind lose equally many units, so that only kinds compete.
     Returns:
         int64 ascending by group id.
     Raises:
-        UsageError: a target out of reach, or groups whose costs do not add.
+        UsageError: a target out of reach, groups whose costs do not add, or groups of one kind
+            but of several widths beside ``together``.
     """
     check_costs(ledger)
     wanted, inside = ledger.wanted(target)
     excess = ledger.count({}, inside=inside) - wanted
-    packets: list[tuple[float, int, str, Tensor, float]] = []
-    for place, (name, score) in enumerate(priority.items()):
-        order = smallest(score, ledger.units(name) - ledger.floor[name])
-        cost = ledger.cost(name, inside=inside)
-        for part in _parts(order, ledger.units(name), ledger.steps[name]):
-            mean = float(score[part].double().mean())
-            packets.append((mean, place, name, part, cost * len(part)))
+    rows = {name: _packets(ledger, name, priority[name], inside=inside) for name in ledger.groups}
+    packets = [p for row in rows.values() for p in row]
+    if together:
+        packets = [p for kind in _by_unit(ledger).values() for p in _merged(rows, kind)]
     stays = {g: torch.ones(ledger.units(g), dtype=torch.bool) for g in ledger.groups}
-    for _, _, name, part, cost in sorted(packets, key=lambda p: p[:2]):
-        if excess < cost / 2:
+    for packet in sorted(packets, key=lambda p: p.priority):
+        if excess < packet.cost / 2:
             continue  # a smaller packet further on may still fit
-        stays[name][part] = False
-        excess -= cost
+        for name, part in packet.units:
+            stays[name][part] = False
+        excess -= packet.cost
     if all(bool(mask.all()) for mask in stays.values()):
         _too_little(ledger, target, 1)
     return {g: mask.nonzero().view(-1) for g, mask in stays.items()}
+
+
+def _packets(ledger: Ledger, name: str, score: Tensor, *, inside: bool) -> list[_Packet]:
+    """One group's units in the order in which they go."""
+    order = smallest(score, ledger.units(name) - ledger.floor[name])
+    cost = ledger.cost(name, inside=inside)
+    return [
+        _Packet(float(score[part].double().mean()), cost * len(part), ((name, part),))
+        for part in _parts(order, ledger.units(name), ledger.steps[name])
+    ]
+
+
+def _merged(rows: Mapping[str, list[_Packet]], names: Sequence[str]) -> Iterator[_Packet]:
+    """Packets that take the same step in every group of a kind."""
+    sizes = {len(rows[n]) for n in names}
+    if len(sizes) > 1:
+        raise UsageError(
+            f"uniform: expected groups of one width, found {names[0]} and others that differ",
+            hint="give uniform=false",
+        )
+    for step in zip(*(rows[n] for n in names), strict=True):
+        cost = sum(p.cost for p in step)
+        mean = sum(p.priority * p.cost for p in step) / cost
+        yield _Packet(mean, cost, tuple(u for p in step for u in p.units))
+
+
+def _by_unit(ledger: Ledger) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for g in ledger.groups.values():
+        out.setdefault(UNIT_OF[g.kind], []).append(g.id)
+    return out
 
 
 def _parts(order: Tensor, units: int, step: int) -> Iterable[Tensor]:

@@ -223,6 +223,23 @@ def test_a_global_ranking_is_a_bound_that_meets_the_share():
     assert (before - after + new) / blocks == pytest.approx(0.3, abs=0.03)
 
 
+def test_a_uniform_global_ranking_lets_kinds_compete_and_keeps_layers_equal():
+    program = zoo.decoder(inner=64, blocks=3, heads=8, kv=4, seed=7)
+    text = "ranking=global,uniform=true,remove=0.3,multiple=1,method=taylor"
+    done = pruned(text, program)
+    counts: dict[str, set[int]] = {}
+    for row in rows(done).values():
+        if "kind" in row:
+            counts.setdefault(row["kind"], set()).add(row["units_after"])
+    assert [len(c) for c in counts.values()] == [1, 1]
+    one_share = pruned(text.replace("global", "local"), program)
+    lost = [
+        sum((1 - r["importance_kept"]) * r["importance"] for r in rows(d).values() if "kind" in r)
+        for d in (done, one_share)
+    ]
+    assert lost[0] <= lost[1]
+
+
 def test_protected_blocks_stay_whole_and_are_told():
     program = zoo.build("four_blocks")
     plan = make_plan(program, recipe.from_strings(
@@ -308,7 +325,6 @@ def test_the_artefact_loads_and_generates_with_a_cache(tmp_path):
         ("units=neurons", "units: expected neuron, head, hidden, expert"),
         ("units=head,neurons=4", "expected the unit of neurons="),
         ("method=best", "method: expected one of"),
-        ("ranking=global,uniform=true", "ranking=local beside uniform=true"),
         ("ranking=global,neurons=8", "ranking=local beside neurons="),
         ("uniform=true,protect_first=1", "no protected blocks beside uniform=true"),
     ],
@@ -331,8 +347,8 @@ def test_wrong_knobs_are_one_line(knobs, match):
         ("llama_gqa", "remove=0.001", r"remove: expected at least 0\.\d+, half a step"),
         ("llama_gqa", "params=4559", r"params: expected at most \d+, half a step"),
         ("moe", "remove=0.02,units=expert,method=magnitude", "nothing would go"),
-        ("moe", "remove=0.2", "no such matrix stands in the graph"),
-        ("llama_gqa", "uniform=true,remove=0.2,units=hidden,ranking=global", "beside uniform"),
+        ("moe", "remove=0.2,method=obs", "over the neurons of all experts"),
+        ("llama_gqa", "remove=0.2,units=hidden+neuron,ranking=global", "costs add"),
     ],
 )
 def test_targets_out_of_reach_are_refused_at_plan_time(model, knobs, match):
@@ -350,7 +366,9 @@ def test_gradients_of_packed_weights_are_refused(method):
 
 def test_a_blocked_group_names_its_culprit():
     program = zoo.build("softmax_between")
-    plan = make_plan(program, recipe.from_strings(["prune_width:remove=0.05,method=magnitude"]))
+    plan = make_plan(
+        program, recipe.from_strings(["prune_width:heads=1,units=neuron+head,method=magnitude"])
+    )
     told = [r for r in plan.refusals if r.predicate == "group_is_free"]
     assert {r.node for r in told} == {"softmax_int", "softmax_int_1"}
     assert all("compete" in r.reason for r in told)
