@@ -21,7 +21,7 @@ def kmeans(values: Tensor, weights: Tensor, k: int, iterations: int = 12) -> Ten
     """Ascending centres ``[R, k]`` that minimise the weighted squared error of ``values`` [R, n].
 
     weights: ``[R, n]``, not negative; a row whose weights are all 0 counts each value alike. Exact
-    where n is at most `BINS`.
+    where n is at most `BINS`, or a row has no more than k distinct values.
     """
     weights = _usable(weights)
     n = values.shape[1]
@@ -30,8 +30,22 @@ def kmeans(values: Tensor, weights: Tensor, k: int, iterations: int = 12) -> Ten
     for v, w in zip(values.split(some), weights.split(some), strict=True):
         points, mass = (v, w) if n <= BINS else _binned(v, w)
         centres = optimum(points, mass, k)
-        parts.append(centres if n <= BINS else lloyd(v, w, centres, iterations))
+        if n > BINS:
+            centres = _distinct(v, w, lloyd(v, w, centres, iterations))
+        parts.append(centres)
     return torch.cat(parts)
+
+
+def _distinct(values: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
+    """Centres, or the values themselves in rows of no more than k; bins may have joined those."""
+    heaviest = values.gather(1, weights.argmax(1, keepdim=True))
+    ordered = torch.where(weights > 0, values, heaviest).sort(1).values
+    rank = torch.nn.functional.pad((ordered.diff() > 0).cumsum(1), (1, 0))
+    k = centres.shape[1]
+    few = rank[:, -1] < k
+    exact = ordered[:, -1:].double().expand(-1, k).clone()
+    exact.scatter_(1, rank.clamp(max=k - 1), ordered.double())
+    return torch.where(few[:, None], exact, centres)
 
 
 def _usable(weights: Tensor) -> Tensor:
