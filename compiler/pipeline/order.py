@@ -57,7 +57,8 @@ def resolve(passes: Sequence[Named]) -> list[int]:
     """
     seen: dict[str, str] = {}
     for p in passes:
-        if p.stage in seen:
+        # Two that move scales may speak about different edges; the plan refuses the same one.
+        if p.stage in seen and (p.stage != "equivalence" or p.name == seen[p.stage]):
             what = next(w for s, w, _ in STAGES if s == p.stage)
             raise UsageError(
                 f"expected one pass that writes {what} in --passes, "
@@ -78,7 +79,9 @@ def check_barriers(strings: Sequence[Sequence[Named]]) -> None:
     for string in strings:
         for p in string:
             for earlier in done:
-                if RANK[earlier.stage] > RANK[p.stage] or earlier.stage == p.stage:
+                # Scales that are measured anew multiply those that were folded before.
+                again = earlier.stage == p.stage != "equivalence"
+                if RANK[earlier.stage] > RANK[p.stage] or again:
                     stale = p.stage in SHAPES and earlier.stage not in SHAPES
                     why = STALE if stale else reason(earlier.stage)
                     legal = _legal([n for s in strings for n in s])

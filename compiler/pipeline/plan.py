@@ -303,6 +303,7 @@ def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
 def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:
     """Add what the pass says about the site to the stage."""
     if isinstance(site, MigrationSite):
+        _one_per_edge(stage, call, site)
         stage.migrations.append(Migration(site, call))
         folded = Transform("diagonal", folded=True)
         rows = {a.param for a in site.absorbers if len(plan.source.params[a.param].shape) == 2}
@@ -325,6 +326,17 @@ def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:
         options[key] = value
     passes = (*(before.passes if before else ()), call.name)
     stage.decisions[site.node] = Decision(site, scheme, options, passes)
+
+
+def _one_per_edge(stage: Stage, call: Call, site: MigrationSite) -> None:
+    other = next((m.call.name for m in stage.migrations if m.site.id == site.id), None)
+    if other is not None:
+        raise UsageError(
+            f"expected one pass that writes scales on an edge, found {other!r} and {call.name!r} "
+            f"on {site.id}: both would be measured on the same activations, and only scales that "
+            "are measured after the first ones multiply",
+            hint=f"--passes {other} --passes {call.name}, or overrides that part their sites",
+        )
 
 
 def _blocks_fit(call: Call, site: LinearSite, scheme: Scheme) -> None:

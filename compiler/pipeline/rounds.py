@@ -7,6 +7,7 @@ feed the next block. Peak memory is about one block plus the activations, whatev
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -64,6 +65,8 @@ class _Round:
         self.stage, self.index, self.work = stage, stage.index, work
         self.last = stage is plan.stages[-1]
         self.options, self.listener, self.out = options, listener, out
+        # What this round or a later one makes of each reader; the earliest counts.
+        self.planned = ChainMap(*(s.decisions for s in plan.stages if s.index >= stage.index))
         self.walk = Walk(plan.source, work.fetch, implementations=work.implementations)
         self.envs: list[Env] = []
         # Linears that were solved before the wave and read rounded values, by node name.
@@ -127,7 +130,7 @@ class _Round:
             if stats.data:
                 self._collect(segment, stats, fetch)
             for m in folds if i == 0 else []:
-                record = fold(self.work, m, stats)
+                record = fold(self.work, m, stats, self.planned)
                 self.out.folds.append({**record, "round": self.index})
                 self.listener(Event("fold", record))
             if i == 0 and len(parts) > 1:

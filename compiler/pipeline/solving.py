@@ -19,6 +19,7 @@ from ..ir.interpret import Fetch
 from ..ir.scheme import Mask, Sparse
 from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
 from . import encode, inputs
+from .equivalence import Edge, Equivalence, Planned
 from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
 from .statistics import Collection
@@ -132,16 +133,24 @@ def give_back() -> None:
         trim(0)
 
 
-def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
-    """Migrate scales at one site: readers get W·s, absorbers 1/s; statistics follow."""
-    site = m.site
-    made: Any = m.call.made
-    weights, stored = [], None
-    for _, param, axis in site.consumers:
+def fold(
+    work: Work, m: Migration, stats: Collection, planned: Mapping[str, Decision] | None = None
+) -> dict[str, Any]:
+    """Migrate scales at one site: readers get W·s, absorbers 1/s; statistics follow.
+
+    planned: by node, what the recipe still makes of the readers.
+    """
+    began = time.perf_counter()
+    site, made = m.site, m.call.made
+    assert isinstance(made, Equivalence)
+    weights, readers, stored = [], [], torch.float32
+    for node, param, axis in site.consumers:
         weights.append(work.weight(param).movedim(axis, -1))
         stored = work.program.params[param].dtype
-    absmax: Any = stats.get(site.value, "absmax")
-    s = made.scales(site, absmax.value, weights, stored)
+        readers.append(_planned((planned or {}).get(node)))
+    known = {need: stats.get(site.value, need) for need in made.needs}
+    move = made.decide(Edge(site, tuple(weights), tuple(readers), stored, known))
+    s = move.scales
     spread = s[site.expand.to(s.device)]
     view = replace(work.program, weights=work)
     for name, tensor in migrated(view, site, s).items():
@@ -153,8 +162,14 @@ def fold(work: Work, m: Migration, stats: Collection) -> dict[str, Any]:
     return {
         "site": site.id, "kind": site.kind, "pass": m.call.name, "scales": site.n_scales,
         "smallest": float(s.min()), "largest": float(s.max()),
-        "moved": int((s != 1).sum()),
+        "moved": int((s != 1).sum()), "seconds": round(time.perf_counter() - began, 4),
+        **move.record,
     }  # fmt: skip
+
+
+def _planned(d: Decision | None) -> Planned:
+    """What a decision says about the weight of a reader."""
+    return Planned() if d is None else Planned(grid_of(d.scheme.codes, d.options), d.needs_gram)
 
 
 def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:

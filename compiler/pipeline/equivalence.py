@@ -1,0 +1,104 @@
+"""What passes that move per-channel factors between layers share: the edge, the move, the rounding.
+
+The graph proves the edges (see :mod:`..analysis.migrate`); such a pass only decides the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..analysis.migrate import MigrationSite
+from ..ir.errors import LlmcError
+from ..ir.graph import Program
+from ..solvers import Grid
+from .analysis import scale_migrations
+from .base import Exact, Pass, knob
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the recipe makes of one reader: its grid, None where it stays dense.
+
+    weighed: whether its solve reads XᵀX.
+    """
+
+    grid: Grid | None = None
+    weighed: bool = False
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a decision about one site may look at.
+
+    Attributes:
+        weights: the readers' matrices [..., channels], fp32, in the site's order.
+        planned: what becomes of each of them.
+        stored: dtype in which they are stored.
+        stats: statistics of the value by name.
+    """
+
+    site: MigrationSite
+    weights: tuple[Tensor, ...]
+    planned: tuple[Planned, ...]
+    stored: torch.dtype
+    stats: Mapping[str, Any]
+
+    def reduced(self, per_channel: Tensor, how: str) -> Tensor:
+        """[channels] -> [n_scales] by ``amax`` or ``mean`` over channels that share a scale."""
+        index = self.site.expand.to(per_channel.device)
+        out = per_channel.new_zeros(self.site.n_scales)
+        return out.scatter_reduce_(0, index, per_channel, how, include_self=False)
+
+
+@dataclass(frozen=True)
+class Move:
+    """The decision: x becomes (x - shift) / scales.
+
+    Attributes:
+        scales: [n_scales], positive and finite.
+        shift: [channels], None where there is none.
+        record: rows for the report.
+    """
+
+    scales: Tensor
+    shift: Tensor | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Equivalence(Pass):
+    """Base of passes that rescale values without changing the model."""
+
+    stage = "equivalence"
+    effect = Exact(rtol=1e-4)
+    pattern = scale_migrations
+
+    round: str = knob(
+        "auto",
+        "rounding of s: pow2 is exact in any dtype; auto takes pow2 for 16-bit weights, else none",
+        choices=("auto", "pow2", "none"),
+    )
+
+    def decide(self, edge: Edge) -> Move:
+        """The factors of one edge, from weights and calibration data."""
+        raise LlmcError(f"expected {type(self).__name__} to decide scales, found nothing")
+
+    def rewrite(self, program: Program, site: MigrationSite) -> list[str]:
+        """The graph stays; readers and absorbers get new tensors, gains in fp32."""
+        for a in site.absorbers:
+            param = program.params[a.param]
+            if len(param.shape) == 1:
+                program.params[a.param] = replace(param, dtype=torch.float32)
+        return [p for _, p, _ in site.consumers] + [a.param for a in site.absorbers]
+
+    def rounded(self, scales: Tensor, stored: torch.dtype) -> Tensor:
+        """Scales as they are folded."""
+        sixteen = stored in (torch.float16, torch.bfloat16)
+        if self.round == "pow2" or (self.round == "auto" and sixteen):
+            return torch.exp2(torch.round(torch.log2(scales)))
+        return scales
