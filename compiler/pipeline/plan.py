@@ -142,9 +142,9 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the planned bytes are those that compiling gives; else they are a bound."""
-        bounds = {d.bytes_are for s in self.stages for d in s.decisions.values()}
-        return "at most" not in bounds and all(step.choice.exact for step in self.steps)
+        """Whether the planned bytes are those that compiling gives."""
+        found = {d.bytes_are for s in self.stages for d in s.decisions.values()}
+        return found <= {"exact"} and all(step.choice.exact for step in self.steps)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per weight that some pass speaks about, in graph order."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def predictions(plan: Plan, tokens: int, length: int) -> dict[str, Any]:
     """Bytes of the artefact's weights, peak RAM and operations of the calibration.
 
-    ``exact`` says whether the bytes are those that compiling gives; else they are a bound.
+    ``exact`` says whether the bytes are those that compiling gives; else they are a bound, or
+    what each weight stores on average.
     Args:
         tokens: of all calibration windows together; length: of one.
     """

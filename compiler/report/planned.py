@@ -116,7 +116,10 @@ def totals(plan: dict[str, Any]) -> list[str]:
     """The predicted figures, one line each."""
     p = plan["predicted"]
     before, after = p["bytes_before"], p["bytes_after"]
-    most = "" if p["exact"] else "at most "
+    bounds = {r["bytes_are"] for r in plan["sites"]} | {
+        "exact" if s["exact"] else "at most" for s in plan["structure"]
+    }
+    most = "at most " if "at most" in bounds else "" if p["exact"] else "about "
     lines = [f"weights {size(before)} -> {most}{size(after)} ({after / before:.1%})"]
     if plan["bits_per_weight"] is not None:
         lines[0] += f", {plan['bits_per_weight']:.3f} bits per compressed weight"

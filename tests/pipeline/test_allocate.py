@@ -13,6 +13,7 @@ from llmc.compiler.pipeline.compile import compile_plan
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.pipeline.reverse import fisher
 from llmc.compiler.pipeline.statistics import Fisher
+from llmc.compiler.report.planned import totals
 
 
 def tokens(samples: int = 6, length: int = 16) -> torch.Tensor:
@@ -75,8 +76,9 @@ def test_each_scheme_says_its_own_share_and_later_rounds_keep_it():
     assert {r["scheme"] for r in done.plan.rows()} == {"sparse by loss"}
     of = {r["site"]: r["zeros"] for r in done.records}
     assert all(first[k].sparsity == pytest.approx(of[k], abs=1e-6) for k in first)
-    planned = make_plan(program(), recipe.from_strings([text])).rows()
-    assert {r["bytes_are"] for r in planned} == {"on average"}
+    planned = make_plan(program(), recipe.from_strings([text]))
+    assert {r["bytes_are"] for r in planned.rows()} == {"on average"}
+    assert "-> about " in totals(planned.to_json())[0]
 
 
 def test_the_predicted_loss_is_never_above_that_of_one_share():
