@@ -1,13 +1,14 @@
 """Torch's own CPU kernels for compressed linears: which problems they serve, and their packing.
 
-They compute in bf16 (their only fast dtype), so scales and activations are rounded to bf16; the
-plan says so. A 2:4 weight is spread to dense 4-bit codes, masked ones at the zero point: its mask
+Those of weights alone compute in bf16 (their only fast dtype), so scales and activations are
+rounded to bf16; the plan says so. Where inputs are int8 too, sums of products are exact integers.
+A 2:4 weight is spread to dense 4-bit codes, masked ones at the zero point: its mask
 saves nothing here, and the resident bytes say that too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from .kernels import Problem
 
 INT4 = "aten::_weight_int4pack_mm_for_cpu"
 INT8 = "aten::_weight_int8pack_mm"
+INT8X8 = "aten::_int_mm"
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,16 @@ class CpuKernel:
     """One torch kernel: its name, why it cannot serve a problem, how to pack for it and call it.
 
     `pack(problem, codes, scale, zero, meta)` gives (codes, scale) in the kernel's layout;
-    `call(problem, x [M, K] bf16, codes, scale)` gives y [M, N] bf16.
+    `call(problem, x [M, K], codes, scale)` gives y [M, N], in bf16 where ``wide`` is not set.
+    `note` says what differs from the reference.
     """
 
     name: str
     misfit: Callable[[Problem], str | None]
     pack: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    call: Callable[[Problem, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    call: Callable[..., torch.Tensor]
+    wide: bool = False
+    note: str = "scales and activations in bf16"
 
 
 def _int4_misfit(problem: Problem) -> str | None:
@@ -111,7 +116,56 @@ def _int8_call(
     return torch.ops.aten._weight_int8pack_mm(x, codes, scale)
 
 
+def _int8x8_misfit(problem: Problem) -> str | None:
+    if problem.rounded.removesuffix(" limit") not in ("int8 token", "int8 tensor", "int8 static"):
+        return f"inputs on grid {problem.rounded or 'none'}, expected int8 with one scale"
+    if problem.x_dtype == "bf16":
+        return "x_dtype=bf16, expected one that holds 8-bit codes times a scale"
+    if problem.m:
+        return f"{problem.n}:{problem.m} sparse, expected dense"
+    if problem.asym:
+        return "zero points, expected symmetric codes"
+    if problem.dense_group:
+        return f"group={problem.dense_group}, expected one scale per row"
+    return None
+
+
+def _int8x8_pack(
+    problem: Problem,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    meta: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [N, K] of q - 2**(bits-1), and fp32 [N]."""
+    q = packing.unpack(codes, problem.bits, problem.K).to(torch.int16) - (1 << (problem.bits - 1))
+    return q.to(torch.int8).contiguous(), scale[:, 0].float().contiguous()
+
+
+def _int8x8_call(
+    problem: Problem, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor,
+    unit: torch.Tensor | None = None, limit: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """x comes as code times scale; its largest magnitude is 127 scales, which gives both back.
+
+    Rows beyond the limit were not rounded and take products of floats.
+    """
+    x = x.float()
+    loose = (x.abs() > limit).any(-1) if limit else None
+    if unit is None:
+        top = x.abs().amax(-1, keepdim=True) if " token" in problem.rounded else x.abs().amax()
+        unit = torch.where(top > 0, top / 127, torch.ones_like(top))
+    total = torch._int_mm(torch.round(x / unit).clamp(-127, 127).to(torch.int8), codes.t())
+    y = total.float() * unit * scale
+    if loose is not None and bool(loose.any()):
+        y[loose] = x[loose] @ (codes.float() * scale[:, None]).t()
+    return y
+
+
 KERNELS = (
+    CpuKernel(
+        INT8X8, _int8x8_misfit, _int8x8_pack, _int8x8_call, True, "sums of products are integers"
+    ),
     CpuKernel(INT4, _int4_misfit, _int4_pack, _int4_call),
     CpuKernel(INT8, _int8_misfit, _int8_pack, _int8_call),
 )
@@ -128,8 +182,14 @@ def choose(problem: Problem) -> tuple[CpuKernel | None, str]:
     return None, "; ".join(reasons)
 
 
-def implementation(kernel: CpuKernel, problem: Problem) -> Callable[..., torch.Tensor]:
-    """`llmc.fused_linear` over tensors that `kernel.pack` made; takes no residual and no gain."""
+def implementation(
+    kernel: CpuKernel, problem: Problem, given: Mapping[str, Any] | None = None
+) -> Callable[..., torch.Tensor]:
+    """`llmc.fused_linear` over tensors that `kernel.pack` made; takes no residual and no gain.
+
+    given: what the kernel knows of its input's grid.
+    """
+    known = given if kernel.wide and given else {}
 
     def call(
         x: torch.Tensor,
@@ -141,10 +201,11 @@ def implementation(kernel: CpuKernel, problem: Problem) -> Callable[..., torch.T
         *rest: Any,
         **attrs: Any,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, problem.K).to(torch.bfloat16).contiguous()
+        rows = x.reshape(-1, problem.K)
+        rows = (rows if kernel.wide else rows.to(torch.bfloat16)).contiguous()
         if not len(rows):
             return x.new_empty(*x.shape[:-1], problem.N)
-        y = kernel.call(problem, rows, codes, scale).to(x.dtype)
+        y = kernel.call(problem, rows, codes, scale, **known).to(x.dtype)
         if bias is not None:
             y = y + bias
         return y.reshape(*x.shape[:-1], problem.N)

@@ -169,6 +169,7 @@ def _candidate(program: Program, linear: fx.Node) -> Candidate | Refusal:
         scale_dtype=dtype_name(tensor_type(scale).dtype),
         asym=zero is not None,
         bias=_argument(linear, 2, "bias") is not None,
+        rounded=_rounded(x),
     )
     return Candidate(
         linear, codes, scale,
@@ -177,6 +178,16 @@ def _candidate(program: Program, linear: fx.Node) -> Candidate | Refusal:
         problem,
         side if isinstance(side, fx.Node) else None,
     )  # fmt: skip
+
+
+def _rounded(x: fx.Node) -> str:
+    """The grid that a linear's input was put on, in words."""
+    if not _is(x, "llmc.round_input"):
+        return ""
+    k = x.kwargs
+    words = [f"{k['kind']}{k['bits']}", str(k["per"])]
+    words += [name for name in ("group", "power", "limit") if k.get(name)]
+    return " ".join(words)
 
 
 def _residuals(

@@ -40,6 +40,7 @@ class Problem:
         n, m: N:M sparsity, n kept of m; 0, 0 when dense.
         x_dtype, scale_dtype: "fp16", "bf16" or "fp32".
         asym: a zero point is stored. bias, residual, norm: which side inputs exist.
+        rounded: the grid that x is on already, e.g. "int8 token"; "" where it is on none.
     """
 
     N: int
@@ -54,6 +55,7 @@ class Problem:
     bias: bool = False
     residual: bool = False
     norm: bool = False
+    rounded: str = ""
 
     @property
     def columns(self) -> int:

@@ -90,12 +90,13 @@ def _lower_cpu(program: Program) -> Lowered:
         kernel, _ = cpu.choose(problem)
         assert kernel is not None
         codes, scale = kernel.pack(problem, *_load(program, fused, torch.device("cpu")))
-        note = "scales and activations in bf16"
+        note = kernel.note
         if problem.m:
             note += f"; {problem.n}:{problem.m} spread to dense codes"
         traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K)
         _place(lowered, fused, kernel.name, codes, scale, traffic, note)
-        lowered.implementations[fused.node] = cpu.implementation(kernel, problem)
+        given = _input_grid(program, fused)
+        lowered.implementations[fused.node] = cpu.implementation(kernel, problem, given)
     return _sides(lowered, torch.device("cpu"))
 
 
@@ -174,6 +175,16 @@ def _names(program: Program, fused: Fused) -> list[str | None]:
     node = program.node(fused.node)
     params = [program.param_of(a) for a in node.args[1:5]]
     return [None if p is None else p.name for p in params]
+
+
+def _input_grid(program: Program, fused: Fused) -> dict[str, Any]:
+    """What stands in the call that rounded a fused node's input: static scale and limit."""
+    if not fused.problem.rounded:
+        return {}
+    rounded = program.node(fused.node).all_input_nodes[0]
+    scale = program.param_of(rounded.args[1]) if len(rounded.args) > 1 else None
+    given: dict[str, Any] = {"limit": rounded.kwargs.get("limit", 0.0)}
+    return given if scale is None else given | {"unit": program.weights.load(scale.name)}
 
 
 def _load(program: Program, fused: Fused, device: torch.device) -> Canonical:

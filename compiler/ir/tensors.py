@@ -21,7 +21,7 @@ from .ops.sparse import coordinates
 
 _PARTS = (
     "codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts", "table", "signs",
-    "factors", "step", "mean", "scale_codes",
+    "factors", "step", "mean", "scale_codes", "outliers",
 )  # fmt: skip
 LOOKUP = "llmc.lookup"
 _ARGUMENTS = {
@@ -34,6 +34,7 @@ _ARGUMENTS = {
     "llmc.fused_linear": ("", "codes", "scale", "zero", "meta"),
     "llmc.add_csr": ("", "values", "index", "starts"),
     "llmc.csr_linear": ("", "", "values", "index", "starts"),
+    "llmc.round_input": ("", "scale", "outliers"),
 }
 """Names of the leading arguments of the ops that read packed tensors."""
 
@@ -244,6 +245,23 @@ def _disjoint(program: Program) -> None:
             _fail("disjoint", f"expected entries that {base.name} drops, found kept ones", p.node)
 
 
+def _rounding(program: Program) -> None:
+    """Input grids have positive scales; outlier columns ascend strictly and are columns of x."""
+    for p in packed_calls(program):
+        if row_of(p.node).name != "llmc.round_input":
+            continue
+        scale, columns, x = p.tensors.get("scale"), p.tensors.get("outliers"), p.node.args[0]
+        if scale is not None and scale.numel() and float(scale.min()) <= 0:
+            _fail("scale", f"expected positive scales, found {float(scale.min())}", p.node)
+        if columns is None or not columns.numel():
+            continue
+        assert isinstance(x, fx.Node)
+        width, wide = int(tensor_type(x).shape[-1]), columns.to(torch.int64)
+        if int(wide.min()) < 0 or int(wide.max()) >= width or bool((wide.diff() <= 0).any()):
+            why = f"expected ascending columns in [0, {width}), found {wide.tolist()[:8]}"
+            _fail("columns", why, p.node)
+
+
 TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("stored", _stored),
     ("words", _words),
@@ -255,5 +273,6 @@ TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("rows", _rows),
     ("index", _index),
     ("disjoint", _disjoint),
+    ("rounding", _rounding),
 ]
 """The laws of packed tensors, in order."""
