@@ -75,6 +75,7 @@ class Family:
     builds: int = 0
     captures: int = 0
     _shapes: dict[str, Shapes | None] = field(default_factory=dict)
+    _errors: dict[str, str] = field(default_factory=dict)
     _captured: dict[str, Captured] = field(default_factory=dict)
 
     @classmethod
@@ -126,9 +127,14 @@ class Family:
                 with quiet():
                     model, _ = self.make(changes)
                 self._shapes[key] = {n: tuple(t.shape) for n, t in model.state_dict().items()}
-            except Exception:  # a constructor raises whatever it likes at fields that do not agree
+            except Exception as e:  # a constructor raises what it likes at fields that do not agree
                 self._shapes[key] = None
+                self._errors[key] = _root(e)
         return self._shapes[key]
+
+    def why_not(self, changes: Changes) -> str:
+        """What the model's class said to these fields, where it could not be built."""
+        return self._errors.get(repr(sorted(changes, key=repr)), "")
 
     def capture(self, changes: Changes = ()) -> Captured:
         """The model under changed fields as a program; captured once.
@@ -242,6 +248,13 @@ def _leaves(model: Any, stored: set[str]) -> tuple[dict[str, Leaf], dict[str, to
 
 def _lookup(store: dict[str, torch.Tensor], name: str) -> Any:
     return lambda: store[name]
+
+
+def _root(error: BaseException) -> str:
+    """The words of an error's first cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200]
 
 
 @contextmanager

@@ -13,17 +13,21 @@ _ORDER = ("bias", "size", "constant", "number", "param", "op")
 
 
 def refusal(
-    program: Program, differences: list[Difference], given: dict[str, tuple[Any, Any]]
+    program: Program,
+    differences: list[Difference],
+    given: dict[str, tuple[Any, Any]],
+    barred: dict[str, str],
 ) -> UsageError:
     """The error that names layer, and size, bias or op, and what to do.
 
     Args:
         differences: what is left under the nearest config; not empty.
         given: (wanted, given) shape by name of every parameter.
+        barred: what the model's class said to changes that it refused.
     """
     stored = [d for d in differences if d.kind == "size" and d.axis >= 0]
     if stored:
-        return _size(stored[0], given)
+        return _size(stored[0], given, barred)
     first = min(differences, key=lambda d: _ORDER.index(d.kind))
     more = f" ({len(differences) - 1} more)" if len(differences) > 1 else ""
     node = program.node(first.node)
@@ -60,7 +64,7 @@ def refusal(
     )  # fmt: skip
 
 
-def _size(d: Difference, given: dict[str, tuple[Any, Any]]) -> UsageError:
+def _size(d: Difference, given: dict[str, tuple[Any, Any]], barred: dict[str, str]) -> UsageError:
     """A parameter of the wrong length: not uniform, or tied to another size by the config."""
     for name, (want, have) in given.items():
         if name == d.name or want != have:
@@ -72,10 +76,12 @@ def _size(d: Difference, given: dict[str, tuple[Any, Any]]) -> UsageError:
                 f"{name}", where=d.path,
                 hint="prune with uniform=true to export, or save an artefact instead",
             )  # fmt: skip
+    told = next((f"{change}: {words}" for change, words in barred.items() if words), "")
     return UsageError(
         f"expected {d.theirs} along axis {d.axis} of {d.name}, as the config gives it, found "
         f"{d.ours}: no field of the config changes that size alone", where=d.path,
-        hint="this structure cannot be cut in this architecture's config; save an artefact instead",
+        hint=f"its class refuses {told}" if told
+        else "this structure cannot be cut in this architecture's config; save an artefact instead",
     )  # fmt: skip
 
 

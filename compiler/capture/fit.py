@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..ir.errors import ModelError, UsageError
@@ -70,7 +71,8 @@ class _Search:
     wanted: Shapes = field(default_factory=dict)
     biased: dict[str, int] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)
-    best: tuple[tuple[int, int], Changes] | None = None
+    near: list[tuple[int, int, Changes]] = field(default_factory=list)
+    barred: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> Fitted:
         changes = self._depth()
@@ -84,14 +86,11 @@ class _Search:
             if found is None and self._explicit(changes, captured):
                 self.tried.clear()
                 found = self._reach(changes, match.differences)
-            if found is None:
-                found = self.best[1] if self.best is not None else changes
-            captured, match = self._look(found)
-            changes = found
+            changes, captured, match = self._nearest() if found is None else self._take(found)
             if self._adjust(match.differences):
                 match = bisimulate(captured.program, self.program, captured.stored)
         if match.differences:
-            raise refusal(self.program, match.differences, self._given_sizes(changes))
+            raise refusal(self.program, match.differences, self._given_sizes(changes), self.barred)
         return Fitted(self.given, self.program, self.family, changes, captured, match)
 
     # ** depth **
@@ -101,7 +100,7 @@ class _Search:
         model, _ = self.family.make()
         names = {n for p in self.program.params.values() for n in _bases(p.name, p.names)}
         for path, module in model.named_modules():
-            if type(module).__name__ != "ModuleList" or len(module) < 2:
+            if not isinstance(module, torch.nn.ModuleList) or len(module) < 2:
                 continue
             own = [{f"{path}.{i}.{n}" for n, _ in child.named_parameters()}
                    for i, child in enumerate(module)]  # fmt: skip
@@ -182,8 +181,13 @@ class _Search:
                 missed += sum(a != b for a, b in zip(have, want, strict=True))
         return missed + sum(not _has_bias(shapes, n, size) for n, size in self.biased.items())
 
-    def _reach(self, changes: Changes, differences: list[Difference]) -> Changes | None:
-        """Changes under which the graphs agree, searched depth first, likelier ones first."""
+    def _reach(
+        self, changes: Changes, differences: list[Difference], guessed: bool = False
+    ) -> Changes | None:
+        """Changes under which the graphs agree, searched depth first, likelier ones first.
+
+        A refusal is told from the nearest config that no guess led to.
+        """
         key = repr(sorted(changes, key=repr))
         if key in self.tried:
             return None
@@ -191,7 +195,8 @@ class _Search:
         now = self._miss(changes)
         if now is None:
             return None
-        self._note((now, len(differences)), changes)
+        if not guessed:
+            self.near.append((now, len(differences), changes))
         if now == 0:
             if self.family.captures >= _CAPTURES:
                 return None
@@ -200,7 +205,8 @@ class _Search:
             except ModelError:
                 # Fields that build may still not trace; others are tried.
                 return None
-            self._note((now, len(found)), changes)
+            if not guessed:
+                self.near.append((now, len(found), changes))
             if not found or all(_adjustable(d) for d in found):
                 return changes
             differences = found
@@ -208,18 +214,30 @@ class _Search:
         for rank, path, value in self._options(changes, differences):
             more = (*changes, (path, value))
             missed = self._miss(more)
+            if missed is None and rank == 0:
+                (change,) = say(((path, value),))
+                self.barred.setdefault(change, self.family.why_not(more))
             if missed is not None and (missed < now or missed == now == 0):
                 ranked.append((rank, missed, len(path), more))
         ranked.sort(key=lambda r: r[:3])
-        for *_, more in ranked[:_BRANCHES]:
-            reached = self._reach(more, differences)
+        for rank, *_, more in ranked[:_BRANCHES]:
+            reached = self._reach(more, differences, guessed or rank == 1)
             if reached is not None:
                 return reached
         return None
 
-    def _note(self, distance: tuple[int, int], changes: Changes) -> None:
-        if self.best is None or distance < self.best[0]:
-            self.best = (distance, changes)
+    def _take(self, changes: Changes) -> tuple[Changes, Captured, Match]:
+        return (changes, *self._look(changes))
+
+    def _nearest(self) -> tuple[Changes, Captured, Match]:
+        """The tried config that a refusal is told from; the first one of all does trace."""
+        order = sorted(self.near, key=lambda n: n[:2])
+        for *_, changes in order[:_BRANCHES]:
+            try:
+                return self._take(changes)
+            except ModelError:
+                continue
+        return self._take(self.near[0][-1])
 
     def _options(
         self, changes: Changes, differences: list[Difference]

@@ -73,4 +73,7 @@ def _say(made: dict[str, Any], folder: Path, out: Out) -> None:
     if made["rounding"] > made["tolerance"]:
         out.text(f"weights in {made['dtype']} move a logit by up to {made['rounding']:.2g}; "
                  "--dtype f32 keeps them exact")  # fmt: skip
+    if made["left_out"]:
+        out.text(f"left out, as the model has no place for them: {len(made['left_out'])} tensors, "
+                 f"first {made['left_out'][0]}")  # fmt: skip
     out.text(f"wrote {folder}")

@@ -43,7 +43,8 @@ def export(
         side: folder with tokenizer and generation config.
         tell: hears what is being done.
     Returns:
-        What was written: architecture, changed fields of the config, dtype, bytes; as shares of the
+        What was written: architecture, changed fields of the config, dtype, bytes, tensors of the
+        source that its model has no place for and that are left out; as shares of the
         largest logit, the largest difference of a logit after loading, and how far rounding the
         weights to ``dtype`` moved one.
     Raises:
@@ -116,8 +117,8 @@ def _hugging_face(
         record = {
             "format": "hf", "architecture": fitted.family.model.__name__,
             "changes": [*fitted.family.written, *say(fitted.changes)], "dtype": short(kind),
-            "bytes": size, "difference": apart, "rounding": rounded,
-            "tolerance": write_back.TOLERANCE,
+            "bytes": size, "left_out": list(program.facts.get("unread") or ()),
+            "difference": apart, "rounding": rounded, "tolerance": write_back.TOLERANCE,
             "versions": versions(),
         }  # fmt: skip
         out.write(RECORD, canonical_json(record))
