@@ -99,8 +99,8 @@ class GroupedCoding(Coding):
     clip: str = knob(
         "absmax",
         "how the range is fitted: absmax takes it all, mse searches the shrink that costs least, "
-        "percentile leaves out the rarest",
-        choices=("absmax", "mse", "percentile"),
+        "percentile leaves out the rarest, output searches what each group loses at the output",
+        choices=("absmax", "mse", "percentile", "output"),
     )
     percentile: float = knob(99.9, "share of the weights that clip=percentile keeps", lo=51, hi=100)
     double: bool = knob(False, "scales are 8-bit codes themselves, in blocks of 256")

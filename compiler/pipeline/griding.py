@@ -29,8 +29,10 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
         return LutGrid(codes.bits, None, scale_dtype=dtype, shared=codes.grid == "shared")
     if codes.grid == "signs":
         return BinaryGrid(codes.bits, codes.group, scale_dtype=dtype)
+    # A learned range is a share of the whole one.
+    clip = options.get("clip", "absmax")
     shared: dict[str, Any] = {
-        "clip": options.get("clip", "absmax"),
+        "clip": "absmax" if clip == "learned" else clip,
         "percentile": options.get("percentile", 99.9),
         "scale_dtype": dtype,
         "power": codes.power,

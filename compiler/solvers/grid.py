@@ -34,7 +34,9 @@ Bounds = tuple[float, float] | tuple[Tensor, Tensor]
 """What `Grid.snap` needs to know of a fit: smallest and largest code; of a table, the midpoints
 between levels and the levels, ascending."""
 
-CLIPS = ("absmax", "mse", "percentile")
+CLIPS = ("absmax", "mse", "percentile", "output")
+OUTPUT_SHRINKS = tuple(1 - i / 20 for i in range(1, 10))
+"""Factors of the range that clip="output" tries beside 1, as AWQ (arXiv 2306.00978) does."""
 
 _CHUNK = 1 << 18  # weights
 _FLOOR = 2.0**-100  # scales below this would make w / scale overflow fp32
@@ -73,7 +75,8 @@ class Grid:
     be shorter.
     symmetric: no stored zero point. clip: ``"absmax"``, or ``"mse"`` to search the shrink of
     the range that costs least
-    (14 candidates, weighted by the solver's column importance). scale_dtype: the dtype that
+    (14 candidates, weighted by the solver's column importance), ``"output"`` to search the one
+    whose group of inputs costs least at the output. scale_dtype: the dtype that
     scales are stored in; codes
     are always rounded with the stored scale. Raises UsageError for anything else.
     """
@@ -176,7 +179,8 @@ class Grid:
         """Fit scale and zero to w ``[..., g, m]`` over its group axis.
 
         keep: same shape, False for weights that a mask is expected to drop. importance:
-        ``[..., g, 1]``, the weight of each input's squared error.
+        ``[..., g, 1]``, the weight of each input's squared error, or ``[..., g, g]``, that of
+        each two inputs' errors (a diagonal block of XᵀX).
         """
         if keep is not None:
             w = w * keep
@@ -185,12 +189,12 @@ class Grid:
         else:
             low, high = torch.aminmax(w, dim=-2)
         low, high = low.clamp_(max=0), high.clamp_(min=0)
-        full = self._from_range(low, high, unit)
-        if self.clip != "mse":
+        full = self.ranged(low, high, unit)
+        if self.clip not in ("mse", "output"):
             return full
         best, best_cost = full, self._cost(w, full, importance)
-        for shrink in self._shrinks():
-            trial = self._from_range(low * shrink, high * shrink, unit)
+        for shrink in OUTPUT_SHRINKS if self.clip == "output" else self._shrinks():
+            trial = self.ranged(low * shrink, high * shrink, unit)
             cost = self._cost(w, trial, importance)
             better = cost < best_cost
             best_cost = torch.where(better, cost, best_cost)
@@ -206,7 +210,8 @@ class Grid:
         stride = 0.04 if self.bits > 3 else 0.05  # coarse grids clip harder
         return [(top - 0.5) / (top - 1), *(1.0 - stride * i for i in range(1, 13))]
 
-    def _from_range(self, low: Tensor, high: Tensor, unit: float) -> Fit:
+    def ranged(self, low: Tensor, high: Tensor, unit: float = 1.0) -> Fit:
+        """The fit whose ends are low <= 0 and high >= 0, ``[..., m]``, as stored."""
         if self.symmetric:
             top = torch.maximum(-low, high)
             return Fit(self.store(top / (self.implied_zero - 0.5), unit), None)
@@ -215,7 +220,10 @@ class Grid:
 
     def _cost(self, w: Tensor, fit: Fit, importance: Tensor | None) -> Tensor:
         c = self.centred(w, fit)
-        e = torch.addcmul(w, c, fit.scale.unsqueeze(-2), value=-1, out=c).square_()
+        e = torch.addcmul(w, c, fit.scale.unsqueeze(-2), value=-1, out=c)
+        if importance is not None and importance.shape[-1] > 1:
+            return (importance @ e).mul_(e).sum(-2)
+        e.square_()
         if importance is None:
             return e.sum(-2)
         return (importance.mT @ e).squeeze(-2)
@@ -257,10 +265,10 @@ class Grid:
     ) -> tuple[Fit, DoubleScales | None]:
         """Fits ``[G, m]`` of all of ``wt`` [n, m], and the codes of the scales where `double`.
 
-        importance: ``[n]``, or ``[n, m]`` where each weight has its own.
+        importance: ``[n]``, or ``[n, m]`` where each weight has its own; with clip="output" XᵀX.
         """
         per_input = importance
-        if per_input is not None and per_input.dim() == 2:
+        if per_input is not None and per_input.dim() == 2 and self.clip != "output":
             per_input = per_input.mean(1)
         fit = fits_t(wt, self, keep=keep, importance=per_input, unit=unit)
         if not self.double:
@@ -309,6 +317,13 @@ def _folded(x: Tensor, grid: Grid) -> Tensor:
     return x.reshape(-1, g, x.shape[1])
 
 
+def _blocks(gram: Tensor, count: int, g: int) -> Tensor:
+    """``[n, n]`` -> its diagonal blocks ``[count, g, g]``; the last may be padded with zeros."""
+    pad = count * g - len(gram)
+    wide = torch.nn.functional.pad(gram, (0, pad, 0, pad)) if pad else gram
+    return torch.stack([wide[a : a + g, a : a + g] for a in range(0, count * g, g)])
+
+
 def group_absmax(wt: Tensor, grid: Grid) -> Tensor:
     """Largest magnitude of each group of ``wt`` [n, m]: ``[G, m]``."""
     return _folded(wt, grid).abs().amax(1)
@@ -324,8 +339,12 @@ def fits_t(
 ) -> Fit:
     """Fits ``[G, m]`` of transposed weights ``[n, m]``, each group by itself; as for `rtn_t`."""
     w = _folded(wt if keep is None else wt * keep, grid)
-    weights = None if importance is None else _folded(importance[:, None], grid)
     count, g, m = w.shape
+    weights = None
+    if importance is not None and importance.dim() == 2:
+        weights = _blocks(importance, count, g)
+    elif importance is not None:
+        weights = _folded(importance[:, None], grid)
     # some groups at a time, so that the search stays in the cache
     some = count if grid.clip == "absmax" else max(1, _CHUNK // (g * m))
     fits = []
@@ -347,7 +366,8 @@ def rtn_t(
 ) -> tuple[Tensor, Tensor, Fit]:
     """Round transposed weights ``[n, m]`` to the nearest: values, centred codes, fits ``[G, m]``.
 
-    keep: bool ``[n, m]``. importance: ``[n]``. unit: see `Grid.store`. fit: already decided.
+    keep: bool ``[n, m]``. importance: ``[n]``, or XᵀX ``[n, n]``. unit: see
+    `Grid.store`. fit: already decided.
     """
     n, m = wt.shape
     if fit is None and grid.whole:

@@ -99,6 +99,7 @@ def solve(
     mask_search: bool = False,
     extra: Tensor | None = None,
     sensitivity: Tensor | None = None,
+    fit: Fit | None = None,
 ) -> Solution:
     """Compress weight ``[m, n]`` (out x in) for inputs with ``hessian`` = X^T X ``[n, n]``.
 
@@ -111,6 +112,7 @@ def solve(
         "sparsegpt" or a sweep rounds. extra: with it or alone, weights that stay off the grid.
     sensitivity: ``[m, n]``, the weight of each weight's squared error where levels are fitted
         (the Fisher information); without it, the diagonal of H.
+    fit: scales ``[G, m]`` and zero points of a uniform grid that are decided already.
     sweeps: passes of coordinate descent over the answer, each as exact as the first sweep and never
         uphill; with refit they move the group scales too, with mask_search the N:M mask.
 
@@ -141,6 +143,7 @@ def solve(
         mask_search,
         extra,
         sensitivity,
+        fit,
     )
     return _packed(task, task.refined(task.run()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .answer import Answer, better_rows
 from .double import DoubleScales
-from .grid import Fit, Grid, rtn_t
+from .grid import Fit, Grid, fits_t, rtn_t
 from .hessian import Factor
 from .loss import damped_rows, exact_rows, undamp
 from .masks import MaskRule, static_mask, static_score, top_per_row
@@ -62,6 +62,7 @@ class Task:
     mask_search: bool
     extra: Tensor | None = None
     sensitivity: Tensor | None = None
+    given: Fit | None = None
     unit: float = 1.0
     rows_rtn: int = 0
     notes: tuple[str, ...] = ()
@@ -80,7 +81,15 @@ class Task:
             self.unit = 2.0 ** math.frexp(top)[1]
             work = (work.double() / self.unit).to(work.dtype)
         self.wt = work.t().contiguous()
-        if self.grid is not None and self.grid.whole:
+        if self.given is not None:
+            self.fit = self.given._replace(scale=(self.given.scale / self.unit).to(work.dtype))
+        elif self.grid is not None and self.grid.clip == "output" and not self.grid.whole:
+            # Ranges are chosen before anything is rounded.
+            h = self.factor.hessian
+            self.fit = fits_t(
+                self.wt, self.grid, keep=_gridded(self.fixed), importance=h, unit=self.unit
+            )
+        elif self.grid is not None and self.grid.whole:
             self.fit, self.double = self.grid.fit_whole(
                 self.wt, keep=_gridded(self.fixed), importance=self.importance, unit=self.unit
             )
@@ -88,6 +97,8 @@ class Task:
     @property
     def importance(self) -> Tensor:
         """What a fit weighs errors by: ``[n, m]`` where each weight's sensitivity is known."""
+        if self.grid is not None and self.grid.clip == "output":
+            return self.factor.hessian
         if self.sensitivity is None:
             return self.factor.diagonal
         return self.sensitivity.t().to(self.wt)
