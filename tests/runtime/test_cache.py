@@ -13,7 +13,7 @@ from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import Program, State
 from llmc.compiler.ir.types import TensorType
 from llmc.compiler.ir.verifier import verify
-from llmc.compiler.runtime.cache import Cache, KVState, add_cache
+from llmc.compiler.runtime.cache import Cache, KVState, Rows, add_cache
 from llmc.compiler.runtime.executor import Runner
 
 Make = Callable[..., Program]
@@ -183,6 +183,45 @@ def test_state_refuses_another_batch() -> None:
     one = torch.zeros(1, 1, 1, 2)
     with pytest.raises(ModelError, match="batch of 2, found 1 at state kv0"):
         cache.states["kv0"].append(one, one, torch.zeros(1, 1), None)
+
+
+@pytest.mark.parametrize(
+    "parts", [[[0, 2], [1, 3]], [[0], [1, 2, 3]], [[3], [0, 1, 2]], [[1, 3], [0, 2]]]
+)
+def test_rows_written_apart_are_the_batch_written_whole(parts: list[list[int]]) -> None:
+    kept = TensorType((4, 2, 3, 5), torch.float32)
+    declared = State("kv0", "kv", (kept, kept))
+    whole, apart = KVState(declared, 4, 2), KVState(declared, 4, 2)
+    keys, values = torch.randn(4, 2, 6, 5), torch.randn(4, 2, 6, 5)
+    valid = torch.ones(4, 6, dtype=torch.bool)
+    valid[1, 0] = False
+    for t in range(6):
+        pos = torch.full((4, 1), t)
+        here = slice(t, t + 1)
+        want = whole.append(keys[:, :, here], values[:, :, here], pos, valid[:, here])
+        for rows in parts:
+            apart.rows = Rows.of(rows)
+            got = apart.append(
+                keys[rows][:, :, here], values[rows][:, :, here], pos[rows], valid[rows][:, here]
+            )
+            assert apart.length == t
+            for a, b in zip(want[:3], got[:3], strict=True):
+                assert torch.equal(a[rows], b)
+        apart.advance(1)
+        assert apart.rows is None
+        assert apart.length == whole.length == t + 1
+    last = [s.append(keys[:, :, :1], values[:, :, :1], pos, None) for s in (whole, apart)]
+    assert all(torch.equal(a, b) for a, b in zip(*last, strict=True))
+    assert torch.equal(whole.tokens(), apart.tokens())
+
+
+def test_rows_of_another_number_are_refused() -> None:
+    kept = TensorType((1, 1, 1, 2), torch.float32)
+    state = KVState(State("kv0", "kv", (kept, kept)), 3)
+    state.rows = Rows.of([0, 2])
+    one = torch.zeros(3, 1, 1, 2)
+    with pytest.raises(ModelError, match="batch of 2, found 3 at state kv0"):
+        state.append(one, one, torch.zeros(3, 1), None)
 
 
 def test_unknown_kind_of_state_is_refused() -> None:
