@@ -266,7 +266,7 @@ class Cache:
         step = Step()
         pending = valid if valid is not None and step.padded(valid) else None
         for s in self.states.values():
-            s.pending, s.step = pending, step
+            s.pending, s.step, s.rows = pending, step, None
 
     def tokens(self) -> torch.Tensor:
         """int64 [B]: real tokens kept in each row, which is the next token's position."""
