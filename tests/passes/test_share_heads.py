@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
 }
 # One of each way to make heads: plain, biased, fused in runs or per head, normed, without rotation.
-QUICK = ("llama_8_4", "qwen2", "phi3", "gpt2", "gpt_neox", "qwen3_8_4", "olmo2", "gptj", "bloom")
+QUICK = ("llama_8_4", "phi3", "gpt2", "gpt_neox", "qwen3_8_4", "olmo2", "gptj", "bloom")
 SINGLE = ("falcon", "deepseek_v3")
 EVERY = [
     pytest.param(n, marks=() if n in QUICK else pytest.mark.slow)
@@ -340,3 +340,44 @@ def test_the_source_is_left_alone() -> None:
     for name, tensor in before.items():
         assert torch.equal(program.weights.load(name), tensor)
         assert replace(program.params[name], shape=tuple(tensor.shape)) == program.params[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_8_4", *(pytest.param(n, marks=pytest.mark.slow) for n in ("phi3", "olmo2"))]
+)
+def test_the_result_is_a_checkpoint_that_from_pretrained_loads(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from llmc.compiler.capture import capture
+    from llmc.compiler.runtime.export import export
+
+    kind, over = MODELS.get(name, (name, {}))
+    make(kind, **over).save_pretrained(tmp_path / "from")
+    done = shared(capture(tmp_path / "from"), "share_heads:kv=1")
+    found = export(done.program, tmp_path / "hf")
+    assert found["changes"] == ["num_key_value_heads = 1"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    inputs = random_inputs(kind, 2)
+    with torch.no_grad():
+        near(model(inputs["input_ids"]).logits, logits(name, done.program).float(), 1e-5)
+
+
+def test_on_the_demo_model_alignment_pays(pylm: Path, pylm_text: Path) -> None:
+    """Half the key heads of a trained model: turned, their mean loses much less than plain."""
+    from tokenizers import Tokenizer
+
+    from llmc.compiler.capture import capture
+    from llmc.compiler.pipeline.measure import Options, loss
+
+    text = (pylm_text / "heldout.txt").read_text(encoding="utf-8")[:16000]
+    ids = Tokenizer.from_file(str(pylm / "tokenizer.json")).encode(text).ids
+    windows = torch.tensor(ids[: 8 * 256]).view(8, 256)
+    program = capture(pylm)
+    apply_segments(program)
+    dense = loss(program, windows, Options())
+    plain, turned = (
+        loss(shared(program, f"share_heads:kv=2,{knobs}").program, windows, Options())
+        for knobs in ("align=false,group=adjacent", "align=true")
+    )
+    assert dense < turned < plain
+    assert turned - dense < 0.75 * (plain - dense)
