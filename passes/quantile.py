@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..compiler.analysis.linears import LinearSite
 from ..compiler.ir.scheme import Codes
 from ..compiler.pipeline.base import knob
-from ..compiler.pipeline.coding import GroupedCoding
+from ..compiler.pipeline.coding import GroupedCoding, group_knob
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,7 @@ class Quantile(GroupedCoding):
     source = "8-bit optimizers, arXiv 2110.02861; k-bit inference scaling laws, arXiv 2212.09720"
 
     bits: int = knob(4, "bits of a code", lo=2, hi=8)
-    group: int | None = knob(
-        64, "inputs that share a scale, or row; the default ends in a shorter group", lo=8, hi=65536
-    )
+    group: int | str | None = group_knob(64)
 
     def codes(self, site: LinearSite) -> Codes:
         group = self.grouped(site)

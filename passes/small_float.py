@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..compiler.analysis.linears import LinearSite
 from ..compiler.ir.scheme import Codes
 from ..compiler.pipeline.base import knob
-from ..compiler.pipeline.coding import GroupedCoding
+from ..compiler.pipeline.coding import GroupedCoding, group_knob
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Float4(GroupedCoding):
     variants = {"fp4": {}}
     source = "ZeroQuant-FP, arXiv 2307.09782; OCP Microscaling formats 1.0"
 
-    group: int | None = knob(
-        32, "inputs that share a scale, or row; the default ends in a shorter group", lo=8, hi=65536
-    )
+    group: int | str | None = group_knob(32)
 
     def codes(self, site: LinearSite) -> Codes:
         group = self.grouped(site)
@@ -36,7 +34,7 @@ class Float8(GroupedCoding):
     variants = {"fp8w": {}}
     source = "FP8 formats, arXiv 2209.05433; ZeroQuant-FP, arXiv 2307.09782"
 
-    group: int | None = knob(None, "inputs that share a scale, or row", lo=8, hi=65536)
+    group: int | str | None = group_knob(None)
     format: str = knob("e4m3", "exponent and mantissa bits", choices=("e4m3", "e5m2"))
 
     def codes(self, site: LinearSite) -> Codes:

@@ -45,9 +45,14 @@ def knob(
     lo: float | None = None,
     hi: float | None = None,
     choices: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field that becomes a CLI option, a recipe key and a row of ``llmc passes``."""
-    return field(default=default, metadata={"help": help, "lo": lo, "hi": hi, "choices": choices})
+    """A dataclass field that becomes a CLI option, a recipe key and a row of ``llmc passes``.
+
+    words: texts that are values as they are, beside those of the field's type.
+    """
+    told = {"help": help, "lo": lo, "hi": hi, "choices": choices, "words": words}
+    return field(default=default, metadata=told)
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,15 @@ class Knob:
     lo: float | None
     hi: float | None
     choices: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
     def range_text(self) -> str:
         if self.choices:
             return "|".join(self.choices)
         if self.lo is None and self.hi is None:
-            return self.type.__name__
+            return "|".join((self.type.__name__, *self.words))
         low, high = ("" if x is None else f"{x:g}" for x in (self.lo, self.hi))
-        return f"{low}..{high}"
+        return "|".join((f"{low}..{high}", *self.words))
 
     def parse(self, raw: Any, owner: str) -> Any:
         """A value from text or YAML, checked.
@@ -78,6 +84,8 @@ class Knob:
             UsageError: wrong type, out of range, or not a choice; names pass and knob.
         """
         where = f"{owner}:{self.name}"
+        if raw in self.words:
+            return raw
         empty = raw is None or (isinstance(raw, str) and raw.lower() in ("none", "row", "null"))
         if empty and raw not in self.choices:
             if self.optional:
@@ -110,6 +118,7 @@ class Knob:
             return value
         except (TypeError, ValueError, OverflowError):
             name = {"int": "a whole number", "float": "a number", "str": "text"}[self.type.__name__]
+            name = " or ".join((name, *self.words))
             raise UsageError(f"{where}: expected {name}, found {raw!r}") from None
 
 
@@ -252,5 +261,5 @@ def _knob(f: Field[Any]) -> Knob:
     default = None if f.default is MISSING else f.default
     return Knob(
         f.name, _KINDS[written[0]], default, "None" in written,
-        m["help"], m["lo"], m["hi"], tuple(m["choices"]),
+        m["help"], m["lo"], m["hi"], tuple(m["choices"]), tuple(m["words"]),
     )  # fmt: skip

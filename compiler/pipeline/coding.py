@@ -15,11 +15,15 @@ from .encode import encode_codes, encode_outliers
 from .inputs import encode_input
 from .sites import BLOCK_WEIGHT, Protecting
 
+AUTO = "auto"
+SMALLEST = 32
+"""Inputs that share a scale at least where auto chooses."""
+
 
 def group_divides(made: Any, site: LinearSite) -> str | None:
     """An explicit group must divide; the default one ends in a shorter group instead."""
     g, n = made.group, site.in_features
-    if g is None or g >= n or n % g == 0 or not made.explicit("group"):
+    if g == AUTO or g is None or g >= n or n % g == 0 or not made.explicit("group"):
         return None
     fits = [d for d in range(1, n + 1) if n % d == 0]
     near = min(fits, key=lambda d: (abs(d - g), d))
@@ -28,6 +32,20 @@ def group_divides(made: Any, site: LinearSite) -> str | None:
         where=site.id,
         hint=f"the nearest is group={near}",
     )
+
+
+def group_knob(default: int | None) -> Any:
+    """The knob ``group`` of a pass with scales."""
+    text = "inputs that share a scale, or row; the default ends in a shorter group; auto chooses"
+    return knob(default, text, lo=8, hi=65536, words=(AUTO,))
+
+
+def halvings(inputs: int, unit: int = 1) -> list[int]:
+    """Groups that auto tries of a row of that many inputs, largest first: it and whole halves."""
+    out = [inputs]
+    while out[-1] % 2 == 0 and out[-1] // 2 >= SMALLEST and (out[-1] // 2) % unit == 0:
+        out.append(out[-1] // 2)
+    return out
 
 
 @dataclass(frozen=True)
@@ -90,11 +108,9 @@ class GroupedCoding(Coding):
 
     preconditions = (*BLOCK_WEIGHT, Precondition("group_divides", group_divides))
 
-    group: int | None = knob(
-        128,
-        "inputs that share a scale, or row; the default ends in a shorter group",
-        lo=8,
-        hi=65536,
+    group: int | str | None = group_knob(128)
+    fall: float = knob(
+        0.1, "share by which the error must fall for group=auto to halve", lo=0.0, hi=0.99
     )
     clip: str = knob(
         "absmax",
@@ -110,17 +126,22 @@ class GroupedCoding(Coding):
     def check(self) -> None:
         if self.explicit("percentile") and self.clip != "percentile":
             raise UsageError(f"{self.called}:percentile: expected clip=percentile beside it")
+        if self.explicit("fall") and self.group != AUTO:
+            raise UsageError(f"{self.called}:fall: expected group=auto beside it")
         if self.double and self.power:
             raise UsageError(f"{self.called}: expected one of double and power, found both")
 
     def grouped(self, site: LinearSite) -> int | None:
-        """Inputs per scale at a site, None = the row."""
-        return None if self.group is None or self.group >= site.in_features else self.group
+        """Inputs per scale at a site, None = the row; for auto the fewest that it may choose."""
+        group = halvings(site.in_features)[-1] if self.group == AUTO else self.group
+        return None if not isinstance(group, int) or group >= site.in_features else group
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         fit: dict[str, Any] = {"clip": self.clip}
         if self.clip == "percentile":
             fit["percentile"] = self.percentile
+        if self.group == AUTO:
+            fit["fall"] = self.fall
         return super().solving(site) | fit
 
 

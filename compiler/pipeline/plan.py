@@ -73,6 +73,8 @@ class Decision:
         bound = ("csr", "columns")
         if sparse is not None and (sparse.kind in bound or "density" in self.options):
             return "at most"
+        if "fall" in self.options:
+            return "at most"
         return "on average" if "allocate" in self.options else "exact"
 
 

@@ -22,6 +22,7 @@ from . import encode
 from .allocate import allocate
 from .events import Event, Listener
 from .measure import Env, Options, Walk, batches, check_finite
+from .granularity import choose_groups
 from .plan import Decision, Migration, Plan, Stage
 from .sensitivity import inform
 from .solving import Work, fold, solve_group
@@ -47,6 +48,7 @@ def run_rounds(
     work, out = Work(plan, torch.device(options.device)), Solved()
     with torch.no_grad():
         for stage in plan.stages:
+            choose_groups(plan, stage, work)
             if tokens is not None:
                 allocate(plan, stage, work, tokens, listener)
                 inform(stage, work, tokens, listener)

@@ -9,9 +9,12 @@ import torch
 
 from llmc.compiler.ir.errors import UsageError
 from llmc.compiler.ir.interpret import run
+from llmc.compiler.ir.scheme import Codes
 from llmc.compiler.ir.verifier import verify, verify_tensors
 from llmc.compiler.pipeline import recipe, zoo
+from llmc.compiler.pipeline.coding import halvings
 from llmc.compiler.pipeline.compile import compile_plan
+from llmc.compiler.pipeline.granularity import chosen_group
 from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.report.data import report
@@ -139,9 +142,45 @@ def test_artefact_gives_the_same_logits(text, tmp_path):
     assert bool(torch.isfinite(half.forward(ids).float()).all())
 
 
+def test_groups_are_halved_while_that_pays():
+    """Rows of one range keep one scale; rows whose ranges differ from part to part do not."""
+    flat = torch.randn(8, 256, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    ranges = torch.tensor([1.0, 16.0]).repeat_interleave(128)
+    codes = Codes(4, None)
+    assert halvings(256) == [256, 128, 64, 32]
+    assert halvings(96) == [96, 48]
+    assert halvings(40, 3) == [40]
+    assert chosen_group(flat, codes, 0.2) == 256
+    assert chosen_group(flat * ranges, codes, 0.2) == 128
+    assert chosen_group(flat, codes, 0.99) == 256
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["w4:group=auto", "prune24,nf4:group=auto,double=true,fall=0.02", "w2:group=auto"],
+)
+def test_chosen_groups_stand_in_plan_and_graph(text):
+    plan = make_plan(zoo.decoder(hidden=128, inner=256, heads=4), recipe.from_strings([text]))
+    most = plan.program.weight_bytes()
+    assert not plan.exact
+    done = compile_plan(plan, tokens(4))
+    verify(done.program)
+    verify_tensors(done.program)
+    assert done.program.weight_bytes() <= most
+    stated = {s.codes.group for s in done.plan.schemes.values()}
+    assert stated <= {None, 128, 64, 32}
+    kept = 2 if "prune24" in text else 1
+    steps = [*done.program.calls("llmc.dequantize"), *done.program.calls("llmc.lookup")]
+    found = {int(n.kwargs["group"]) * kept for n in steps}
+    assert stated - {None} <= found
+    assert bool(torch.isfinite(run(done.program, model_inputs(tokens(1)))).all())
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
+        ("w4:fall=0.2", "group=auto"),
+        ("w4:group=some", "a whole number or auto"),
         ("nf4:group=24", "nearest is group=16"),
         ("bcq:group=28", "nearest is group=32"),
         ("fp8w:group=12", "fp8w:group"),
