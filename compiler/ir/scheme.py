@@ -30,7 +30,8 @@ class Codes:
     ``group`` counts dense input columns that share a scale; None is one scale per row. ``grid`` is
     ``uniform``, fixed levels by name (see :mod:`.levels`), ``quantile`` (scaled levels, one table
     per matrix), ``lut`` or ``shared`` (levels that are weights, a table per row or per matrix), or
-    ``signs`` (a sum of signed factors). ``double``: scales are 8-bit codes themselves; ``power``:
+    ``signs`` (a sum of signed factors), or ``pairs`` (an outlier takes its neighbour's code, see
+    :mod:`.ops.pairs`). ``double``: scales are 8-bit codes themselves; ``power``:
     scales are powers of two.
     """
 
@@ -91,6 +92,7 @@ GRID_BITS: dict[str, tuple[int, ...]] = {
     "lut": tuple(range(1, 9)),
     "shared": tuple(range(1, 9)),
     "signs": tuple(range(1, 6)),
+    "pairs": (4, 8),
 }
 """Bits that the codes of each grid can have."""
 
@@ -219,6 +221,11 @@ class Scheme:
             raise UsageError(
                 f"expected outliers beside codes alone, found a mask too ({self.short})",
                 hint="prune:recover= keeps weights beside an N:M mask",
+            )
+        if masked and self.codes is not None and self.codes.grid == "pairs":
+            raise UsageError(
+                f"expected pairs of neighbours, found an N:M mask that parts them ({self.short})",
+                hint="prune:sparsity=0.5 leaves codes where they are",
             )
         free = self.mask is not None and not self.mask.structured
         if free and self.codes is not None and not self.codes.has_zero:

@@ -17,6 +17,7 @@ from .errors import ModelError, VerifierError
 from .graph import Program, tensor_type
 from .levels import levels
 from .ops import row_of
+from .ops.pairs import broken_pairs
 from .ops.sparse import coordinates
 
 _PARTS = (
@@ -27,6 +28,7 @@ LOOKUP = "llmc.lookup"
 _ARGUMENTS = {
     "llmc.dequantize": ("codes", "scale", "zero"),
     "llmc.lookup": ("codes", "scale", "table"),
+    "llmc.decode_pairs": ("codes", "scale"),
     "llmc.sum_signs": ("signs", "factors"),
     "llmc.decode_scales": ("scale_codes", "step", "mean"),
     "llmc.expand_nm": ("values", "meta"),
@@ -154,6 +156,17 @@ def _values(program: Program) -> None:
             _fail("level", why, p.node)
 
 
+def _pairs(program: Program) -> None:
+    """Of two neighbours at most one is a victim, and the other is an outlier."""
+    for p in packed_calls(program):
+        t = p.tensors.get("codes")
+        if t is not None and row_of(p.node).name == "llmc.decode_pairs":
+            found = broken_pairs(t, int(p.attrs["bits"]), int(p.attrs["columns"]))
+            if found:
+                why = f"expected pairs with an outlier or none, found {found} broken ones"
+                _fail("level", why, p.node)
+
+
 def _zeros(program: Program) -> None:
     """A zero point is itself a code."""
     for p in packed_calls(program):
@@ -268,6 +281,7 @@ TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("scale", _scales),
     ("zero", _zeros),
     ("level", _values),
+    ("level", _pairs),
     ("mask", _positions),
     ("count", _counts),
     ("rows", _rows),

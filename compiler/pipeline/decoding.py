@@ -17,6 +17,7 @@ from ..ir.errors import LlmcError
 from ..ir.graph import Program
 from ..ir.ops.compressed import dequantize, groups_of
 from ..ir.ops.lookup import decode_scales, lookup, sum_signs
+from ..ir.ops.pairs import decode_pairs
 from ..ir.scheme import Codes
 from ..ir.types import DTYPES
 from ..solvers import Solution
@@ -65,6 +66,8 @@ def emit(
         if not codes.symmetric:
             given.append(new_piece("zero", (rows, groups), torch.uint8))
         return program.emit("llmc.dequantize", *given, bits=codes.bits, **shared)
+    if codes.grid == "pairs":
+        return program.emit("llmc.decode_pairs", packed, scale, bits=codes.bits, **shared)
     if codes.tables is None:
         return program.emit(
             "llmc.lookup", packed, scale, bits=codes.bits, levels=codes.grid, **shared
@@ -119,6 +122,9 @@ def decoded(
     if codes.grid == "uniform":
         assert scale is not None
         return dequantize(parts["codes"], scale, parts.get("zero"), bits=codes.bits, **shared)
+    if codes.grid == "pairs":
+        assert scale is not None
+        return decode_pairs(parts["codes"], scale, bits=codes.bits, **shared)
     table = parts.get("table")
     name = "" if table is not None else codes.grid
     return lookup(parts["codes"], scale, table, bits=codes.bits, levels=name, **shared)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ir.levels import WIDTHS, levels
+from ..ir.ops.pairs import pair_codes, round_pairs
 from ..ir.scheme import Codes, Sparse
 from ..ir.types import DTYPES
 from ..solvers import Factor, Grid
 from ..solvers.bcq import BinaryGrid
 from ..solvers.lut import LutGrid
 from ..solvers.outliers import by_density, by_size
+from ..solvers.pairs import PairGrid
 from ..solvers.tables import QuantileGrid, TableGrid
 
 
@@ -41,6 +44,10 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
     if codes.grid in WIDTHS:
         values = tuple(levels(codes.grid, codes.bits).tolist())
         return TableGrid(codes.bits, codes.group, values=values, **shared)
+    if codes.grid == "pairs":
+        how = {"bits": codes.bits}
+        rounded, encoded = partial(round_pairs, **how), partial(pair_codes, **how)
+        return PairGrid(codes.bits, codes.group, rounded=rounded, encoded=encoded, **shared)
     if codes.grid == "quantile":
         return QuantileGrid(codes.bits, codes.group, **shared)
     return Grid(codes.bits, codes.group, codes.symmetric, **shared)

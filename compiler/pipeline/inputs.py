@@ -161,17 +161,24 @@ def outlier_columns(absmax: Tensor, sparse: Sparse) -> tuple[Tensor, tuple[str, 
     return top, (note,)
 
 
-def static_scale(absmax: Tensor, grid: InputGrid, columns: Tensor | None = None) -> Tensor:
+def static_scale(
+    absmax: Tensor, grid: InputGrid, columns: Tensor | None = None, square: Tensor | None = None
+) -> Tensor:
     """fp32 [G]: the scale with which nothing that calibration saw is clipped.
 
     Args:
         absmax: [n], per channel. columns: those that are rounded nowhere.
+        square: [n], mean of x², for pairs: their usual values reach three deviations at most.
     """
-    size = absmax.float()
-    if columns is not None:
-        size = size.index_fill(0, columns, 0.0)
-    width = len(size) if grid.group is None else min(grid.group, len(size))
-    size = torch.nn.functional.pad(size, (0, -len(size) % width)).view(-1, width).amax(-1)
+    width = len(absmax) if grid.group is None else min(grid.group, len(absmax))
+
+    def folded(x: Tensor) -> Tensor:
+        x = x.float() if columns is None else x.float().index_fill(0, columns, 0.0)
+        return torch.nn.functional.pad(x, (0, -len(x) % width)).view(-1, width)
+
+    size = folded(absmax).amax(-1)
+    if square is not None:
+        size = torch.minimum(size, 3 * folded(square).mean(-1).sqrt())
     return scale_of(size, grid.kind, grid.bits, grid.power)
 
 
@@ -199,15 +206,23 @@ def reading(scheme: Scheme, stats: Collection, value: str) -> Reading:
     if split:
         assert sparse is not None
         columns, notes = outlier_columns(absmax.value, sparse)
-    scale = static_scale(absmax.value, grid, columns) if grid.static else None
-    return Reading(columns, scale, notes)
+    if not grid.static:
+        return Reading(columns, notes=notes)
+    square = None
+    if grid.kind == "pairs":
+        moments: Any = stats.get(value, "moments")
+        square = moments.variance + moments.mean.square()
+    return Reading(columns, static_scale(absmax.value, grid, columns, square), notes)
 
 
 def needs(scheme: Scheme) -> tuple[str, ...]:
     """Statistics that the scheme's input grid and outlier columns take."""
     split = scheme.sparse is not None and scheme.sparse.kind == "columns"
     static = scheme.input_grid is not None and scheme.input_grid.static
-    return ("absmax",) if split or static else ()
+    if not (split or static):
+        return ()
+    grid = scheme.input_grid
+    return ("absmax", "moments") if grid is not None and grid.kind == "pairs" else ("absmax",)
 
 
 def rounded_linear(scheme: Scheme, read: Reading, inputs: int) -> Callable[..., Tensor]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...codegen.targets import Lowered
 
 _COMPUTE = (torch.float32, torch.bfloat16, torch.float16)
-_DECODES = ("llmc.dequantize", "llmc.lookup", "llmc.sum_signs")
+_DECODES = ("llmc.dequantize", "llmc.lookup", "llmc.sum_signs", "llmc.decode_pairs")
 # Ops whose floating arguments must have one dtype.
 _ONE_DTYPE = {
     "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default",

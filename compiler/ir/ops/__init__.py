@@ -10,6 +10,7 @@ from . import (
     linalg,
     lookup,
     masks,
+    pairs,
     pieces,
     reduce,
     rounding,
@@ -22,6 +23,6 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "compressed", "conv", "cost", "create", "elementwise",
-    "flat", "index", "infer", "linalg", "lookup", "masks", "pieces", "reduce", "rounding", "row",
-    "row_for", "row_of", "semantic", "shape", "sparse",
+    "flat", "index", "infer", "linalg", "lookup", "masks", "pairs", "pieces", "reduce", "rounding",
+    "row", "row_for", "row_of", "semantic", "shape", "sparse",
 ]  # fmt: skip

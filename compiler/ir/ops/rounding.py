@@ -7,7 +7,6 @@ small floats and scales that are powers of two, OliVe (arXiv 2304.07493) for out
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
 from .compressed import groups_of
+from .pairs import round_pairs
 
 FLOATS = {"e2m1": (4, 2, 1), "e4m3": (8, 4, 3), "e5m2": (8, 5, 2)}
 """Bits, exponent bits and mantissa bits of the small floats."""
@@ -49,45 +49,6 @@ def round_float(x: Tensor, kind: str) -> Tensor:
     return (torch.round(x / step) * step).clamp(-_TOPS[kind], _TOPS[kind])
 
 
-@cache
-def wide_values(bits: int) -> Tensor:
-    """fp64 magnitudes of outliers by code: floats whose exponent continues where integers end.
-
-    Code 0 is not used: with a sign it marks the victim. 4 bits: 12, 16, 24, 32, 48, 64, 96.
-    """
-    mantissa = 1 if bits == 4 else 3
-    code = torch.arange(1 << (bits - 1))
-    exponent = (code >> mantissa) + (2 if bits == 4 else 4)
-    base = (1 << mantissa) + (code & ((1 << mantissa) - 1))
-    return torch.ldexp(base.double(), exponent)
-
-
-def nearest_wide(x: Tensor, bits: int) -> Tensor:
-    """Code of the nearest outlier magnitude to each of ``x`` >= 0, int64 from 1."""
-    values = wide_values(bits)[1:].to(x)
-    return torch.bucketize(x.detach(), (values[1:] + values[:-1]) / 2) + 1
-
-
-def round_pairs(x: Tensor, bits: int) -> Tensor:
-    """Integers, or in a pair of neighbours the larger one as a wide float and the other as 0.
-
-    Args:
-        x: [..., n], in units of the scale; 2i and 2i + 1 are a pair, a last odd one stands alone.
-    Returns:
-        The answer of each pair whose squared error is smaller; integers where both are alike.
-    """
-    top, odd = grid_top("pairs", bits), x.shape[-1] % 2
-    pairs = torch.nn.functional.pad(x, (0, odd)).unflatten(-1, (-1, 2))
-    usual = pairs.round().clamp(-top, top)
-    large = pairs.abs() >= pairs.abs().flip(-1)
-    large = torch.stack([large[..., 0], ~large[..., 0]], -1)
-    wide = wide_values(bits).to(x)[nearest_wide(pairs.abs(), bits)]
-    wide = torch.where(large, torch.copysign(wide, pairs.detach()), torch.zeros_like(pairs))
-    gain = (pairs - usual).square().sum(-1) - (pairs - wide).square().sum(-1)
-    out = torch.where((gain > 0).unsqueeze(-1), wide, usual)
-    return out.flatten(-2)[..., : x.shape[-1]]
-
-
 def snap(x: Tensor, kind: str, bits: int) -> Tensor:
     """Values in units of the scale to the grid, half a step to even."""
     if kind == "int":
@@ -108,18 +69,36 @@ def scale_of(size: Tensor, kind: str, bits: int, power: bool) -> Tensor:
     return torch.where((scale > 0) & (size > 0), scale, torch.ones_like(scale))
 
 
-def range_of(x: Tensor, kind: str) -> Tensor:
-    """What the usual values of the last axis reach: max |x|; of pairs at most three deviations."""
-    top = x.abs().amax(-1)
-    if kind != "pairs":
-        return top
-    return torch.minimum(top, 3 * x.square().mean(-1).sqrt())
-
-
 def _fold(x: Tensor, group: int) -> Tensor:
     """[..., n] -> [..., G, group], zeros behind a last group that is shorter."""
     width = group or x.shape[-1]
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
+
+
+def _dynamic(x: Tensor, kind: str, bits: int, per: str, power: bool) -> Tensor:
+    """Scales [..., G, 1] of x [..., G, g], or [G, 1] for all tokens, by max |x|.
+
+    Pairs take three deviations instead where that costs less, so they never lose to integers.
+    """
+
+    def over_tokens(part: Tensor, by: str) -> Tensor:
+        if per != "tensor":
+            return part
+        part = part.reshape(-1, part.shape[-1])
+        return part.amax(0) if by == "max" else part.sum(0)
+
+    top = over_tokens(x.abs().amax(-1), "max")
+    unit = scale_of(top, kind, bits, power).unsqueeze(-1)
+    if kind != "pairs":
+        return unit
+    square = over_tokens(x.square().sum(-1), "sum") / (x.numel() // max(1, top.numel()))
+    size = torch.minimum(top, 3 * square.sqrt())
+    short = scale_of(size, kind, bits, power).unsqueeze(-1)
+    lost = [
+        over_tokens((snap(x / u, kind, bits) * u - x).square().sum(-1), "sum").unsqueeze(-1)
+        for u in (unit, short)
+    ]
+    return torch.where(lost[1] < lost[0], short, unit)
 
 
 def round_input(
@@ -144,13 +123,9 @@ def round_input(
         wide = wide.index_fill(-1, columns.long(), 0.0)
     folded = _fold(wide, group)
     if scale is None:
-        size = range_of(folded, kind)
-        if per == "tensor":
-            size = size.flatten(0, -2).amax(0)
-        unit = scale_of(size, kind, bits, power)
+        unit = _dynamic(folded, kind, bits, per, power)
     else:
-        unit = scale.to(wide.dtype)
-    unit = unit.unsqueeze(-1)
+        unit = scale.to(wide.dtype).unsqueeze(-1)
     out = (snap(folded / unit, kind, bits) * unit).flatten(-2)[..., : x.shape[-1]]
     if limit > 0:
         out = torch.where((wide.abs() > limit).any(-1, keepdim=True), wide, out)
@@ -170,6 +145,8 @@ def _type(
     if group < 0 or group > width or not limit >= 0:
         raise ModelError(f"expected group 0..{width} and limit >= 0, found {group}, {limit}")
     groups = groups_of(width, group or width) if width else 0
+    if kind == "pairs" and (width % 2 or group % 2):
+        raise ModelError(f"expected an even width and group for pairs, found {width}, {group}")
     if scale is not None and not (scale.rank == 1 and same(scale.shape[0], groups)):
         raise ModelError(f"expected scale [{groups}] for {width} channels, found {scale}")
     if columns is not None and (columns.rank != 1 or columns.dtype.is_floating_point):
