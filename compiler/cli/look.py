@@ -130,10 +130,8 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
             )
     out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
     if program.exits is not None:
-        e = program.exits
-        about["exits"] = e.to_json() | {"threshold": e.threshold}
-        decay = "" if e.decay is None else f", relaxed over {e.decay} tokens"
-        out.text(f"exits    {e.rule} >= {e.threshold:.4g}{decay} behind {' '.join(e.blocks)}")
+        about["exits"] = program.exits.to_json() | {"threshold": program.exits.threshold}
+        out.text(f"exits    {_exits(program)}")
     if total.bits_per_weight is not None:
         out.text(f"linears  {total.bits_per_weight:.3f} bits per weight (head left out)")
     out.text("")
@@ -164,6 +162,15 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
         about["sites"] = artefact.report["sites"]
         about["schemes"] = artefact.schemes
     out.data("inspect", about)
+
+
+def _exits(program: Program) -> str:
+    """When a token leaves early, and where."""
+    e = program.exits
+    if e is None:
+        return "none"
+    decay = "" if e.decay is None else f", relaxed over {e.decay} tokens,"
+    return f"{e.rule} >= {e.threshold:.4g}{decay} behind {' '.join(e.blocks)}"
 
 
 def segments_of(program: Program) -> list[dict[str, Any]]:
@@ -206,6 +213,7 @@ def diff_command(
 
     artefact = open_artefact(folder)
     before, after = _pair(artefact, name)
+    old, new = (artefact.graph(n) for n in (before, after))
     found = changes(graph_of(artefact, before), graph_of(artefact, after))
     out.text(f"{before} -> {after}")
     for hunk in hunks(found, collapse=not everything):
@@ -218,6 +226,9 @@ def diff_command(
         f"{t['added']} added, {t['removed']} removed, {t['changed']} changed; parameters "
         f"{size(t['bytes_before'])} -> {size(t['bytes_after'])}"
     )
+    exits = [_exits(p) for p in (old, new)]
+    if exits[0] != exits[1]:
+        out.text(f"exits {exits[0]} -> {exits[1]}")
     folds = [f for f in artefact.report["folds"] if name in (None, f["pass"])]
     scaled = _rescaled(artefact, folds)
     if folds:
@@ -225,6 +236,7 @@ def diff_command(
     out.data("diff", {
         "folder": folder, "before": before, "after": after, "totals": t,
         "changes": [c.to_json() for c in found], "folds": folds, "rescaled": scaled,
+        "exits": exits,
     })  # fmt: skip
 
 

@@ -78,6 +78,7 @@ def test_inspect_shows_the_exits(llmc: Call, forced: Path) -> None:
     assert "exits    softmax >= -1 behind block0" in done.out
     assert llmc("inspect", forced, "--json").json["exits"]["blocks"] == ["block0"]
     assert "EXITS = " in llmc("inspect", forced, "--python").out
+    assert "exits none -> softmax >= -1 behind block0" in llmc("diff", forced).out
 
 
 def test_an_agreement_that_is_out_of_reach(
