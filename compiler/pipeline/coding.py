@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..analysis.linears import LinearSite
 from ..ir.errors import UsageError
@@ -56,9 +56,9 @@ class Coding(Protecting):
     effect = Lossy("perplexity")
     needs = ("gram",)
     pattern = linear_weights
-    preconditions = BLOCK_WEIGHT
-    hits = (Example("llama_gqa"), Example("with_bias"), Example("odd_inputs"))
-    misses = (Example("tied_head", "param_read_once"),)
+    preconditions: ClassVar[tuple[Precondition, ...]] = BLOCK_WEIGHT
+    hits: ClassVar[tuple[Example, ...]] = (Example("llama_gqa"), Example("with_bias"), Example("odd_inputs"))
+    misses: ClassVar[tuple[Example, ...]] = (Example("tied_head", "param_read_once"),)
 
     solver: str = knob(
         "gptq",
@@ -106,7 +106,10 @@ class Coding(Protecting):
 class GroupedCoding(Coding):
     """Base of passes with a scale per group of inputs."""
 
-    preconditions = (*BLOCK_WEIGHT, Precondition("group_divides", group_divides))
+    preconditions: ClassVar[tuple[Precondition, ...]] = (
+        *BLOCK_WEIGHT,
+        Precondition("group_divides", group_divides),
+    )
 
     group: int | str | None = group_knob(128)
     fall: float = knob(

@@ -111,7 +111,7 @@ def decoded(
     codes: Codes, parts: Mapping[str, Tensor], rows: int, columns: int, group: int
 ) -> Tensor:
     """fp32 [rows, columns] from `pieces`, as the graph decodes them."""
-    shared = {"group": group, "columns": columns}
+    shared: dict[str, Any] = {"group": group, "columns": columns}
     if codes.grid == "signs":
         return sum_signs(parts["signs"], parts["factors"], **shared)
     scale = parts.get("scale")

@@ -124,7 +124,7 @@ class TableGrid(Grid):
         # Masked weights are zeros here, and so is the padding of a short last group.
         return Fit(self.store(size.sum(-2) / (size > 0).sum(-2).clamp(min=1), unit), None)
 
-    def ranged(self, low: Tensor, high: Tensor, unit: float) -> Fit:
+    def ranged(self, low: Tensor, high: Tensor, unit: float = 1.0) -> Fit:
         _, levels, _ = self.ordered(low)
         needed = torch.maximum(-low / -levels[0], high / levels[-1])
         return Fit(self.store(needed, unit), None)
