@@ -57,7 +57,11 @@ class Coding(Protecting):
     needs = ("gram",)
     pattern = linear_weights
     preconditions: ClassVar[tuple[Precondition, ...]] = BLOCK_WEIGHT
-    hits: ClassVar[tuple[Example, ...]] = (Example("llama_gqa"), Example("with_bias"), Example("odd_inputs"))
+    hits: ClassVar[tuple[Example, ...]] = (
+        Example("llama_gqa"),
+        Example("with_bias"),
+        Example("odd_inputs"),
+    )
     misses: ClassVar[tuple[Example, ...]] = (Example("tied_head", "param_read_once"),)
 
     solver: str = knob(
