@@ -59,6 +59,8 @@ def encode_input(
     wanted = attributes(grid, inputs, sparse)
     made: list[str] = []
     base = str(_stored(linear).target).partition(".")[0]
+    if x.op == "call_function" and row_of(x).name == ROUND:
+        raise UsageError(f"expected one pass that writes an input grid, found two for {base}")
     rounded = _shared(x, wanted, base)
     if rounded is None:
         first = min(u for u in x.users if u.op == "call_function" and u.args[:1] == (x,))

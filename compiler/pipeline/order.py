@@ -29,6 +29,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
         "scales",
         "scales must be folded before anything is measured on a grid or mask",
     ),
+    ("inputs", "input grids", "a range is calibrated on the values that moved scales leave"),
     ("mask", "zeros", "OBS updates leave the grid, so zeros are chosen before or with codes"),
     ("grid", "codes", "codes are last: nothing may move a weight that is on its grid"),
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
@@ -38,7 +39,7 @@ SHAPES = ("depth", "heads", "width")
 STALE = "what changes shapes makes the scales, zeros and codes that are there stale"
 RANK = {stage: i for i, (stage, _, _) in enumerate(STAGES)}
 # Stages whose facts are solved together when they stand in one string.
-JOINT = ("mask", "grid")
+JOINT = ("inputs", "mask", "grid")
 
 
 @dataclass(frozen=True)
