@@ -120,7 +120,7 @@ def solve(
     weights that are not finite.
     """
     _check(weight, grid, mask, grid_solver, mask_solver, block, sweeps, keep)
-    _check_extra(mask, keep, extra, mask_search, grid)
+    _check_extra(mask, keep, extra, mask_search, grid, weight)
     n = weight.shape[1]
     if factor is None:
         factor = prepare(hessian, damp, inputs=n, device=weight.device)
@@ -197,12 +197,13 @@ def _check_extra(
     extra: Tensor | None,
     mask_search: bool,
     grid: Grid | None,
+    weight: Tensor,
 ) -> None:
     if mask is not None and mask.recover and mask_search:
         raise UsageError("mask_search: expected a mask without recovered weights, found recover")
     if extra is None:
         return
-    if keep is None and mask is None and grid is not None:
+    if keep is None and mask is None and grid is not None and extra.shape == weight.shape:
         return
     if keep is None or extra.shape != keep.shape or bool((extra & keep).any()):
         raise UsageError("extra: expected weights that keep, of the same shape, leaves out")

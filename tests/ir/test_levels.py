@@ -104,11 +104,15 @@ ATTRS = {"bits": 4, "group": 4, "columns": 8}
         ((CODES.with_shape(3, 2), SCALE), {"levels": "nf"}),
         ((CODES, SCALE, TABLE.with_shape(2, 16)), {}),
         ((CODES, SCALE, TABLE.with_shape(3, 8)), {}),
+        ((CODES, SCALE), {"levels": "e4m3"}),
+        ((CODES, SCALE), {"levels": "none"}),
+        ((CODES, SCALE, TABLE), {"bits": 1 << 40}),
+        ((CODES, SCALE, TABLE), {"group": 0}),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(args: Any, extra: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="expected"):
-        row("llmc.lookup").infer(*args, **ATTRS, **extra)
+        row("llmc.lookup").infer(*args, **(ATTRS | extra))
 
 
 def test_other_rows_refuse_parts_that_do_not_fit() -> None:

@@ -17,7 +17,13 @@ from .base import Tie, llmc_op
 
 
 def groups_of(columns: int, group: int) -> int:
-    """Number of groups of a row; the last one may be shorter."""
+    """Number of groups of a row; the last one may be shorter.
+
+    Raises:
+        ModelError: a group of nothing.
+    """
+    if group < 1:
+        raise ModelError(f"expected groups of at least one column, found {group}")
     return -(-columns // group)
 
 

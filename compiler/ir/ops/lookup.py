@@ -12,6 +12,7 @@ import torch
 from .. import packing
 from ..dims import same
 from ..errors import ModelError
+from ..levels import WIDTHS
 from ..levels import levels as named_levels
 from ..types import TensorType
 from .base import Tie, llmc_op
@@ -22,6 +23,9 @@ def _lookup_type(
     codes: TensorType, scale: TensorType | None = None, table: TensorType | None = None, *,
     bits: int, group: int, columns: int, levels: str = "", dtype: torch.dtype = torch.float32,
 ) -> TensorType:  # fmt: skip
+    if not 1 <= bits <= 8 or (levels and bits not in WIDTHS.get(levels, ())):
+        named = f" of {levels!r} levels" if levels else ""
+        raise ModelError(f"expected 1 to 8 bits that a grid can have, found {bits}{named}")
     words, groups = packing.packed_words(columns, bits), groups_of(columns, group)
     if codes.rank != 2 or codes.dtype != torch.int32 or not same(codes.shape[-1], words):
         raise ModelError(f"expected codes i32[N, {words}] for {columns} columns, found {codes}")
@@ -29,9 +33,9 @@ def _lookup_type(
         raise ModelError(f"expected scale [N, {groups}] beside {codes}, found {scale}")
     if (table is None) != bool(levels):
         raise ModelError(f"expected a table or levels by name, found {table} and {levels!r}")
-    if table is None:
-        named_levels(levels, bits)
-    elif table.rank != 2 or table.shape not in ((1, 1 << bits), (codes.shape[0], 1 << bits)):
+    if table is not None and (
+        table.rank != 2 or table.shape not in ((1, 1 << bits), (codes.shape[0], 1 << bits))
+    ):
         raise ModelError(f"expected a table [1 or N, {1 << bits}] beside {codes}, found {table}")
     return TensorType((codes.shape[0], columns), dtype)
 
