@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,19 @@ from ..compiler.pipeline.structure import Choice, Context, Structural
 
 def _attentions(analysis: Analysis) -> Iterator[AttentionSite | Refusal]:
     """Pattern: every attention whose heads are rows of projections."""
-    yield from attention_sites(analysis.program)
+    found = attention_sites(analysis.program)
+    woven = [s for s in found if isinstance(s, AttentionSite) and s.interleaved]
+    apart = found
+    if woven:
+        # Whether keys can be cut alone shows once they lie apart.
+        clone = analysis.program.clone()
+        unweave(clone, woven)
+        apart = attention_sites(clone)
+    for site, then in zip(found, apart, strict=True):
+        if isinstance(site, AttentionSite) and isinstance(then, Refusal):
+            yield replace(then, node=site.node)
+        else:
+            yield site
 
 
 def _more_heads(made: Any, site: AttentionSite) -> str | None:

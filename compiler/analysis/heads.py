@@ -145,12 +145,7 @@ class _Look:
             if missing is not None:
                 why = f"a fused projection could not be told apart: {missing.why}"
                 raise Untraced("layout_known", why, node)
-            for t in (q, k, v):
-                run_of(t.trace, t.rows.index)  # type: ignore[arg-type,union-attr]
-                other = leaks([t.trace], node, t.rows.index)  # type: ignore[list-item,union-attr]
-                if other is not None:
-                    why = f"{other.name} reads heads that {node.name} reads"
-                    raise Untraced("heads_read_once", why, other)
+            self.apart([q, k, v], node)
         else:
             for g, what in ((keys, "key"), (values, "value")):
                 self.check(g, kv, node, what)
@@ -163,6 +158,23 @@ class _Look:
             interleaved, fixed_keys, self.fixed_values(node, v, why_o),
             "" if interleaved else self.fixed_order(node, queries, heads), pairs, free, norms,
         )  # fmt: skip
+
+    def apart(self, parts: list[_Traced], node: fx.Node) -> None:
+        """Whether a fused projection can be laid out as runs of heads of q, k and v."""
+        made: dict[str, int] = {}
+        for t in parts:
+            assert t.trace is not None
+            assert t.rows is not None
+            run_of(t.trace, t.rows.index)
+            other = leaks([t.trace], node, t.rows.index)
+            if other is not None:
+                why = f"{other.name} reads heads that {node.name} reads"
+                raise Untraced("heads_read_once", why, other)
+            made[t.rows.node] = made.get(t.rows.node, 0) + t.rows.index.numel()
+        for name, count in made.items():
+            linear = self.program.node(name)
+            if (shape_of(linear) or ())[-1] != count:
+                raise Untraced("layout_known", f"{name} makes more than heads", linear)
 
     # ** groups **
 
