@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,11 +72,15 @@ class Move:
 
 @dataclass(frozen=True)
 class Equivalence(Pass):
-    """Base of passes that rescale values without changing the model."""
+    """Base of passes that rescale values without changing the model.
+
+    learned: scales are trained (see :mod:`.learning`), nothing is decided from statistics.
+    """
 
     stage = "equivalence"
     effect = Exact(rtol=1e-4)
     pattern = scale_migrations
+    learned: ClassVar[bool] = False
 
     round: str = knob(
         "auto",

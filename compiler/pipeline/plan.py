@@ -67,6 +67,11 @@ class Decision:
         return "allocate" in self.options or self.options.get("weigh") == "fisher"
 
     @property
+    def trained(self) -> bool:
+        """Whether the ranges of its grid are trained on the block's outputs."""
+        return self.options.get("clip") == "learned"
+
+    @property
     def bytes_are(self) -> str:
         """``exact``, or what the planned bytes are where the weights decide how much is stored."""
         sparse = self.scheme.sparse
@@ -91,7 +96,7 @@ class Stage:
     def needing(self) -> list[str]:
         """Names of the passes that need calibration data here."""
         names = {m.call.name for m in self.migrations}
-        decisions = [d for d in self.decisions.values() if d.needs or d.swept]
+        decisions = [d for d in self.decisions.values() if d.needs or d.swept or d.trained]
         names |= {n for d in decisions for n in d.passes}
         return sorted(names)
 

@@ -20,9 +20,11 @@ from ..ir.graph import DictWeights, Segment
 from ..ir.interpret import Fetch, run_nodes
 from . import encode
 from .allocate import allocate
+from .equivalence import Move
 from .events import Event, Listener
-from .measure import Env, Options, Walk, batches, check_finite
 from .granularity import choose_groups
+from .learning import Learner, is_learned, scales_of, settle
+from .measure import Env, Options, Walk, batches, check_finite
 from .plan import Decision, Migration, Plan, Stage
 from .sensitivity import inform
 from .solving import Work, fold, solve_group
@@ -73,8 +75,11 @@ class _Round:
         self.envs: list[Env] = []
         # Linears that were solved before the wave and read rounded values, by node name.
         self.given: dict[str, Callable[..., Any]] = {}
+        self.learner: Learner | None = None
         if stage.needing:
             assert tokens is not None
+            if Learner.wanted(stage):
+                self.learner = Learner(stage, work, self.walk, tokens, options)
             self.envs = batches(plan.source, tokens, options)
 
     def run(self) -> None:
@@ -84,10 +89,29 @@ class _Round:
             folds = [m for m in self.stage.migrations if m.site.segment == segment.name]
             solves = [d for d in self.stage.decisions.values() if d.site.segment == segment.name]
             dense = self._dense_outputs(segment, bool(solves))
-            for wave in self._waves(folds, solves):
+            self._learn(segment, folds, solves)
+            for wave in self._waves([m for m in folds if not is_learned(m)], solves):
                 self._wave(segment, *wave)
             self._advance(segment, dense)
+            if self.learner is not None:
+                self.learner.advance(segment)
             self.work.drop(segment, self.last)
+
+    def _learn(
+        self, segment: Segment, folds: list[Migration], solves: list[Decision]
+    ) -> None:  # fmt: skip
+        """Train the block's clips and scales and fold the latter, before anything is measured."""
+        trained = [m for m in folds if is_learned(m)]
+        if self.learner is None or not (trained or solves):
+            return
+        state, record = self.learner.learn(segment, trained, solves)
+        for m in trained:
+            move = Move(scales_of(m, state, self.work), record=record)
+            self.out.folds.append(
+                {**fold(self.work, m, Collection(), move=move), "round": self.index}
+            )
+            self.listener(Event("fold", self.out.folds[-1]))
+        settle(self.work, state, solves, record)
 
     def _waves(
         self, folds: list[Migration], solves: list[Decision]

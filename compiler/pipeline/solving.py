@@ -18,8 +18,9 @@ from ..ir.graph import Segment
 from ..ir.interpret import Fetch
 from ..ir.scheme import Mask, Sparse
 from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
+from ..solvers.grid import Fit
 from . import encode, inputs
-from .equivalence import Edge, Equivalence, Planned
+from .equivalence import Edge, Equivalence, Move, Planned
 from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
 from .statistics import Collection
@@ -33,6 +34,7 @@ class Work:
         packed: finished canonical tensors by final parameter name.
         masks: decided masks by parameter, frozen for later rounds; extras: the weights beside
             them that came back. information: see :mod:`.sensitivity`.
+        fits: ranges that were learned, and what learning them gave; see :mod:`.learning`.
         implementations: what stands for solved linears that read a rounded value, by node name.
     """
 
@@ -43,6 +45,8 @@ class Work:
         self.masks: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
         self.information: dict[str, Tensor] = {}
+        self.fits: dict[str, Fit] = {}
+        self.learned: dict[str, dict[str, Any]] = {}
         self.implementations: dict[str, Callable[..., Tensor]] = {}
         self._loaded: dict[str, Tensor] = {}
 
@@ -134,11 +138,12 @@ def give_back() -> None:
 
 
 def fold(
-    work: Work, m: Migration, stats: Collection, planned: Mapping[str, Decision] | None = None
-) -> dict[str, Any]:
+    work: Work, m: Migration, stats: Collection,
+    planned: Mapping[str, Decision] | None = None, move: Move | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Migrate scales at one site: readers get W·s, absorbers 1/s; statistics follow.
 
-    planned: by node, what the recipe still makes of the readers.
+    planned: by node, what the recipe still makes of the readers. move: decided already.
     """
     began = time.perf_counter()
     site, made = m.site, m.call.made
@@ -148,8 +153,9 @@ def fold(
         weights.append(work.weight(param).movedim(axis, -1))
         stored = work.program.params[param].dtype
         readers.append(_planned((planned or {}).get(node)))
-    known = {need: stats.get(site.value, need) for need in made.needs}
-    move = made.decide(Edge(site, tuple(weights), tuple(readers), stored, known))
+    if move is None:
+        known = {need: stats.get(site.value, need) for need in made.needs}
+        move = made.decide(Edge(site, tuple(weights), tuple(readers), stored, known))
     s = move.scales
     spread = s[site.expand.to(s.device)]
     view = replace(work.program, weights=work)
@@ -218,6 +224,7 @@ def _solve_one(
         sweeps=o.get("sweeps", 0),
         refit=o.get("refit", True),
         mask_search=o.get("mask_search", False),
+        fit=work.fits.pop(param, None),
     )
     stored = work.program.params[param].dtype
     solution = _as_stored(solution, stored)
@@ -246,7 +253,7 @@ def _solve_one(
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - beside,
         **({} if solution.extra is None else {"recovered" if out is None else "outliers": beside}),
-        "seconds": round(time.perf_counter() - began, 4),
+        "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
     }  # fmt: skip
 
 
