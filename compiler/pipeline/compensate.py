@@ -114,7 +114,7 @@ def compensations(
         reads = repaired(program, part)
         stats = measured(program, [r for _, r in reads], statistics, tokens, options, listener)
         for group, r in reads:
-            found = {s: stats.get(r.value, s) for s in statistics}
+            found: dict[str, Any] = {s: stats.get(r.value, s) for s in statistics}
             columns = _columns(r.unit_of, keep[group], group.units)
             rows = _rows(keep, r.param)
             weight = program.weights.load(r.param.name)
