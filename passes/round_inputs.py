@@ -26,7 +26,7 @@ class RoundInputs(Protecting):
     variants = {"a8": {"bits": 8}, "a4": {"bits": 4}}
     stage = "inputs"
     effect = Lossy("perplexity")
-    needs = ("absmax", "moments")
+    needs = ("absmax", "absmean")
     source = "ZeroQuant, arXiv 2206.01861; SmoothQuant, arXiv 2211.10438"
     pattern = linear_weights
     preconditions = BLOCK_WEIGHT

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ir.levels import WIDTHS, levels
-from ..ir.ops.pairs import pair_codes, round_pairs
+from ..ir.ops.pairs import USUAL, pair_codes, round_pairs
 from ..ir.scheme import Codes, Sparse
 from ..ir.types import DTYPES
 from ..solvers import Factor, Grid
@@ -47,7 +47,9 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
     if codes.grid == "pairs":
         how = {"bits": codes.bits}
         rounded, encoded = partial(round_pairs, **how), partial(pair_codes, **how)
-        return PairGrid(codes.bits, codes.group, rounded=rounded, encoded=encoded, **shared)
+        return PairGrid(
+            codes.bits, codes.group, rounded=rounded, encoded=encoded, usual=USUAL, **shared
+        )
     if codes.grid == "quantile":
         return QuantileGrid(codes.bits, codes.group, **shared)
     return Grid(codes.bits, codes.group, codes.symmetric, **shared)

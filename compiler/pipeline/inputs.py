@@ -19,6 +19,7 @@ from ..ir.errors import UsageError
 from ..ir.graph import Param, Program, info, tensor_type
 from ..ir.ops import row_of
 from ..ir.ops.compressed import groups_of
+from ..ir.ops.pairs import USUAL
 from ..ir.ops.rounding import round_input, scale_of
 from ..ir.scheme import InputGrid, Scheme, Sparse
 from ..solvers import Solution
@@ -164,13 +165,13 @@ def outlier_columns(absmax: Tensor, sparse: Sparse) -> tuple[Tensor, tuple[str, 
 
 
 def static_scale(
-    absmax: Tensor, grid: InputGrid, columns: Tensor | None = None, square: Tensor | None = None
+    absmax: Tensor, grid: InputGrid, columns: Tensor | None = None, absmean: Tensor | None = None
 ) -> Tensor:
     """fp32 [G]: the scale with which nothing that calibration saw is clipped.
 
     Args:
         absmax: [n], per channel. columns: those that are rounded nowhere.
-        square: [n], mean of x², for pairs: their usual values reach three deviations at most.
+        absmean: [n], mean of |x|, for pairs: where usual values reach less than outliers.
     """
     width = len(absmax) if grid.group is None else min(grid.group, len(absmax))
 
@@ -179,8 +180,8 @@ def static_scale(
         return torch.nn.functional.pad(x, (0, -len(x) % width)).view(-1, width)
 
     size = folded(absmax).amax(-1)
-    if square is not None:
-        size = torch.minimum(size, 3 * folded(square).mean(-1).sqrt())
+    if absmean is not None:
+        size = torch.minimum(size, USUAL * folded(absmean).mean(-1))
     return scale_of(size, grid.kind, grid.bits, grid.power)
 
 
@@ -210,11 +211,9 @@ def reading(scheme: Scheme, stats: Collection, value: str) -> Reading:
         columns, notes = outlier_columns(absmax.value, sparse)
     if not grid.static:
         return Reading(columns, notes=notes)
-    square = None
-    if grid.kind == "pairs":
-        moments: Any = stats.get(value, "moments")
-        square = moments.variance + moments.mean.square()
-    return Reading(columns, static_scale(absmax.value, grid, columns, square), notes)
+    mean: Any = stats.get(value, "absmean") if grid.kind == "pairs" else None
+    absmean = None if mean is None else mean.value
+    return Reading(columns, static_scale(absmax.value, grid, columns, absmean), notes)
 
 
 def needs(scheme: Scheme) -> tuple[str, ...]:
@@ -224,7 +223,7 @@ def needs(scheme: Scheme) -> tuple[str, ...]:
     if not (split or static):
         return ()
     grid = scheme.input_grid
-    return ("absmax", "moments") if grid is not None and grid.kind == "pairs" else ("absmax",)
+    return ("absmax", "absmean") if grid is not None and grid.kind == "pairs" else ("absmax",)
 
 
 def rounded_linear(scheme: Scheme, read: Reading, inputs: int) -> Callable[..., Tensor]:

@@ -22,12 +22,13 @@ class PairGrid(Grid):
     """Pairs of inputs 2i and 2i + 1; rounds whole groups, so that no sweep can use it.
 
     rounded: values [..., n] in units of the scale to those of the grid. encoded: such to uint8
-    codes. clip: ``"absmax"`` scales by three deviations, or the largest weight if it is smaller;
-    ``"mse"`` searches both, and shorter ranges.
+    codes. usual: means of |w| that usual weights reach. clip: ``"absmax"`` scales by that, or by
+    the largest weight if it is smaller; ``"mse"`` searches both, and shorter ranges.
     """
 
     rounded: Callable[[Tensor], Tensor] | None = None
     encoded: Callable[[Tensor], Tensor] | None = None
+    usual: float = 3.0
 
     clips: ClassVar[tuple[str, ...]] = ("absmax", "mse")
 
@@ -61,13 +62,13 @@ class PairGrid(Grid):
         w = w if keep is None else w * keep
         top = w.abs().amax(-2)
         # Zeros are padding or masked: they say nothing about how wide the others lie.
-        deviation = (w.square().sum(-2) / (w != 0).sum(-2).clamp(min=1)).sqrt()
-        best = self._reaching(torch.minimum(top, 3 * deviation), unit)
+        usual = self.usual * w.abs().sum(-2) / (w != 0).sum(-2).clamp(min=1)
+        best = self._reaching(torch.minimum(top, usual), unit)
         if self.clip != "mse":
             return best
         cost = self._cost(w, best, importance)
         for shrink in self._shrinks():
-            for size in (top * shrink, torch.minimum(top, 4 * shrink * deviation)):
+            for size in (top * shrink, torch.minimum(top, 1.4 * shrink * usual)):
                 trial = self._reaching(size, unit)
                 found = self._cost(w, trial, importance)
                 better = found < cost

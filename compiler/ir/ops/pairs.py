@@ -7,6 +7,7 @@ Source: OliVe (arXiv 2304.07493), whose floats are e2m1 beside 4 bits and e4m3 b
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,8 @@ from .base import Tie, llmc_op
 from .compressed import groups_of
 
 PAIR_BITS = (4, 8)
+USUAL = 3 * math.sqrt(math.pi / 2)
+"""Means of |x| that usual values reach: three deviations of a Gaussian with few outliers."""
 
 
 @cache

@@ -17,7 +17,7 @@ from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
 from .compressed import groups_of
-from .pairs import round_pairs
+from .pairs import USUAL, round_pairs
 
 FLOATS = {"e2m1": (4, 2, 1), "e4m3": (8, 4, 3), "e5m2": (8, 5, 2)}
 """Bits, exponent bits and mantissa bits of the small floats."""
@@ -78,7 +78,7 @@ def _fold(x: Tensor, group: int) -> Tensor:
 def _dynamic(x: Tensor, kind: str, bits: int, per: str, power: bool) -> Tensor:
     """Scales [..., G, 1] of x [..., G, g], or [G, 1] for all tokens, by max |x|.
 
-    Pairs take three deviations instead where that costs less, so they never lose to integers.
+    Pairs take the reach of usual values instead where that costs less: they never lose to integers.
     """
 
     def over_tokens(part: Tensor, by: str) -> Tensor:
@@ -91,8 +91,8 @@ def _dynamic(x: Tensor, kind: str, bits: int, per: str, power: bool) -> Tensor:
     unit = scale_of(top, kind, bits, power).unsqueeze(-1)
     if kind != "pairs":
         return unit
-    square = over_tokens(x.square().sum(-1), "sum") / (x.numel() // max(1, top.numel()))
-    size = torch.minimum(top, 3 * square.sqrt())
+    mean = over_tokens(x.abs().sum(-1), "sum") / (x.numel() // max(1, top.numel()))
+    size = torch.minimum(top, USUAL * mean)
     short = scale_of(size, kind, bits, power).unsqueeze(-1)
     lost = [
         over_tokens((snap(x / u, kind, bits) * u - x).square().sum(-1), "sum").unsqueeze(-1)
