@@ -25,6 +25,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
         "a new shape makes scales, zeros and codes stale, so widths come before all three",
     ),
     (
+        "permute",
+        "orders of channels",
+        "channels are put in order before anything is measured that groups them",
+    ),
+    (
         "equivalence",
         "scales",
         "scales must be folded before anything is measured on a grid or mask",
@@ -32,12 +37,15 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("inputs", "input grids", "a range is calibrated on the values that moved scales leave"),
     ("mask", "zeros", "OBS updates leave the grid, so zeros are chosen before or with codes"),
     ("grid", "codes", "codes are last: nothing may move a weight that is on its grid"),
+    ("kv", "caches", "what caches keep is measured on the weights that will make it"),
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
 # Stages that change shapes or topology, before anything is written into a weight.
 SHAPES = ("depth", "heads", "width")
 STALE = "what changes shapes makes the scales, zeros and codes that are there stale"
 RANK = {stage: i for i, (stage, _, _) in enumerate(STAGES)}
+# Stages that are decided on the finished program.
+LATE = ("kv", "exit")
 # Stages whose facts are solved together when they stand in one string.
 JOINT = ("inputs", "mask", "grid")
 
