@@ -28,7 +28,7 @@ def test_knobs_continue_the_pass_before_them():
     assert (by_name["w4"].group, by_name["w4"].solver, by_name["w4"].bits) == (64, "rtn", 4)
     assert by_name["w4"].explicit("group")
     assert not by_name["w4"].explicit("clip")
-    assert r.text() == "smooth:alpha=0.6,prune24,w4:group=64,solver=rtn"
+    assert r.text() == "smooth:alpha=0.6,prune24,w4:solver=rtn,group=64"
     assert recipe.from_strings([r.text()]).text() == r.text()
 
 
