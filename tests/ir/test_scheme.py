@@ -7,7 +7,6 @@ import pytest
 from llmc.compiler.ir.errors import ModelError, UsageError
 from llmc.compiler.ir.scheme import (
     Codes,
-    InputGrid,
     LowRank,
     Mask,
     Scheme,
@@ -37,8 +36,8 @@ def test_merging_adds_and_refuses_a_second_opinion():
     ("part", "word"),
     [
         ({"low_rank": LowRank(8)}, "low_rank"),
-        ({"sparse": Sparse("columns", 0.01)}, "sparse"),
-        ({"input_grid": InputGrid(8, "token")}, "input_grid"),
+        ({"sparse": Sparse("blocks", 0.01)}, "sparse"),
+        ({"sparse": Sparse("columns", 0.01)}, "input grid"),
         ({"bias_delta": True}, "bias_delta"),
         ({"t_in": Transform("orthogonal", True)}, "orthogonal"),
         ({"t_out": Transform("diagonal", False)}, "folded"),

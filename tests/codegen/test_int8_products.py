@@ -1,0 +1,103 @@
+"""Int8 inputs times int8 weights on CPUs: exact integers, beside the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lowering_programs import Maker, Weight
+
+from llmc.codegen.cpu import INT8X8
+from llmc.codegen.targets import lower
+from llmc.compiler.ir.graph import Program
+from llmc.compiler.ir.interpret import run
+
+EIGHT = {"kind": "int", "bits": 8}
+
+
+def rounded(
+    weight: Weight, dtype: torch.dtype = torch.float32, columns: bool = False, **given: Any
+) -> Program:
+    """linear(round_input(x), W, b)."""
+    m = Maker(dtype)
+    x = m.input("h", weight.K)
+    parts: list[Any] = [None, None]
+    if given["per"] == "static":
+        parts[0] = m.param("w.in_scale", torch.tensor([0.02]), keep=True)
+    if columns:
+        parts[1] = m.param("w.columns", torch.tensor([1, 5], dtype=torch.int32), keep=True)
+    x = m.call("llmc.round_input", x, *parts, **(EIGHT | given))
+    return m.output(m.linear(x, "w", weight, True))
+
+
+def hidden(columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 7, columns, generator=g)
+    x[0, 1] = 0.0
+    x[1, 2, 3] = 40.0
+    return x.to(dtype)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"per": "token"}, {"per": "tensor"}, {"per": "static"}, {"per": "token", "columns": True},
+    {"per": "token", "limit": 6.0, "columns": True}, {"per": "static", "limit": 6.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("weight", [Weight(17, 40, bits=8, group=0), Weight(8, 37, 4, group=0)])
+def test_products_are_those_of_the_reference(weight: Weight, form: dict[str, Any]) -> None:
+    program, x = rounded(weight, **form), hidden(weight.K)
+    lowered = lower(program, "cpu")
+    assert [p.kernel for p in lowered.placed] == [INT8X8]
+    assert lowered.placed[0].note == "sums of products are integers"
+    exact = run(program, {"h": x})
+    found = run(lowered.program, {"h": x}, implementations=lowered.implementations)
+    assert (found - exact).abs().max() <= 3e-6 * exact.abs().max()
+
+
+def test_sums_are_exact_where_floats_are_not() -> None:
+    """4096 products of 127² pass 2**24; every step of an int32 sum is exact."""
+    from llmc.codegen.cpu import _int8x8_call
+    from llmc.codegen.kernels import Problem
+
+    g = torch.Generator().manual_seed(0)
+    q = torch.randint(100, 128, (3, 4096), generator=g)
+    q[:, 0] = 127
+    w = torch.randint(100, 128, (5, 4096), generator=g)
+    problem = Problem(N=5, K=4096, bits=8, group=0, rounded="int8 token")
+    y = _int8x8_call(problem, q.float() / 128, w.to(torch.int8), torch.ones(5) / 128)
+    exact = (q @ w.T).double() / 128**2
+    assert ((y.double() - exact).abs() <= exact * 2.0**-22).all()
+
+
+@pytest.mark.parametrize(
+    ("weight", "form", "why"),
+    [
+        (Weight(16, 64, bits=8, group=32), {"per": "token"}, "one scale per row"),
+        (Weight(16, 64, bits=8, group=0), {"per": "token", "group": 8}, "with one scale"),
+        (Weight(16, 64, bits=8, group=0), {"per": "token", "kind": "e4m3"}, "with one scale"),
+        (Weight(16, 64, bits=8, group=0, asym=True), {"per": "token"}, "symmetric"),
+    ],
+)
+def test_what_is_no_integer_product_runs_otherwise(
+    weight: Weight, form: dict[str, Any], why: str
+) -> None:
+    from llmc.codegen.cpu import choose
+    from llmc.codegen.fuse import find
+
+    seen = []
+    find(rounded(weight, **form), lambda problem: seen.append(problem) or None)
+    kernel, reasons = choose(seen[0])
+    assert kernel is None or kernel.name != INT8X8
+    if kernel is None:
+        assert why in reasons
+
+
+def test_sixteen_bit_floats_that_cannot_hold_codes_run_otherwise() -> None:
+    weight = Weight(16, 64, bits=8, group=0)
+    lowered = lower(rounded(weight, torch.bfloat16, per="token"), "cpu")
+    assert [p.kernel for p in lowered.placed] == ["aten::_weight_int8pack_mm"]
+    lowered = lower(rounded(weight, torch.float16, per="token"), "cpu")
+    assert [p.kernel for p in lowered.placed] == [INT8X8]
