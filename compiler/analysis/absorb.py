@@ -148,19 +148,19 @@ class Builder:
         return pattern.flatten()
 
     def norm(self, node: fx.Node, pattern: torch.Tensor) -> None:
-        gain = _argument(node, 1, "gain")
+        gain = argument(node, 1, "gain")
         if gain is None:
             raise No("norm_has_gain", f"{node.name} has no gain", node)
         index = self.channel(node, pattern)
         self.param(gain, node, 0, index, float(node.kwargs.get("offset", 0.0)))  # type: ignore[arg-type]
-        bias = _argument(node, 2, "bias") if op_name(node) == "llmc.layer_norm" else None
+        bias = argument(node, 2, "bias") if op_name(node) == "llmc.layer_norm" else None
         if bias is not None:
             self.param(bias, node, 0, index)
 
     def linear(self, node: fx.Node, pattern: torch.Tensor) -> None:
         index = self.channel(node, pattern)
         self.param(node.args[1], node, 0, index)
-        bias = _argument(node, 2, "bias")
+        bias = argument(node, 2, "bias")
         if bias is not None:
             self.param(bias, node, 0, index)
 
@@ -245,5 +245,5 @@ def _shifted(value: object, reader: fx.Node) -> tuple[fx.Node, fx.Node, float] |
     return None
 
 
-def _argument(node: fx.Node, place: int, name: str) -> object:
+def argument(node: fx.Node, place: int, name: str) -> object:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name)

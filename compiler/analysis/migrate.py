@@ -16,7 +16,7 @@ from torch import fx
 
 from ..ir.graph import Program, info
 from ..ir.refusal import Refusal
-from .absorb import Absorber, Builder, No
+from .absorb import Absorber, Builder, No, argument
 from .blocks import segments_of
 from .flow import EXPERTS, LINEAR, is_plain_move, origin
 from .linears import sole_param
@@ -155,6 +155,63 @@ def _at_root(root: fx.Node, value: fx.Node) -> torch.Tensor:
     if pattern is None:
         raise No("channels_known", f"{value.name} has a symbolic number of channels", value)
     return pattern
+
+
+def shift_biases(
+    program: Program, site: MigrationSite
+) -> tuple[str, dict[str, str | None]] | tuple[None, str]:
+    """Where a shift of the site's value would go: x becomes x - z, the readers' biases + W·z.
+
+    Returns:
+        (the norm's bias, by reader the name of its bias, None where it has none), or (None, why
+        the value cannot be shifted).
+    """
+    root = origin(program.node(site.value), is_plain_move)
+    if op_name(root) != "llmc.layer_norm":
+        return None, f"{root.name} ({op_name(root)}) has no bias that could take a shift"
+    bias = program.param_of(argument(root, 2, "bias"))
+    if bias is None or bias.name not in {a.param for a in site.absorbers}:
+        return None, f"{root.name} has no bias of its own"
+    found: dict[str, str | None] = {}
+    for name, _, _ in site.consumers:
+        node = program.node(name)
+        if op_name(node) != LINEAR:
+            return None, f"{name} is no linear with a bias"
+        old = argument(node, 2, "bias")
+        own = sole_param(program, old, node) if old is not None else None
+        if isinstance(own, tuple):
+            return None, f"the bias of {name} cannot change: {own[1]}"
+        found[name] = None if own is None else own.name
+    return bias.name, found
+
+
+def shift_ready(program: Program, site: MigrationSite) -> bool:
+    """Whether the value can be shifted and every reader has the bias for it."""
+    norm, found = shift_biases(program, site)
+    return norm is not None and isinstance(found, dict) and None not in found.values()
+
+
+def shifted(program: Program, site: MigrationSite, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+    """New tensors, by parameter name, after ``shift`` is taken off the site's value.
+
+    Args:
+        shift: [n_scales]. Every reader must have a bias (see `shift_biases`).
+    Raises:
+        ModelError: a parameter's tensor cannot be loaded.
+    """
+    norm, biases = shift_biases(program, site)
+    assert norm is not None
+    assert isinstance(biases, dict)
+    wide = torch.promote_types(torch.float32, shift.dtype)
+    shift = shift.to(wide)
+    index = next(a.index for a in site.absorbers if a.param == norm)
+    out = {norm: program.weights.load(norm).to(wide) - shift[index]}
+    for name, param, _ in site.consumers:
+        bias = biases[name]
+        assert bias is not None
+        weight = program.weights.load(param).to(wide)
+        out[bias] = program.weights.load(bias).to(wide) + weight @ shift[site.expand]
+    return out
 
 
 def migrated(

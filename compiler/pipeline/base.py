@@ -186,6 +186,13 @@ class Pass:
     called: str = field(default="", kw_only=True, compare=False, repr=False)
     given: frozenset[str] = field(default=frozenset(), kw_only=True, compare=False, repr=False)
 
+    def prepare(self, program: Program, sites: Sequence[Any]) -> list[str]:
+        """Give the program parameters that the pass will need and that change nothing yet.
+
+        Returns their names; it is done before anything is planned or measured.
+        """
+        return []
+
     # ** derived **
 
     @classmethod

@@ -60,12 +60,13 @@ def biases(program: Program, groups: Sequence[Group]) -> list[Bias]:
         if known is not None and len(program.param_node(known.name).users) == 1:
             out.append(Bias(r.node.name, known.name, r.param.name, False))
         elif old is None:
-            out.append(Bias(r.node.name, _free(program, f"{r.param.name}_bias"),
+            out.append(Bias(r.node.name, free_name(program, f"{r.param.name}_bias"),
                             r.param.name, True))  # fmt: skip
     return out
 
 
-def _free(program: Program, name: str) -> str:
+def free_name(program: Program, name: str) -> str:
+    """The name, or a longer one that no parameter has."""
     while name in program.params:
         name += "_"
     return name

@@ -5,7 +5,7 @@ The graph proves the edges (see :mod:`..analysis.migrate`); such a pass only dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from ..analysis.migrate import MigrationSite
 from ..ir.errors import LlmcError
 from ..ir.graph import Program
+from ..ir.scheme import InputGrid
+from ..ir.segments import refresh_segments
 from ..solvers import Grid
-from .analysis import scale_migrations
+from .analysis import Analysis, scale_migrations
 from .base import Exact, Pass, knob
 
 
@@ -24,11 +26,12 @@ from .base import Exact, Pass, knob
 class Planned:
     """What the recipe makes of one reader: its grid, None where it stays dense.
 
-    weighed: whether its solve reads XᵀX.
+    weighed: whether its solve reads XᵀX. reads: how its input is rounded, None where it is not.
     """
 
     grid: Grid | None = None
     weighed: bool = False
+    reads: InputGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Edge:
         planned: what becomes of each of them.
         stored: dtype in which they are stored.
         stats: statistics of the value by name.
+        shifts: whether the value can be shifted as well.
     """
 
     site: MigrationSite
@@ -47,6 +51,7 @@ class Edge:
     planned: tuple[Planned, ...]
     stored: torch.dtype
     stats: Mapping[str, Any]
+    shifts: bool = False
 
     def reduced(self, per_channel: Tensor, how: str) -> Tensor:
         """[channels] -> [n_scales] by ``amax`` or ``mean`` over channels that share a scale."""
@@ -61,13 +66,24 @@ class Move:
 
     Attributes:
         scales: [n_scales], positive and finite.
-        shift: [channels], None where there is none.
+        shift: [n_scales], None where there is none.
         record: rows for the report.
     """
 
     scales: Tensor
     shift: Tensor | None = None
     record: dict[str, Any] = field(default_factory=dict)
+
+
+def prepared(program: Program, passes: Iterable[Pass]) -> Program:
+    """The program with what the passes need to be there; itself where they need nothing."""
+    new = program.clone()
+    analysis = Analysis(new)
+    added = [name for made in passes for name in made.prepare(new, made.sites(analysis)[0])]
+    if not added:
+        return program
+    refresh_segments(new)
+    return new
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class _Round:
         fetch: Fetch = self.work.fetch
         self.given = dict(self.work.implementations)
         for i, part in enumerate(parts):
-            stats = Collection()
+            stats, moved = Collection(), False
             for m in folds if i == 0 else []:
                 for need in m.call.made.needs:
                     stats.want(m.site.value, need)
@@ -157,8 +157,17 @@ class _Round:
                 self._collect(segment, stats, fetch)
             for m in folds if i == 0 else []:
                 record = fold(self.work, m, stats, self.planned)
+                moved = moved or "shifted" in record
                 self.out.folds.append({**record, "round": self.index})
                 self.listener(Event("fold", record))
+            if moved:
+                # No statistic follows a shift but those that know the mean: measure again.
+                stats, moved = Collection(), False
+                for d in part:
+                    for need in d.needs:
+                        stats.want(d.site.reads, need)
+                if stats.data:
+                    self._collect(segment, stats, fetch)
             if i == 0 and len(parts) > 1:
                 fetch = self.work.frozen()
             self._solve(part, stats)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis.migrate import migrated
+from ..analysis.migrate import migrated, shift_ready, shifted
 from ..ir.errors import ModelError
 from ..ir.graph import Segment
 from ..ir.interpret import Fetch
@@ -155,10 +155,14 @@ def fold(
         readers.append(_planned((planned or {}).get(node)))
     if move is None:
         known = {need: stats.get(site.value, need) for need in made.needs}
-        move = made.decide(Edge(site, tuple(weights), tuple(readers), stored, known))
+        shifts = shift_ready(work.program, site)
+        move = made.decide(Edge(site, tuple(weights), tuple(readers), stored, known, shifts))
     s = move.scales
     spread = s[site.expand.to(s.device)]
     view = replace(work.program, weights=work)
+    if move.shift is not None:
+        for name, tensor in shifted(view, site, move.shift).items():
+            work.replace(name, tensor)
     for name, tensor in migrated(view, site, s).items():
         work.replace(name, tensor)
     # Readers may see the value through moves, each under a name of its own.
@@ -169,13 +173,18 @@ def fold(
         "site": site.id, "kind": site.kind, "pass": m.call.name, "scales": site.n_scales,
         "smallest": float(s.min()), "largest": float(s.max()),
         "moved": int((s != 1).sum()), "seconds": round(time.perf_counter() - began, 4),
+        **({} if move.shift is None else {"shifted": int((move.shift != 0).sum())}),
         **move.record,
     }  # fmt: skip
 
 
 def _planned(d: Decision | None) -> Planned:
     """What a decision says about the weight of a reader."""
-    return Planned() if d is None else Planned(grid_of(d.scheme.codes, d.options), d.needs_gram)
+    return (
+        Planned()
+        if d is None
+        else Planned(grid_of(d.scheme.codes, d.options), d.needs_gram, d.scheme.input_grid)
+    )
 
 
 def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:

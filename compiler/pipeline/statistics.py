@@ -97,6 +97,80 @@ class AbsMean:
 
 
 @dataclass
+class Range:
+    """min and max over tokens per channel: ``low`` and ``high`` [n], fp32."""
+
+    name: ClassVar[str] = "range"
+    scope: ClassVar[str] = "block"
+    low: Tensor | None = None
+    high: Tensor | None = None
+    tokens: int = 0
+
+    @property
+    def value(self) -> Tensor:
+        """Both ends [2, n]."""
+        return torch.stack([_have(self.low), _have(self.high)])
+
+    def update(self, x: Tensor) -> None:
+        low, high = x.aminmax(dim=0)
+        self.merge(Range(low.float(), high.float(), x.shape[0]))
+
+    def merge(self, other: Range) -> None:
+        if other.low is not None and other.high is not None:
+            self.low = other.low if self.low is None else torch.minimum(self.low, other.low)
+            self.high = other.high if self.high is None else torch.maximum(self.high, other.high)
+        self.tokens += other.tokens
+
+    def scaled(self, factor: Tensor) -> Range:
+        ends = self.value * factor.float()
+        return Range(ends.amin(0), ends.amax(0), self.tokens)
+
+    def taken(self, index: Tensor) -> Range:
+        return Range(_have(self.low)[index], _have(self.high)[index], self.tokens)
+
+
+@dataclass
+class Sample:
+    """Evenly spaced rows of x, at most ``MOST``: ``value`` [k, n], fp32.
+
+    Row i is kept where i is a multiple of ``stride``, which doubles when there are too many: what
+    is kept depends on the rows and not on how they come in.
+    """
+
+    name: ClassVar[str] = "sample"
+    scope: ClassVar[str] = "block"
+    MOST: ClassVar[int] = 512
+    rows: Tensor | None = None
+    tokens: int = 0
+    stride: int = 1
+
+    @property
+    def value(self) -> Tensor:
+        return _have(self.rows)
+
+    def update(self, x: Tensor) -> None:
+        self._add(x[-self.tokens % self.stride :: self.stride].float())
+        self.tokens += x.shape[0]
+
+    def _add(self, rows: Tensor) -> None:
+        kept = rows if self.rows is None else torch.cat([self.rows, rows])
+        while len(kept) > self.MOST:
+            kept, self.stride = kept[::2], 2 * self.stride
+        self.rows = kept.clone()
+
+    def merge(self, other: Sample) -> None:
+        if other.rows is not None:
+            self._add(other.rows)
+        self.tokens += other.tokens
+
+    def scaled(self, factor: Tensor) -> Sample:
+        return Sample(self.value * factor.float(), self.tokens, self.stride)
+
+    def taken(self, index: Tensor) -> Sample:
+        return Sample(self.value[:, index], self.tokens, self.stride)
+
+
+@dataclass
 class Moments:
     """Mean and variance per channel by the parallel update of Chan et al. (1979), fp64."""
 
@@ -203,7 +277,9 @@ def _have(value: Tensor | None) -> Tensor:
     return value
 
 
-KINDS: dict[str, type] = {k.name: k for k in (AbsMax, AbsMean, Moments, Gram, Fisher)}
+KINDS: dict[str, type] = {
+    k.name: k for k in (AbsMax, AbsMean, Range, Sample, Moments, Gram, Fisher)
+}
 
 
 def kind(name: str) -> type:
