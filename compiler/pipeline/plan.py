@@ -22,6 +22,7 @@ from ..ir.serial import to_json
 from ..ir.verifier import verify, verify_interface
 from . import inputs, order
 from .analysis import Analysis
+from .equivalence import prepared
 from .predict import predictions
 from .recipe import Call, Recipe
 from .restructure import Choose, Step, checks_on, own_call, take
@@ -254,7 +255,8 @@ def lay_out(program: Program, recipe: Recipe, choose: Choose) -> Plan:
     for i, call in staged:
         if isinstance(call.made, Structural) and call.made.stage != "exit":
             _take(plan, i, call, choose)
-    plan.source = plan.program
+    moving = (c.made for calls in recipe.stages for c in calls if c.made.stage == "equivalence")
+    plan.source = prepared(plan.program, moving)
     plan.program = plan.source.clone()
     analysis = Analysis(plan.source)
     for i, calls in enumerate(recipe.stages):
