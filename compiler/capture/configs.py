@@ -198,6 +198,14 @@ def _changed(fields: dict[str, Any], changes: Changes) -> dict[str, Any]:
     return raw
 
 
+def at(fields: Mapping[str, Any], path: Path) -> Any:
+    """The value of one field."""
+    found: Any = fields
+    for part in path:
+        found = found[part]
+    return found
+
+
 def say(changes: Changes) -> list[str]:
     """Changes for people: ``field.field = value``."""
     return [f"{'.'.join(path)} = {value}" for path, value in changes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from ..ir.errors import UsageError
@@ -12,22 +14,36 @@ from .bisimulate import Difference
 _ORDER = ("bias", "size", "constant", "number", "param", "op")
 
 
+@dataclass(frozen=True)
+class Barred:
+    """A change of one field, from ``old`` to ``new``, that the model's class refused, and how."""
+
+    change: str
+    old: Any
+    new: Any
+    words: str
+
+
 def refusal(
     program: Program,
     differences: list[Difference],
     given: dict[str, tuple[Any, Any]],
-    barred: dict[str, str],
+    barred: Iterable[Barred],
 ) -> UsageError:
     """The error that names layer, and size, bias or op, and what to do.
 
     Args:
         differences: what is left under the nearest config; not empty.
         given: (wanted, given) shape by name of every parameter.
-        barred: what the model's class said to changes that it refused.
+        barred: changes that would have given a size that is wanted, were they allowed.
     """
     stored = [d for d in differences if d.kind == "size" and d.axis >= 0]
     if stored:
-        return _size(stored[0], given, barred)
+        for b in barred:
+            alike = [d for d in stored if b.words and d.theirs * b.new == d.ours * b.old]
+            if alike:
+                return _size(alike[0], given, f"its class refuses {b.change}: {b.words}")
+        return _size(stored[0], given, "")
     first = min(differences, key=lambda d: _ORDER.index(d.kind))
     more = f" ({len(differences) - 1} more)" if len(differences) > 1 else ""
     node = program.node(first.node)
@@ -64,7 +80,7 @@ def refusal(
     )  # fmt: skip
 
 
-def _size(d: Difference, given: dict[str, tuple[Any, Any]], barred: dict[str, str]) -> UsageError:
+def _size(d: Difference, given: dict[str, tuple[Any, Any]], told: str) -> UsageError:
     """A parameter of the wrong length: not uniform, or tied to another size by the config."""
     for name, (want, have) in given.items():
         if name == d.name or want != have:
@@ -76,12 +92,11 @@ def _size(d: Difference, given: dict[str, tuple[Any, Any]], barred: dict[str, st
                 f"{name}", where=d.path,
                 hint="prune with uniform=true to export, or save an artefact instead",
             )  # fmt: skip
-    told = next((f"{change}: {words}" for change, words in barred.items() if words), "")
     return UsageError(
         f"expected {d.theirs} along axis {d.axis} of {d.name}, as the config gives it, found "
         f"{d.ours}: no field of the config changes that size alone", where=d.path,
-        hint=f"its class refuses {told}" if told
-        else "this structure cannot be cut in this architecture's config; save an artefact instead",
+        hint=told
+        or "this structure cannot be cut in this architecture's config; save an artefact instead",
     )  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from torch import fx
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, tensor_type
 from .bisimulate import Difference, Match, bisimulate
-from .configs import Captured, Changes, Family, Path, Shapes, say
-from .explain import refusal
+from .configs import Captured, Changes, Family, Path, Shapes, at, say
+from .explain import Barred, refusal
 from .folds import fold_counts, move_eps, move_scale
 
 Tell = Callable[[str], None]
@@ -72,7 +72,7 @@ class _Search:
     biased: dict[str, int] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)
     near: list[tuple[int, int, Changes]] = field(default_factory=list)
-    barred: dict[str, str] = field(default_factory=dict)
+    barred: dict[str, Barred] = field(default_factory=dict)
 
     def run(self) -> Fitted:
         changes = self._depth()
@@ -90,7 +90,8 @@ class _Search:
             if self._adjust(match.differences):
                 match = bisimulate(captured.program, self.program, captured.stored)
         if match.differences:
-            raise refusal(self.program, match.differences, self._given_sizes(changes), self.barred)
+            raise refusal(self.program, match.differences, self._given_sizes(changes),
+                          self.barred.values())  # fmt: skip
         return Fitted(self.given, self.program, self.family, changes, captured, match)
 
     # ** depth **
@@ -216,8 +217,11 @@ class _Search:
             missed = self._miss(more)
             if missed is None and rank == 0:
                 (change,) = say(((path, value),))
-                self.barred.setdefault(change, self.family.why_not(more))
-            if missed is not None and (missed < now or missed == now == 0):
+                old = at(self.family.fields, path)
+                barred = Barred(change, old, value, self.family.why_not(more))
+                self.barred.setdefault(change, barred)
+            # A size that no parameter has, a number of heads say, shows in a captured graph only.
+            if missed is not None and (missed < now or (missed == now == 0 and rank == 0)):
                 ranked.append((rank, missed, len(path), more))
         ranked.sort(key=lambda r: r[:3])
         for rank, *_, more in ranked[:_BRANCHES]:
@@ -232,7 +236,7 @@ class _Search:
     def _nearest(self) -> tuple[Changes, Captured, Match]:
         """The tried config that a refusal is told from; the first one of all does trace."""
         order = sorted(self.near, key=lambda n: n[:2])
-        for *_, changes in order[:_BRANCHES]:
+        for *_, changes in order[:2]:
             try:
                 return self._take(changes)
             except ModelError:
