@@ -26,6 +26,7 @@ from .model import fold_params
 from .pipeline.compile import compile_plan
 from .pipeline.data import Source, Tokenizer
 from .pipeline.encode import refresh_types
+from .pipeline.order import LATE
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe
 from .pipeline.structure import Structural
@@ -85,7 +86,7 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
         wanted = read_recipe(passes, recipe)
     for call in wanted.calls:
         if isinstance(call.made, Structural):
-            leaves = call.made.stage == "exit"
+            leaves = call.made.stage in LATE
             what = "run the graph as a whole" if leaves else "keep every shape"
             raise UsageError(
                 f"options: expected passes that {what}, found {call.name!r}",

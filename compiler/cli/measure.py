@@ -54,8 +54,8 @@ def eval_command(
     """Perplexity by the papers' protocol, divergence from a baseline, size, speed and memory.
 
     One token stream, windows that do not overlap, the tail dropped. Two models are compared by a
-    paired bootstrap over the same windows. A model with early exits is run token by token, as it
-    writes, and compared with itself at full depth.
+    paired bootstrap over the same windows. A model with early exits, or with a cache of codes, is
+    run token by token, as it writes, and compared with itself without them.
     """
     if min_recovery is not None and baseline is None:
         raise UsageError("--min-recovery: expected a --baseline to recover, found none")
@@ -88,7 +88,7 @@ def eval_command(
     }
     result["size"] = _size(model)
     if isinstance(speaker, Stepwise):
-        result["exits"] = speaker.to_json(mine)
+        result |= speaker.to_json(mine)
     if other is not None and theirs is not None:
         versus = compare(mine, theirs)
         recovery = theirs.perplexity / mine.perplexity
@@ -137,7 +137,8 @@ def _speaker(model: Model) -> Speaker:
     from ..runtime.exits import ExitRunner
     from ..runtime.stepwise import Stepwise
 
-    if model.program.exits is not None and isinstance(model.generator, ExitRunner):
+    writes = model.program.caches and model.generator.cached
+    if writes or (model.program.exits is not None and isinstance(model.generator, ExitRunner)):
         return Stepwise(model.generator, model.runner)
     return model.runner
 
@@ -206,6 +207,24 @@ def _tell_exits(exits: dict[str, Any], speed: dict[str, Any] | None, out: Out) -
         )
 
 
+def _tell_cache(cache: dict[str, Any], window: int, out: Out) -> None:
+    """What the cache takes, and what it costs."""
+    from ..report.text import size
+
+    kinds, bits = (", ".join(map(str, cache[k])) for k in ("kinds", "bits"))
+    ratio = cache["plain_bytes"] / max(cache["bytes"], 1)
+    out.text(
+        f"KV cache ({kinds}, {bits} bits): {cache['bytes_per_token']:,.0f} bytes per token at "
+        f"{window} tokens against {cache['plain_bytes_per_token']:,.0f} plain (x{ratio:.2f} "
+        f"smaller), {size(cache['bytes'])} in all; {cache['bits_per_number']:.2f} bits per number "
+        "in the long run"
+    )
+    out.text(
+        f"agreement with the full cache {cache['agreement']:.2%}, KL {cache['kl_to_full']:.4g} "
+        f"nats per token, its perplexity {cache['full_perplexity']:.5g}"
+    )
+
+
 def _certainty(c: dict[str, Any]) -> str:
     """How sure a comparison is, or that its windows are too few to say."""
     from ..report.text import counted
@@ -252,6 +271,8 @@ def _tell(result: dict[str, Any], out: Out) -> None:
         )
     if "exits" in result:
         _tell_exits(result["exits"], result.get("speed"), out)
+    if "cache" in result:
+        _tell_cache(result["cache"], q["window"], out)
     grown = result["size"]["resident_above_stored"]
     if grown:
         more = sum(g["resident"] - g["stored"] for g in grown)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from .caches import CacheScheme
 from .errors import ModelError
 from .exits import Exits
 from .names import set_names
@@ -138,6 +139,8 @@ class Program:
         states: declared state by name.
         facts: small JSON-able facts about the model (vocabulary, context length, special tokens).
         exits: where a token may leave early, between segments; None where it may not.
+        caches: how keys and values are kept, by attention node, or by state where there are
+            states; as they come where an attention has no record.
     """
 
     graph: fx.Graph
@@ -148,6 +151,7 @@ class Program:
     states: dict[str, State] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     exits: Exits | None = None
+    caches: dict[str, CacheScheme] = field(default_factory=dict)
     _known: dict[str, fx.Node] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     # ** looking **
@@ -305,6 +309,7 @@ class Program:
         return Program(
             graph, dict(self.params), weights, self.dtype,
             list(self.segments), dict(self.states), copy.deepcopy(self.facts), self.exits,
+            dict(self.caches),
         )  # fmt: skip
 
     def fetch(self, name: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from . import exits
+from . import caches, exits
 from .build import Builder
 from .errors import ModelError
 from .graph import Info, Param, Program, Segment, State, Weights, info
@@ -38,12 +38,13 @@ _OPS = ("placeholder", "get_attr", "call_function", "output")
 
 
 def to_json(program: Program) -> dict[str, Any]:
-    """The program as JSON values: format, dtype, nodes, params, segments, states, facts, exits.
+    """The program as JSON values: format, dtype, nodes, params, segments, states, facts, and exits
+    and caches where it has some.
 
     Raises:
         ModelError: an argument that has no JSON form.
     """
-    out = {
+    out: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "dtype": short(program.dtype),
@@ -68,7 +69,11 @@ def to_json(program: Program) -> dict[str, Any]:
         ],
         "facts": check_facts(program.facts),
     }  # fmt: skip
-    return out if program.exits is None else out | {"exits": program.exits.to_json()}
+    if program.exits is not None:
+        out["exits"] = program.exits.to_json()
+    if program.caches:
+        out["caches"] = {n: c.to_json() for n, c in program.caches.items()}
+    return out
 
 
 def provenance(program: Program) -> dict[str, Any]:
@@ -155,8 +160,9 @@ def from_json(data: Any, weights: Weights) -> Program:
         {
             "format": str, "version": int, "dtype": str, "nodes": list, "params": list,
             "segments": list, "states": list, "facts": dict, "exits": dict,
+            "caches": dict,
         },
-        optional=("exits",),
+        optional=("exits", "caches"),
     )  # fmt: skip
     if (top["format"], top["version"]) != (FORMAT, VERSION):
         raise ModelError(
@@ -194,6 +200,8 @@ def from_json(data: Any, weights: Weights) -> Program:
         program.segments.append(segment)
     if "exits" in top:
         program.exits = _at("exits", exits.from_json, top["exits"])
+    if "caches" in top:
+        program.caches = _at("caches", caches.all_from_json, top["caches"])
     return program
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from .build import result_type
+from .caches import caches_law
 from .dims import PAST, Dim, same
 from .errors import ModelError, VerifierError
 from .exits import check_exits
@@ -300,6 +301,7 @@ RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("segments", _segments),
     ("states", _states),
     ("exits", _exits),
+    ("caches", caches_law),
 ]
 """The laws, in an order in which each may build on those before it."""
 

@@ -16,7 +16,7 @@ from ..ir.graph import Program
 from .analysis import Analysis
 from .events import Event, Listener, silent
 from .measure import Options
-from .plan import Plan, add_exits, lay_out
+from .plan import Plan, add_late, lay_out
 from .recipe import Call
 from .rounds import run_rounds
 from .structure import Choice, Context, Structural
@@ -77,7 +77,7 @@ def compile_plan(
     if plan.steps:
         plan = lay_out(plan.captured, plan.recipe, decide)
     solved = run_rounds(plan, tokens, options, listener)
-    add_exits(plan, decide)
+    add_late(plan, decide)
     listener(Event("end", {"records": len(solved.records)}))
     structure = [s.to_json(full=True) for s in plan.steps]
     return Compiled(plan.program, plan, solved.records, solved.folds, structure)

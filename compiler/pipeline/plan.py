@@ -120,7 +120,7 @@ class Plan:
     Attributes:
         captured: the model as it came.
         source: what the rounds work on: the captured program after the structural passes.
-        steps: the structural passes in applied order; exits, which come last, end the list.
+        steps: the structural passes in applied order; caches and exits, which come last, end it.
     """
 
     captured: Program
@@ -144,8 +144,8 @@ class Plan:
     def applied(self) -> list[tuple[int, Call]]:
         """Every pass in applied order, with the recipe's stage in which it was asked for."""
         rounds = [(s.index, c) for s in self.stages for c in s.calls]
-        early = [(s.stage, s.call) for s in self.steps if s.call.made.stage != "exit"]
-        late = [(s.stage, s.call) for s in self.steps if s.call.made.stage == "exit"]
+        early = [(s.stage, s.call) for s in self.steps if s.call.made.stage not in order.LATE]
+        late = [(s.stage, s.call) for s in self.steps if s.call.made.stage in order.LATE]
         return [*early, *rounds, *late]
 
     @property
@@ -232,7 +232,7 @@ def make_plan(
         return given.get(call.name) or _structural(call).predict(analysis, sites)
 
     plan = lay_out(program, recipe, choose)
-    add_exits(plan, choose)
+    add_late(plan, choose)
     if not any(snapshot.sites for snapshot in plan.snapshots):
         why = plan.refusals[0].reason if plan.refusals else "the graph has no such place"
         raise GateError(f"expected a place for {recipe.text()}, found none: {why}")
@@ -246,14 +246,14 @@ def _structural(call: Call) -> Structural:
 
 
 def lay_out(program: Program, recipe: Recipe, choose: Choose) -> Plan:
-    """The plan of everything but the exits, which are chosen on the finished program."""
+    """The plan of everything but caches and exits, which are chosen on the finished program."""
     captured = program.clone()
     Analysis(captured)
     plan = Plan(captured, captured, captured, recipe)
     plan.snapshots.append(Snapshot("captured", to_json(captured), (), 0, ""))
     staged = [(i, c) for i, calls in enumerate(recipe.stages) for c in calls]
     for i, call in staged:
-        if isinstance(call.made, Structural) and call.made.stage != "exit":
+        if isinstance(call.made, Structural) and call.made.stage not in order.LATE:
             _take(plan, i, call, choose)
     moving = (c.made for calls in recipe.stages for c in calls if c.made.stage == "equivalence")
     plan.source = prepared(plan.program, moving)
@@ -267,11 +267,11 @@ def lay_out(program: Program, recipe: Recipe, choose: Choose) -> Plan:
     return plan
 
 
-def add_exits(plan: Plan, choose: Choose) -> None:
-    """Take the exit passes on the program that everything else has left, in place."""
+def add_late(plan: Plan, choose: Choose) -> None:
+    """Take the passes of caches and exits on the program that all else has left, in place."""
     for i, calls in enumerate(plan.recipe.stages):
         for call in calls:
-            if call.made.stage == "exit":
+            if call.made.stage in order.LATE:
                 _take(plan, i, call, choose)
 
 

@@ -15,6 +15,7 @@ from ..ir.refusal import Refusal
 from ..ir.segments import refresh_segments
 from ..ir.verifier import verify, verify_interface
 from .analysis import Analysis
+from .order import LATE
 from .recipe import Call, Override, at_site
 from .structure import Choice, Structural
 
@@ -93,7 +94,7 @@ def take(
     choice = choose(call, analysis, sites)
     new = program.clone()
     resized = made.apply(new, choice)
-    if made.stage == "exit":
+    if made.stage in LATE:
         refresh_segments(new)
     else:
         new.segments = []

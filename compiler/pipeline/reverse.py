@@ -40,9 +40,26 @@ def gradients(
     return sweep.run(ids)
 
 
+def value_gradients(
+    program: Program, ids: Tensor, values: Iterable[str], fetch: Fetch | None = None
+) -> dict[str, Tensor]:
+    """Gradients of one batch's loss for values of the graph, by node name, of the values' shapes.
+
+    A value that several later segments read gets the gradient of all of them.
+    Raises:
+        ModelError: as :func:`gradients`.
+    """
+    sweep = _Sweep(program, fetch or program.fetch, set(), set(values))
+    sweep.run(ids)
+    return sweep.at_values
+
+
 class _Sweep:
-    def __init__(self, program: Program, fetch: Fetch, wanted: set[str]) -> None:
+    def __init__(
+        self, program: Program, fetch: Fetch, wanted: set[str], values: set[str] | None = None
+    ) -> None:
         self.program, self.fetch, self.wanted = program, fetch, wanted
+        self.values, self.at_values = values or set(), dict[str, Tensor]()
         self.nodes = {n.name: n for n in program.graph.nodes}
         self.found: dict[str, Tensor] = {}
         self.logits = logits_of(program)
@@ -99,20 +116,29 @@ class _Sweep:
                 owned[name] = self.fetch(name).detach().requires_grad_()
             return owned[name]
 
+        held: dict[str, Tensor] = {}
+
+        def observe(node: fx.Node, value: object) -> None:
+            if node.name in self.values and isinstance(value, Tensor) and value.requires_grad:
+                held[node.name] = value
+
         with torch.enable_grad():
-            env = run_nodes(self._calls(segment), env, fetch, keep=outs)
+            env = run_nodes(self._calls(segment), env, fetch, keep=outs, observe=observe)
             values = [(env[n], cotangents.pop(n)) for n in outs]
             values = [(v, g) for v, g in values if v.requires_grad]
             if not values:
                 return
-            targets = [*leaves.values(), *owned.values()]
+            targets = [*leaves.values(), *owned.values(), *held.values()]
             grads = torch.autograd.grad(
                 [v for v, _ in values], targets, [g for _, g in values], allow_unused=True
             )
         for node, grad in zip(leaves, grads, strict=False):
             if grad is not None:
                 cotangents[node] = cotangents[node] + grad if node in cotangents else grad
-        for name, grad in zip(owned, grads[len(leaves) :], strict=True):
+        for name, grad in zip(held, grads[len(leaves) + len(owned) :], strict=True):
+            if grad is not None:
+                self.at_values[name] = grad
+        for name, grad in zip(owned, grads[len(leaves) :], strict=False):
             if grad is not None:
                 self.found[name] = self.found[name] + grad if name in self.found else grad
 

@@ -58,14 +58,15 @@ def decoder(
     *, hidden: int = 16, inner: int = 24, heads: int = 4, kv: int = 2, size: int = 4,
     vocab: int = 20, norm: str = "rms", offset: float = 0.0, mlp: str = "gated",
     bias: bool = False, tied: bool = False, leak: bool = False, share: bool = False,
-    blocks: int = 2, seed: int = 0,
+    blocks: int = 2, seed: int = 0, rope: float = 0.0, causal: bool = True,
 ) -> Program:  # fmt: skip
     """A small decoder: embedding, blocks of attention and MLP, final norm, head.
 
     norm: ``rms`` or ``layer``; offset 1 is the 1 + g form. mlp: ``gated``, ``relu``, ``gelu``,
     ``softmax`` (over the inner channels) or ``moe`` (four gated experts, two chosen).
     leak: the residual also reads the first norm of each block. share: every block reads the first
-    block's keys and values.
+    block's keys and values. rope: queries and keys are rotated by their positions, then keys are
+    multiplied by this unless it is 1. causal: attention reads no later token.
     """
     b = Builder(seed)
     ids = b.input("input_ids", torch.int64, BATCH, SEQ)
@@ -95,13 +96,25 @@ def decoder(
         y = b.call("llmc.experts", flat, index, weight, both, down, act="silu")
         return b.call("aten.reshape.default", y, [*length, hidden])
 
+    def turned(value: fx.Node) -> fx.Node:
+        return b.call("llmc.rope", value, *angles) if rope else value
+
+    masks = {} if causal else {"causal": False}
+    angles: list[fx.Node] = []
+    if rope:
+        at = b.call("aten.unsqueeze.default", b.call("aten.unsqueeze.default", pos, 1), -1)
+        angle = b.call("aten.mul.Tensor", at, b.param(size))
+        angles = [b.call(f"aten.{name}.default", angle) for name in ("cos", "sin")]
     k = v = x
     for i in range(blocks):
         n = normed(x)
-        q = split(b.linear(n, heads * size, hidden, bias=bias), heads)
+        q = turned(split(b.linear(n, heads * size, hidden, bias=bias), heads))
         if i == 0 or not share:
             k, v = (split(b.linear(n, kv * size, hidden, bias=bias), kv) for _ in range(2))
-        a = b.call("llmc.attention", q, k, v, pos, pos, valid, scale=size**-0.5)
+            k = turned(k)
+            if rope not in (0.0, 1.0):
+                k = b.call("aten.mul.Tensor", k, rope)
+        a = b.call("llmc.attention", q, k, v, pos, pos, valid, scale=size**-0.5, **masks)
         a = b.call("aten.reshape.default", a, [*length, heads * size])
         x = b.call("aten.add.Tensor", x, b.linear(a, hidden, heads * size, bias=bias))
         if leak:
@@ -149,6 +162,9 @@ ZOO: dict[str, Callable[[], Program]] = {
     "four_blocks": lambda: decoder(blocks=4),
     "one_block": lambda: decoder(blocks=1),
     "shared_keys": lambda: decoder(blocks=4, share=True),
+    "with_rope": lambda: decoder(rope=1.0),
+    "scaled_after_rope": lambda: decoder(rope=2.0),
+    "sees_all": lambda: decoder(causal=False),
     "gives_keys": lambda: with_keys(decoder(blocks=4)),
 }
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..analysis.rotation import check_rotations
+from ..ir.caches import cache_params, load_all
 from ..ir.errors import ModelError, UsageError, VerifierError
 from ..ir.exits import CLASSIFIER, classifier_of
 from ..ir.graph import Param, Program
@@ -127,7 +129,9 @@ def save(path: str | Path, contents: Contents, *, force: bool = False) -> Manife
     needed = weights + sum(len(d) for d in documents.values()) + 512 * (len(params) + 16)
     if force:
         check_replaceable(Path(path))
-    kinds = roles(program) | {CLASSIFIER: "classifier"}
+    kinds = (
+        roles(program) | {CLASSIFIER: "classifier"} | dict.fromkeys(cache_params(program), "cache")
+    )
     with new_folder(Path(path), needed=needed, force=force) as folder:
         tensors: dict[str, Tensor] = {}
         files: dict[str, File] = {}
@@ -149,8 +153,8 @@ def save(path: str | Path, contents: Contents, *, force: bool = False) -> Manife
 
 
 def _stored(program: Program) -> dict[str, Param]:
-    """What is stored as tensors: the graph's parameters, and the classifier of its exits."""
-    out = {p.name: p for p in program.params.values()}
+    """What is stored as tensors: the graph's parameters, those of exits and of caches."""
+    out = {p.name: p for p in program.params.values()} | cache_params(program)
     if program.exits is not None and program.exits.classifies:
         out[CLASSIFIER] = Param(CLASSIFIER, program.exits.shape, torch.float32, keep=True)
     return out
@@ -325,4 +329,6 @@ def _program(root: Path, manifest: Manifest, body: Any, origin: Any) -> Program:
     if program.exits is not None:
         # A few numbers, so they are checked now and not when the first token leaves.
         classifier_of(program.exits, program.weights)
+    load_all(program)
+    check_rotations(program)
     return program

@@ -47,15 +47,19 @@ class Attend:
         k_valid: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        k_cos: torch.Tensor | None = None,
+        k_sin: torch.Tensor | None = None,
         *,
         scale: float,
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        interleaved: bool = False,
         state: Any,
     ) -> torch.Tensor:
         """See ``llmc.cached_attention``: q [B, H, S, D], k and v [B, KV, S, D] -> [B, S, H, D]."""
-        keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid)
+        turn = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
+        keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **turn)
         if softcap is not None or sinks is not None or bias is not None or not causal:
             return attention(
                 q, keys, values, q_pos, k_pos, valid, bias, sinks,

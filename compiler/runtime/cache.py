@@ -6,7 +6,7 @@ one by one, so running new tokens alone against the kept keys and values is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from ..analysis.cacheable import argument, cache_refusals
+from ..analysis.rotation import Rotation, rotation_of
+from ..ir.caches import PLAIN, CacheScheme
 from ..ir.dims import BATCH, PAST, SEQ
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, tensor_type
@@ -48,15 +50,34 @@ def add_cache(program: Program) -> Program:
         name = f"kv{i}"
         attrs = {a: node.kwargs[a] for a in ("scale", "causal", "window", "softcap")
                  if a in node.kwargs}  # fmt: skip
+        scheme, turn = out.caches.pop(node.name, None), list[fx.Node]()
+        if scheme is not None and scheme.turned:
+            k, *turn = _before_rotation(node, attrs)
         cached = out.emit(
             "llmc.cached_attention", q, k, v, q_pos, argument(node, 5, "k_valid"), None,
-            argument(node, 7, "sinks"), before=node, made_by=_BY, like=node, state=name, **attrs,
+            argument(node, 7, "sinks"), *turn, before=node, made_by=_BY, like=node, state=name,
+            **attrs,
         )  # fmt: skip
         node.replace_all_uses_with(cached)
         out.graph.erase_node(node)
-        out.states[name] = State(name, "kv", tuple(_kept(tensor_type(t)) for t in (k, v)))
+        kind = PLAIN if scheme is None else scheme.kind
+        out.states[name] = State(name, kind, tuple(_kept(tensor_type(t)) for t in (k, v)))
+        if scheme is not None:
+            out.caches[name] = scheme
+    out.prune()
     refresh_segments(out)
     return out
+
+
+def _before_rotation(node: fx.Node, attrs: dict[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Keys, cosines and sines of a rotation that moves behind the state."""
+    found = rotation_of(node)
+    if not isinstance(found, Rotation):
+        why = found or "they are not rotated"
+        raise ModelError(f"expected keys that can be kept before their rotation: {why}",
+                         where=f"node {node.name}")  # fmt: skip
+    attrs["interleaved"] = found.interleaved
+    return found.keys, found.cos, found.sin
 
 
 def _positions(program: Program) -> fx.Node:
@@ -73,11 +94,20 @@ def _kept(t: TensorType) -> TensorType:
     return t.with_shape(t.shape[0], t.shape[1], PAST, t.shape[3])
 
 
+# Cosines and sines of the new tokens' positions, and how channels pair up; see ``llmc.rope``.
+Turn = tuple[torch.Tensor, torch.Tensor, bool]
+
+
 class Step:
-    """One forward of a batch, shared by all layers: what is costly to ask is asked once."""
+    """One forward of a batch, shared by all layers: what is costly to ask is asked once.
+
+    Attributes:
+        angles: for each tensor of cosines that was seen, the table that keeps them.
+    """
 
     def __init__(self) -> None:
         self._seen: list[tuple[torch.Tensor, bool]] = []
+        self.angles: list[tuple[torch.Tensor, Any]] = []
 
     def padded(self, valid: torch.Tensor) -> bool:
         """Whether any of these tokens is padding; waits for the device once per tensor."""
@@ -114,7 +144,10 @@ class KVState:
         rows: which rows the next tokens are of; None for all. While it is set, ``append`` writes
             behind what is kept and ``advance`` counts the tokens once all rows are written.
         step: the running forward, None outside of ``Cache.begin``.
+        angles: a table by position where keys are kept before their rotation, else None.
     """
+
+    angles: Any = None
 
     def __init__(
         self, state: State, batch: int, capacity: int = 256, device: torch.device | str = "cpu"
@@ -130,38 +163,47 @@ class KVState:
 
     def _allocate(self, capacity: int) -> None:
         self.capacity = capacity
-        self._kv = [
-            torch.empty(b, h, capacity, d, dtype=dtype, device=self.device)
-            for b, h, d, dtype in self._shapes
-        ]
+        self._buffers(capacity)
         self._pos = torch.zeros(self.batch, capacity, dtype=torch.int64, device=self.device)
         self._valid = torch.ones(self.batch, capacity, dtype=torch.bool, device=self.device)
         self._padded = False
 
+    def _buffers(self, capacity: int) -> None:
+        """Make room for keys and values of that many tokens."""
+        self._kv = [
+            torch.empty(b, h, capacity, d, dtype=dtype, device=self.device)
+            for b, h, d, dtype in self._shapes
+        ]
+
+    def _growing(self) -> list[torch.Tensor]:
+        """What grows with the tokens, [B, *, T, *] or [B, T]; filled from the front."""
+        return [*self._kv, self._pos, self._valid]
+
     @property
     def bytes(self) -> int:
         """Bytes of the buffers, filled or not."""
-        return sum(t.nbytes for t in (*self._kv, self._pos, self._valid))
+        return sum(t.nbytes for t in self._growing())
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all; what is kept stays."""
         if tokens <= self.capacity:
             return
-        old = (*self._kv, self._pos, self._valid)
-        n, padded = self.length, self._padded
+        old, padded = self._growing(), self._padded
         self._allocate(max(tokens, 2 * self.capacity))
-        for mine, theirs in zip((*self._kv, self._pos, self._valid), old, strict=True):
-            axis = mine.dim() - 2 if mine.dim() == 4 else 1
-            mine.narrow(axis, 0, n).copy_(theirs.narrow(axis, 0, n))
+        for mine, theirs in zip(self._growing(), old, strict=True):
+            axis = 2 if mine.dim() == 4 else 1
+            mine.narrow(axis, 0, theirs.shape[axis]).copy_(theirs)
         self._padded = padded
 
     def append(
-        self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None,
+        turn: Turn | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Keep new tokens; return all: k [B, KV, T, D], v [B, KV, T, E], int and bool [B, T].
 
         The last is None while no token is padding. Views: read them before the next append.
         A graph that carries no validity (``valid`` None) takes the one given to ``Cache.begin``.
+        ``turn`` is the rotation of keys that come before theirs; not every kind of state takes one.
         Raises:
             ModelError: another batch than the state was made for.
         """
@@ -176,22 +218,26 @@ class KVState:
         self.reserve(end)
         if valid is None:
             valid = self.pending if rows is None or self.pending is None else self.pending[at]
-        self._kv[0][at, :, start:end] = k
-        self._kv[1][at, :, start:end] = v
         self._pos[at, start:end] = pos
         if valid is not None:
             self._valid[at, start:end] = valid
             self._padded = self._padded or (self.step or Step()).padded(valid)
         else:
             self._valid[at, start:end] = True
+        keys, values = self._join(at, start, end, k, v, turn)
         if rows is None:
             self.length = end
-        return (
-            self._kv[0][at, :, :end],
-            self._kv[1][at, :, :end],
-            self._pos[at, :end],
-            self._valid[at, :end] if self._padded else None,
-        )
+        return keys, values, self._pos[at, :end], self._valid[at, :end] if self._padded else None
+
+    def _join(
+        self, at: Any, start: int, end: int, k: torch.Tensor, v: torch.Tensor, turn: Turn | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep k and v of rows ``at`` behind ``start``; keys and values of all their tokens."""
+        if turn is not None:
+            raise ModelError("expected rotated keys, found a rotation", where=f"state {self.name}")
+        self._kv[0][at, :, start:end] = k
+        self._kv[1][at, :, start:end] = v
+        return self._kv[0][at, :, :end], self._kv[1][at, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Count tokens that were appended row by row; all rows are whole again."""
@@ -220,9 +266,15 @@ class KVState:
         self.length, self._padded = 0, False
 
 
+# A record and its tensors by part.
+Kept = tuple[CacheScheme, dict[str, torch.Tensor]]
+
+
 class Cache:
     """All states of one running batch, by name.
 
+    Args:
+        kept: record and tensors of the states that are kept in another way than they come.
     Attributes:
         prompt: tokens that were kept when decoding token by token began.
     """
@@ -233,13 +285,20 @@ class Cache:
         batch: int,
         capacity: int = 256,
         device: torch.device | str = "cpu",
+        kept: Mapping[str, Kept] | None = None,
     ) -> None:
+        from .kept import KeptState
+
         self.batch, self.prompt = batch, 0
         self.states: dict[str, KVState] = {}
         for s in states:
-            if s.kind != "kv":
+            how = (kept or {}).get(s.name)
+            if s.kind != (PLAIN if how is None else how[0].kind):
                 raise ModelError(f"expected state of kind 'kv', found {s.kind!r}", where=s.name)
-            self.states[s.name] = KVState(s, batch, capacity, device)
+            if how is None:
+                self.states[s.name] = KVState(s, batch, capacity, device)
+            else:
+                self.states[s.name] = KeptState(s, batch, capacity, device, *how)
 
     @property
     def length(self) -> int:
@@ -248,8 +307,9 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(s.bytes for s in self.states.values())
+        """Bytes of all buffers, and of the angles that several states may share."""
+        shared = {id(s.angles): s.angles.bytes for s in self.states.values() if s.angles}
+        return sum(s.bytes for s in self.states.values()) + sum(shared.values())
 
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens of every state."""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from ..ir.caches import load_all
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, info, tensor_type
 from ..ir.ops import row_of
 from ..ir.types import total_bytes
-from .cache import Cache
+from .cache import Cache, Kept
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 # A constant this small (rotary tables, reshaped gains) is computed once whatever the policy.
@@ -123,7 +125,17 @@ class Runner:
         """
         if not self.cached:
             raise ModelError("expected a program with state, found none; add_cache makes one")
-        return Cache(self.program.states.values(), batch, capacity, self.device)
+        states = self.program.states.values()
+        return Cache(states, batch, capacity, self.device, self._kept)
+
+    @cached_property
+    def _kept(self) -> dict[str, Kept]:
+        """Record and tensors of each state that is kept in another way than it comes."""
+        tensors = load_all(self.program)
+        return {
+            name: (scheme, {part: t.to(self.device) for part, t in tensors[name].items()})
+            for name, scheme in self.program.caches.items()
+        }
 
     @torch.no_grad()
     def forward(

@@ -25,8 +25,11 @@ from .cache import Cache, KVState, Rows
 from .executor import Constants, Runner, Step, run_steps
 
 _CACHED = "llmc.cached_attention"
-# Arguments of a cached attention that go into its state: keys, values, positions, validity.
-_KEPT = slice(1, 5)
+
+
+def _kept(node: fx.Node) -> list[Any]:
+    """What goes into its state: keys, values, positions, validity, and the keys' angles."""
+    return [*node.args[1:5], *[None] * (5 - len(node.args)), *node.args[7:9]]
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,11 @@ class Block:
 
 def _keep(
     k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None = None,
-    *, state: KVState,
+    cos: torch.Tensor | None = None, sin: torch.Tensor | None = None,
+    *, state: KVState, interleaved: bool = False,
 ) -> None:  # fmt: skip
     """Keep keys and values of tokens that nobody attends from here."""
-    state.append(k, v, pos, valid)
+    state.append(k, v, pos, valid, None if cos is None or sin is None else (cos, sin, interleaved))
 
 
 @dataclass
@@ -143,15 +147,16 @@ class ExitRunner(Runner):
         for node in keeping:
             if row_of(node).name != _CACHED:
                 raise ModelError(f"expected {_CACHED}, found {row_of(node).name}", where=node.name)
-            needed.update(n for n in node.args[_KEPT] if isinstance(n, fx.Node))
+            needed.update(n for n in _kept(node) if isinstance(n, fx.Node))
         steps: list[Step] = []
         for node in reversed([self.program.node(n) for n in names]):
             if node in needed and self._runs(node):
                 needed.update(i for i in node.all_input_nodes if i in inside)
                 steps.append(self._step(node, constants))
             elif node in keeping:
-                kwargs = {"state": node.kwargs["state"]}
-                steps.append(self._calling(_keep, node, node.args[_KEPT], kwargs, constants))
+                names = {"state", "interleaved"} & set(node.kwargs)
+                kwargs = {n: node.kwargs[n] for n in names}
+                steps.append(self._calling(_keep, node, _kept(node), kwargs, constants))
         return steps[::-1]
 
     # ** running **

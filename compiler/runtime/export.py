@@ -56,6 +56,13 @@ def export(
     check_format(format)
     target = Path(folder).expanduser()
     check_target(target, force)
+    if program.caches:
+        kinds = sorted({c.kind for c in program.caches.values()})
+        raise UsageError(
+            f"expected a program with a plain KV cache, found {', '.join(kinds)}: {format} has no "
+            "place for it",
+            hint="compile without the pass; most engines have a cache option of their own",
+        )
     if program.exits is not None:
         if not drop_exits:
             raise UsageError(

@@ -31,7 +31,10 @@ _ONE_DTYPE = {
     "llmc.fused_linear", "llmc.add_csr", "llmc.csr_linear", "llmc.experts",
     "aten.cat.default", "aten.index_add.default",
 }  # fmt: skip
-_KEPT_ARGUMENTS = {"llmc.fused_linear": {"codes", "scale", "zero", "meta", "gain"}}
+_KEPT_ARGUMENTS = {
+    "llmc.fused_linear": {"codes", "scale", "zero", "meta", "gain"},
+    "llmc.cached_attention": {"k_cos", "k_sin"},
+}
 
 
 def runner_for(

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..analysis.flow import is_plain_move
 from ..analysis.ties import WHOLE_ATTENTION
+from ..ir.caches import cache_params
 from ..ir.dims import numel
 from ..ir.graph import Program, tensor_type
 from ..ir.ops import row_of
@@ -172,4 +173,8 @@ def sizes(program: Program) -> Sizes:
     if program.exits is not None and program.exits.classifies:
         by_role["classifier"] = 4 * math.prod(program.exits.shape)
         total += by_role["classifier"]
+    kept = sum(p.bytes for p in cache_params(program).values())
+    if kept:
+        by_role["cache"] = kept
+        total += kept
     return Sizes(total, by_role, weights, stored)

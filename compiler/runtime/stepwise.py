@@ -1,29 +1,38 @@
-"""Evaluating a model that leaves early: every token decoded on its own, beside the full model."""
+"""Evaluating a model as it writes: every token decoded on its own, beside the model without that.
+
+Exits and caches that are kept as codes act only while decoding, so a window is read token by token.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..ir.caches import PLAIN, sizes_of
+from .cache import Cache
 from .evaluate import Evaluation, Score, Speaker, score_window
+from .executor import Runner
 from .exits import ExitRunner
 
 
 class Stepwise:
-    """Logits of whole windows, one token after the other through the exits.
+    """Logits of whole windows, one token after the other through cache and exits.
 
     The first token of a window is a prompt and runs at full depth; all others may leave.
     Args:
-        runner: takes exits; full: the same model without cache, every token at full depth.
+        runner: has a cache; full: the same model without one, every token at full depth.
     Attributes:
         program: that of ``runner``.
-        counts: decoded tokens by the blocks that they ran, from 1 on.
+        counts: decoded tokens by the blocks that they ran, from 1 on; empty without exits.
+        cache: that of the last window.
     """
 
-    def __init__(self, runner: ExitRunner, full: Speaker) -> None:
+    def __init__(self, runner: Runner, full: Speaker) -> None:
         self.runner, self.full, self.program = runner, full, runner.program
-        self.counts = [0] * runner.depth
+        self.counts = [0] * runner.depth if isinstance(runner, ExitRunner) else []
+        self.cache: Cache | None = None
         self._scores: list[Score] = []
 
     @property
@@ -33,12 +42,13 @@ class Stepwise:
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, S, vocabulary] of int64 [B, S]; the full model's scores are kept beside."""
         batch, length = input_ids.shape
-        cache = self.runner.start(batch, length)
+        self.cache = cache = self.runner.start(batch, length)
         out: list[torch.Tensor] = []
         for t in range(length):
             out.append(self.runner.forward(input_ids[:, t : t + 1], cache=cache))
-            for used in self.runner.used if t else ():
-                self.counts[used - 1] += 1
+            if isinstance(self.runner, ExitRunner):
+                for used in self.runner.used if t else ():
+                    self.counts[used - 1] += 1
         logits = torch.cat(out, 1)
         whole = self.full.forward(input_ids)
         self._scores += [score_window(*row) for row in zip(logits, input_ids, whole, strict=True)]
@@ -51,17 +61,51 @@ class Stepwise:
         return sum(n * c for n, c in enumerate(self.counts, 1)) / total if total else 0.0
 
     def to_json(self, of: Evaluation) -> dict[str, Any]:
-        """What the exits did on the windows of ``of``, against the full model."""
+        """``exits`` and ``cache``, what each did on the windows of ``of``, where there is one."""
+        out: dict[str, Any] = {}
+        if isinstance(self.runner, ExitRunner):
+            out["exits"] = self._exits(self.runner) | self._against(of)
+        if self.program.caches:
+            out["cache"] = self._cache() | self._against(of)
+        return out
+
+    def _against(self, of: Evaluation) -> dict[str, Any]:
+        """Agreement with the full model, and its perplexity."""
         s = self._scores
         header = (of.data, of.sha256, of.window, of.windows)
         rows = ((r.nll for r in s), (r.kl for r in s), (r.agree for r in s))
         told = Evaluation(*header, *map(tuple, rows)).to_json()
         full = Evaluation(*header, tuple(r.other for r in s))
-        return self.runner.exits.to_json() | {
-            "threshold": self.runner.exits.threshold,
-            "decoded_tokens": sum(self.counts), "blocks": self.runner.depth,
-            "blocks_per_token": self.blocks,
-            "tokens_by_blocks": {str(n): c for n, c in enumerate(self.counts, 1)},
+        return {
             "agreement": told["top1_agreement"], "kl_to_full": told["kl_to_baseline"],
             "full_perplexity": full.perplexity,
+        }  # fmt: skip
+
+    def _exits(self, runner: ExitRunner) -> dict[str, Any]:
+        return runner.exits.to_json() | {
+            "threshold": runner.exits.threshold,
+            "decoded_tokens": sum(self.counts), "blocks": runner.depth,
+            "blocks_per_token": self.blocks,
+            "tokens_by_blocks": {str(n): c for n, c in enumerate(self.counts, 1)},
+        }  # fmt: skip
+
+    def _cache(self) -> dict[str, Any]:
+        """Bytes of all states of one window's batch, as kept and as they would be kept plainly."""
+        assert self.cache is not None
+        states = [replace(s, kind=PLAIN) for s in self.program.states.values()]
+        plain = Cache(states, self.cache.batch, self.cache.length, "meta")
+        nodes = {str(n.kwargs["state"]): n for n in self.program.calls("llmc.cached_attention")}
+        bits = numbers = 0.0
+        for name, scheme in self.program.caches.items():
+            heads, k, v = sizes_of(nodes[name])
+            bits += scheme.token_bits(heads, k, v)
+            numbers += heads * (k + v)
+        tokens = self.cache.batch * self.cache.length
+        return {
+            "kinds": sorted({c.kind for c in self.program.caches.values()}),
+            "bits": sorted({c.bits for c in self.program.caches.values()}),
+            "states": len(self.program.states), "kept": len(self.program.caches),
+            "bytes": self.cache.bytes, "plain_bytes": plain.bytes,
+            "bytes_per_token": self.cache.bytes / tokens,
+            "plain_bytes_per_token": plain.bytes / tokens, "bits_per_number": bits / numbers,
         }  # fmt: skip

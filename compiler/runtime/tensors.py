@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..ir.caches import cache_params
 from ..ir.errors import ModelError
 from ..ir.exits import CLASSIFIER
 from ..ir.graph import Param, Program, Weights
@@ -31,7 +32,7 @@ _STORED = {
 def files_of(program: Program) -> dict[str, list[str]]:
     """Parameters by file name: one file per segment, in the order in which the graph reads them.
 
-    The classifier of early exits, which no node reads, has a file of its own.
+    What no node reads, the classifier of early exits and what caches need, has files of its own.
     """
     home: dict[str, str] = {}
     for segment in program.segments:
@@ -45,6 +46,9 @@ def files_of(program: Program) -> dict[str, list[str]]:
         out.setdefault(f"weights-{place}.safetensors", []).append(str(node.target))
     if program.exits is not None and program.exits.classifies:
         out["weights-exits.safetensors"] = [CLASSIFIER]
+    kept = list(cache_params(program))
+    if kept:
+        out["weights-caches.safetensors"] = kept
     return out
 
 

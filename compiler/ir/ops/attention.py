@@ -123,9 +123,13 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
 
 def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                  **attrs: Any) -> list[Tie]:  # fmt: skip
-    q_pos, k_valid, bias, sinks = [*rest, None, None, None, None][:4]
+    q_pos, k_valid, bias, sinks, turned = [*rest, None, None, None, None, None][:5]
+    core = _core_ties(q, k)
+    if turned is not None:
+        # Channels of a key pair up when it is read: no channel may be moved or cut on its own.
+        core = [t for t in core if t.kind != "contract"]
     return [
-        *_core_ties(q, k),
+        *core,
         *_token_ties(3, q_pos, 1),
         *_token_ties(4, k_valid, None),
         *_score_ties(5, out, bias),
@@ -210,20 +214,26 @@ def cached_attention(
     k_valid: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    k_cos: torch.Tensor | None = None,
+    k_sin: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    interleaved: bool = False,
     state: Any,
 ) -> torch.Tensor:
     """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
 
     ``state.append(k, v, pos, valid)`` gives (keys, values, positions, valid) of all tokens so far.
+    With k_cos and k_sin, broadcast to [B, 1, S, D], ``k`` comes before its rotation (``llmc.rope``,
+    of that ``interleaved``): the state keeps it so and gives rotated keys.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
-    keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid)
+    turn = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
+    keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **turn)
     return attention(
         q, keys, values, q_pos, k_pos, valid, bias, sinks,
         scale=scale, causal=causal, window=window, softcap=softcap,
@@ -233,7 +243,8 @@ def cached_attention(
 llmc_op(
     "cached_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
-    f"Tensor? sinks=None, *, {_SCHEMA_TAIL}, str state) -> Tensor",
+    f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, *, {_SCHEMA_TAIL}, "
+    "bool interleaved=False, str state) -> Tensor",
     _infer,
     cached_attention,
     ties=_cached_ties,
