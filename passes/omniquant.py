@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from ..compiler.analysis.key_scales import key_sites
+from ..compiler.ir.refusal import Refusal
+from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, knob
 from ..compiler.pipeline.equivalence import Equivalence
 
@@ -28,3 +32,15 @@ class OmniQuant(Equivalence):
 
     epochs: int = knob(4, "passes over the windows that it trains on", lo=0, hi=1000)
     windows: int = knob(16, "calibration windows that it trains on", lo=1)
+    keys: bool = knob(
+        False,
+        "scales between queries and keys too, equal for channels that rotate together; they change "
+        "nothing where weights alone are rounded",
+    )
+
+    def sites(self, analysis: Analysis) -> tuple[list[Any], list[Refusal]]:
+        """All edges; those between queries and keys where they were asked for."""
+        found, refused = super().sites(analysis)
+        for site in key_sites(analysis.program) if self.keys else ():
+            (refused if isinstance(site, Refusal) else found).append(site)
+        return found, refused

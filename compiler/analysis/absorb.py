@@ -32,7 +32,7 @@ class Absorber:
         param: its name.
         axis: the axis that carries the channels.
         index: int64 [length of the axis], the scale of each entry.
-        power: -1, the division.
+        power: -1, the division; 1 multiplies (keys, where queries are divided).
         offset: 1.0 for norms that store gain - 1, else 0.
     """
 

@@ -242,7 +242,8 @@ def scales_of(m: Migration, state: State, work: Work) -> Tensor:
     made = m.call.made
     assert isinstance(made, Equivalence)
     s = found.clamp(-11.5, 9.2).exp()
-    return through(s, made.rounded(s.detach(), work.program.params[m.site.consumers[0][1]].dtype))
+    param = m.site.consumers[0][1] if m.site.consumers else m.site.absorbers[0].param
+    return through(s, made.rounded(s.detach(), work.program.params[param].dtype))
 
 
 def settle(work: Work, state: State, solves: Sequence[Decision], record: dict[str, Any]) -> None:
