@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from ..ir.errors import UsageError
 from ..ir.graph import Program, info
 from .bisimulate import Difference
@@ -52,7 +54,7 @@ def refusal(
         case "bias":
             return UsageError(
                 f"expected no bias beside {first.name}, its model has no place for one, found one "
-                f"of {first.ours} added by {info(node).made_by}{more}", where=where,
+                f"of {first.ours} added by {_maker(node.args[2:])}{more}", where=where,
                 hint="compile with compensate=none, which adds no biases",
             )  # fmt: skip
         case "constant":
@@ -98,6 +100,11 @@ def _size(d: Difference, given: dict[str, tuple[Any, Any]], told: str) -> UsageE
         hint=told
         or "this structure cannot be cut in this architecture's config; save an artefact instead",
     )  # fmt: skip
+
+
+def _maker(values: Any) -> str:
+    """The pass that made an argument."""
+    return next((info(v).made_by for v in values if isinstance(v, fx.Node)), "a pass")
 
 
 def _alike(one: str, two: str) -> bool:

@@ -143,7 +143,10 @@ def _add_bias(program: Program, path: str) -> None:
             size = program.params[str(node.args[1].target)].shape[0]
             g = torch.Generator().manual_seed(1)
             bias = program.add_param(
-                Param("new", (size,), torch.float32), torch.randn(size, generator=g), before=node
+                Param("new", (size,), torch.float32),
+                torch.randn(size, generator=g),
+                before=node,
+                made_by="flap",
             )
             node.args = (*node.args[:2], bias)
             return
@@ -167,7 +170,7 @@ def test_bias_without_a_place_is_refused(tiny: Callable[[str], Program], tmp_pat
     """The layer and the way out are named."""
     program = tiny("gemma2")
     _add_bias(program, "mlp.down_proj")
-    wanted = r"no bias beside .*layers\.0\.mlp\.down_proj\.weight.*compensate=none"
+    wanted = r"no bias beside .*layers\.0\.mlp\.down_proj\.weight.* by flap .*compensate=none"
     with pytest.raises(UsageError, match=wanted):
         export(program, tmp_path / "out")
 
