@@ -75,6 +75,8 @@ def output_loss(
     for s in scales.to(wt):
         scaled = wt * s[:, None]
         weights = diagonal / s.square() if reader.weighed else None
+        if reader.grid.clip == "output":
+            weights = hessian.to(wt) / (s[:, None] * s)
         rounded = rtn_t(scaled, reader.grid, importance=weights)[0]
         deltas.append(rounded.sub_(scaled).div_(s[:, None]))
     delta = torch.cat(deltas, 1)
