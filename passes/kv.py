@@ -73,7 +73,7 @@ class Kivi(CachePass):
 
     bits: int = knob(4, "bits of each code: 2, 4 or 8", lo=2, hi=8)
     group: int = knob(32, "tokens of a key's group, channels of a value's", lo=1, hi=4096)
-    residual: int = knob(128, "newest tokens that stay as they are", lo=1, hi=1 << 16)
+    residual: int = knob(128, "newest tokens that stay as they are", lo=1, hi=1 << 13)
 
     def check(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -132,13 +132,13 @@ class KVQuant(CachePass):
         )  # fmt: skip
 
     def fit(self, context: Context, sites: list[CacheSite]) -> dict[str, dict[str, Tensor]]:
-        program, given = context.program, (context.data, context.options)
-        more = {"turned": True, "listener": context.listener}
-        weights = {} if self.weigh == "plain" else fisher(program, sites, *given, **more)
+        given = (context.program, sites, context.data, context.options)
+        told = context.listener
+        weights = {} if self.weigh == "plain" else fisher(*given, turned=True, listener=told)
         norm = self.bits == 2 if self.norm is None else self.norm
         out: dict[str, dict[str, Tensor]] = {}
-        for one in look(program, sites, *given, **more):
-            names = watched(program, one.site, True)
+        for one in look(*given, turned=True, listener=told):
+            names = watched(context.program, one.site, True)
             count = outlier_count(self.outliers, one.site.heads * one.site.v)
             out[one.site.node] = table(
                 one, weights, names, self.bits, self.outliers, count, norm=norm

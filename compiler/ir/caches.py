@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 PLAIN = "kv"
 # Largest residual window and number of first tokens; far above what pays.
-MAX_TOKENS = 1 << 16
+MAX_TOKENS = 1 << 13
 MAX_CACHES = 1 << 14
 
 

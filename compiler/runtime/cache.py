@@ -48,7 +48,7 @@ def add_cache(program: Program) -> Program:
         if q_pos is None:
             q_pos = _positions(out)
         name = f"kv{i}"
-        attrs = {a: node.kwargs[a] for a in ("scale", "causal", "window", "softcap")
+        attrs: dict[str, Any] = {a: node.kwargs[a] for a in ("scale", "causal", "window", "softcap")
                  if a in node.kwargs}  # fmt: skip
         scheme, turn = out.caches.pop(node.name, None), list[fx.Node]()
         if scheme is not None and scheme.turned:

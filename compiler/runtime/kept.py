@@ -73,8 +73,8 @@ class Apart:
             parts = (self._token, self._place, self._value)
             room = max(end, 2 * len(self._token))
             made = [t.new_empty(room) for t in parts]
-            for new, old in zip(made, parts, strict=True):
-                new[: self.count] = old[: self.count]
+            for mine, old in zip(made, parts, strict=True):
+                mine[: self.count] = old[: self.count]
             self._token, self._place, self._value = made
         _, heads, width = self._shape
         new = slice(self.count, end)
