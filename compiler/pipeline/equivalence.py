@@ -41,7 +41,7 @@ class Edge:
     Attributes:
         weights: the readers' matrices [..., channels], fp32, in the site's order.
         planned: what becomes of each of them.
-        stored: dtype in which they are stored.
+        stored: the narrowest dtype in which a matrix that is rescaled will be stored.
         stats: statistics of the value by name.
         shifts: whether the value can be shifted as well.
     """
@@ -100,7 +100,7 @@ class Equivalence(Pass):
 
     round: str = knob(
         "auto",
-        "rounding of s: pow2 is exact in any dtype; auto takes pow2 for 16-bit weights, else none",
+        "rounding of s: pow2 is exact in any dtype; auto takes pow2 where weights stay in 16 bits",
         choices=("auto", "pow2", "none"),
     )
 

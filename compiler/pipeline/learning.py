@@ -242,8 +242,7 @@ def scales_of(m: Migration, state: State, work: Work) -> Tensor:
     made = m.call.made
     assert isinstance(made, Equivalence)
     s = found.clamp(-11.5, 9.2).exp()
-    param = m.site.consumers[0][1] if m.site.consumers else m.site.absorbers[0].param
-    return through(s, made.rounded(s.detach(), work.program.params[param].dtype))
+    return through(s, made.rounded(s.detach(), work.rescaled_as(m.site)))
 
 
 def settle(work: Work, state: State, solves: Sequence[Decision], record: dict[str, Any]) -> None:

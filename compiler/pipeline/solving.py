@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis.migrate import migrated, shift_ready, shifted
+from ..analysis.migrate import MigrationSite, migrated, shift_ready, shifted
 from ..ir.errors import ModelError
 from ..ir.graph import Segment
 from ..ir.interpret import Fetch
@@ -34,12 +34,19 @@ class Work:
         packed: finished canonical tensors by final parameter name.
         masks: decided masks by parameter, frozen for later rounds; extras: the weights beside
             them that came back. information: see :mod:`.sensitivity`.
+        coded: parameters that end as codes, whatever dtype they came in.
         fits: ranges that were learned, and what learning them gave; see :mod:`.learning`.
         implementations: what stands for solved linears that read a rounded value, by node name.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.program, self.final, self.device = plan.source, plan.program, device
+        self.coded = {
+            d.site.param
+            for stage in plan.stages
+            for d in stage.decisions.values()
+            if d.scheme.codes is not None
+        }
         self.dense: dict[str, Tensor] = {}
         self.packed: dict[str, Tensor] = {}
         self.masks: dict[str, Tensor] = {}
@@ -88,6 +95,16 @@ class Work:
         if torch.promote_types(stored, compute) == compute:
             return self.fetch(name)
         return self.program.weights.load(name).to(self.device)
+
+    def rescaled_as(self, site: MigrationSite) -> torch.dtype:
+        """The narrowest dtype in which a matrix that the site rescales will be stored.
+
+        fp32 where all of them become codes: nothing then rounds what is rescaled.
+        """
+        names = [p for _, p, _ in site.consumers] + [a.param for a in site.absorbers]
+        params = [self.program.params[n] for n in names if n not in self.coded]
+        kept = [p.dtype for p in params if len(p.shape) > 1]
+        return min(kept, key=lambda d: d.itemsize, default=torch.float32)
 
     def weight(self, name: str) -> Tensor:
         """A parameter to solve, checked.
@@ -148,14 +165,14 @@ def fold(
     began = time.perf_counter()
     site, made = m.site, m.call.made
     assert isinstance(made, Equivalence)
-    weights, readers, stored = [], [], torch.float32
+    weights, readers = [], []
     for node, param, axis in site.consumers:
         weights.append(work.weight(param).movedim(axis, -1))
-        stored = work.program.params[param].dtype
         readers.append(_planned((planned or {}).get(node)))
     if move is None:
         known = {need: stats.get(site.value, need) for need in made.needs}
         shifts = shift_ready(work.program, site)
+        stored = work.rescaled_as(site)
         move = made.decide(Edge(site, tuple(weights), tuple(readers), stored, known, shifts))
     s = move.scales
     spread = s[site.expand.to(s.device)]
