@@ -45,8 +45,8 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
         values = tuple(levels(codes.grid, codes.bits).tolist())
         return TableGrid(codes.bits, codes.group, values=values, **shared)
     if codes.grid == "pairs":
-        how = {"bits": codes.bits}
-        rounded, encoded = partial(round_pairs, **how), partial(pair_codes, **how)
+        rounded = partial(round_pairs, bits=codes.bits)
+        encoded = partial(pair_codes, bits=codes.bits)
         return PairGrid(
             codes.bits, codes.group, rounded=rounded, encoded=encoded, usual=USUAL, **shared
         )

@@ -205,7 +205,8 @@ def reading(scheme: Scheme, stats: Collection, value: str) -> Reading:
     if grid is None or not (split or grid.static):
         return Reading()
     absmax: Any = stats.get(value, "absmax")
-    columns, notes = None, ()
+    columns: Tensor | None = None
+    notes: tuple[str, ...] = ()
     if split:
         assert sparse is not None
         columns, notes = outlier_columns(absmax.value, sparse)

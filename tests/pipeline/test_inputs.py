@@ -336,3 +336,53 @@ def test_an_artefact_gives_the_same_logits(text, tmp_path):
 def test_knobs_without_meaning_are_refused(text):
     with pytest.raises(UsageError):
         recipe.from_strings([text])
+
+
+# ** running **
+
+
+@pytest.mark.parametrize("text", ["w8a8", "w8a8:act=static", "fp8", "olive", SPLIT])
+def test_tokens_stay_apart_so_that_a_cache_may_be_added(text):
+    from llmc.compiler.analysis.tokenwise import prove_tokenwise
+    from llmc.compiler.runtime.cache import add_cache
+
+    done = compiled(text, model(gain=100.0)).program
+    assert prove_tokenwise(done) == []
+    assert add_cache(done).states
+
+
+def test_one_scale_for_all_tokens_admits_no_cache_and_says_why():
+    from llmc.compiler.analysis.tokenwise import prove_tokenwise
+
+    refused = prove_tokenwise(compiled("w8a8:act=tensor").program)
+    assert refused[0].predicate == "point_wise"
+    assert ROUND in refused[0].reason
+
+
+@pytest.mark.parametrize("text", ["w8a8:act=static", SPLIT])
+def test_the_memory_budget_changes_no_answer(text):
+    program = model(gain=60.0)
+    wide, narrow = (compiled(text, program, Options(budget=b)).program for b in (4 << 30, 1))
+    assert wide.params.keys() == narrow.params.keys()
+    for name in wide.params:
+        assert torch.equal(wide.weights.load(name), narrow.weights.load(name))
+
+
+def test_true_sequential_waves_see_rounded_inputs_before_them():
+    done = compiled("w8a8:act=static", model(50.0), Options(true_sequential=True)).program
+    node = calls(done)[1]  # what the output projection reads, behind rounded q, k and v
+    seen = {}
+    run(done, model_inputs(tokens()), observe=lambda n, v: seen.setdefault(n.name, v))
+    reach = 127 * float(done.weights.load(str(node.args[1].target)))
+    assert float(seen[node.args[0].name].abs().max()) == pytest.approx(reach, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_compute_what_they_can_hold(dtype):
+    from llmc.compiler.runtime.lowering import recast
+
+    for text in ("w8a8", SPLIT, "olive", "fp8:act=static"):
+        done = compiled(text, model(gain=20.0)).program
+        small = recast(done, dtype)
+        exact, found = logits(done), logits(small).float()
+        assert float((found - exact).norm() / exact.norm()) < 0.1
