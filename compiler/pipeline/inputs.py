@@ -65,7 +65,7 @@ def encode_input(
     rounded = _shared(x, wanted, base)
     if rounded is None:
         first = min(u for u in x.users if u.op == "call_function" and u.args[:1] == (x,))
-        new = partial(_piece, program, base, first, linear, made_by, made)
+        new = partial(piece, program, base, first, linear, made_by, made)
         groups = groups_of(inputs, wanted["group"] or inputs)
         scale = new(SCALE, (groups,), torch.float32) if grid.static else None
         most = 0 if sparse is None else most_columns(sparse, inputs)
@@ -75,7 +75,7 @@ def encode_input(
         )
     linear.args = (rounded, *linear.args[1:])
     if sparse is not None:
-        _beside(program, linear, x, rounded.args[2], partial(_piece, program, base, linear, linear,
+        _beside(program, linear, x, rounded.args[2], partial(piece, program, base, linear, linear,
                 made_by, made), made_by)  # fmt: skip
     return made
 
@@ -108,7 +108,7 @@ def _shared(x: fx.Node, wanted: dict[str, Any], base: str) -> fx.Node | None:
     return None
 
 
-def _piece(
+def piece(
     program: Program, base: str, before: fx.Node, like: fx.Node, made_by: str, made: list[str],
     suffix: str, shape: tuple[int, ...], dtype: torch.dtype, keep: bool = True,
 ) -> fx.Node:  # fmt: skip
@@ -116,8 +116,8 @@ def _piece(
     made.append(f"{base}.{suffix}")
     source = program.params[str(_stored(like).target)].names
     names = tuple(f"{n.removesuffix('.codes')}.{suffix}" for n in source)
-    piece = Param(made[-1], shape, dtype, names, trained=True, keep=keep)
-    return program.add_param(piece, None, before=before, made_by=made_by, like=like)
+    param = Param(made[-1], shape, dtype, names, trained=True, keep=keep)
+    return program.add_param(param, None, before=before, made_by=made_by, like=like)
 
 
 def _beside(
