@@ -6,7 +6,7 @@ import torch
 from llmc.compiler.ir.errors import LlmcError, UsageError
 from llmc.compiler.pipeline.statistics import KINDS, Collection, Fisher, kind
 
-CHANNELS = ["absmax", "absmean", "moments", "gram"]
+CHANNELS = ["absmax", "absmean", "moments", "gram", "range"]
 
 
 def parts(stat) -> list[torch.Tensor]:
@@ -34,7 +34,7 @@ def test_streaming_and_merging_equal_one_shot(name, x):
     left.update(x[:13])
     right.update(x[13:])
     left.merge(right)
-    tol = 1e-6 if name in ("absmax", "absmean") else 1e-10
+    tol = 1e-6 if name in ("absmax", "absmean", "range") else 1e-10
     same(stream, whole, tol)
     same(left, whole, tol)
 
@@ -57,7 +57,7 @@ def test_fold_and_take_equal_statistics_of_the_changed_value(name, x):
     base.update(x)
     folded.update(x * factor)
     taken.update(x[:, index])
-    tol = 1e-6 if name in ("absmax", "absmean") else 1e-10
+    tol = 1e-6 if name in ("absmax", "absmean", "range") else 1e-10
     same(base.scaled(factor), folded, tol)
     same(base.taken(index), taken, tol)
 
@@ -90,3 +90,21 @@ def test_a_dead_hook_and_an_unknown_name_are_errors():
         c.get("x", "gram")
     with pytest.raises(UsageError, match="did you mean 'gram'"):
         c.want("x", "gramm")
+
+
+def test_a_sample_depends_on_the_rows_and_not_on_how_they_come():
+    x = torch.arange(3000.0)[:, None].expand(3000, 2)
+    whole, stream = kind("sample")(), kind("sample")()
+    whole.update(x)
+    for part in x.split([1, 600, 7, 1392, 1000]):
+        stream.update(part)
+    assert torch.equal(whole.value, stream.value)
+    assert whole.value[:, 0].diff().unique().tolist() == [whole.stride]
+    assert 256 < len(whole.value) <= whole.MOST
+    assert whole.tokens == stream.tokens == 3000
+
+
+def test_a_range_swaps_its_ends_under_a_negative_factor():
+    r = KINDS["range"]()
+    r.update(torch.tensor([[-1.0, 2.0], [3.0, 5.0]]))
+    assert r.scaled(torch.tensor([-2.0, 1.0])).value.tolist() == [[-6.0, 2.0], [2.0, 5.0]]
