@@ -41,6 +41,6 @@ class OmniQuant(Equivalence):
     def sites(self, analysis: Analysis) -> tuple[list[Any], list[Refusal]]:
         """All edges; those between queries and keys where they were asked for."""
         found, refused = super().sites(analysis)
-        for site in key_sites(analysis.program) if self.keys else ():
-            (refused if isinstance(site, Refusal) else found).append(site)
-        return found, refused
+        keys = key_sites(analysis.program) if self.keys else []
+        found += [k for k in keys if not isinstance(k, Refusal)]
+        return found, refused + [k for k in keys if isinstance(k, Refusal)]

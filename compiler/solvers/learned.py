@@ -21,13 +21,13 @@ class _Through(torch.autograd.Function):
         return exact.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
 def through(value: Tensor, exact: Tensor) -> Tensor:
     """``exact`` forwards to the bit, the gradient of ``value`` backwards."""
-    out: Tensor = _Through.apply(value, exact)
+    out: Tensor = _Through.apply(value, exact)  # type: ignore[no-untyped-call]
     return out
 
 
