@@ -235,8 +235,10 @@ class Scheme:
             )
         if s is not None and s.kind == "columns" and self.input_grid is None:
             raise UsageError(f"expected an input grid beside outlier columns, found {self.short}")
-        if self.low_rank is not None:
-            raise UsageError("expected a scheme of codes and masks, found low_rank; not built yet")
+        if self.low_rank is not None and self.codes is None and self.mask is None:
+            raise UsageError("expected codes or zeros beside low_rank, found none: nothing is lost")
+        if self.low_rank is not None and self.low_rank.shared:
+            raise UsageError("expected low_rank of one weight, found shared factors; not built yet")
         if self.bias_delta:
             raise UsageError("expected a scheme without bias_delta; it is not built yet")
         for t in (self.t_in, self.t_out):
@@ -261,6 +263,8 @@ class Scheme:
             parts.append(text.get(self.sparse.kind, f"+{100 * share:.3g}%"))
         if self.codes is not None:
             parts.append(self.codes.short)
+        if self.low_rank is not None:
+            parts.append(f"+rank {self.low_rank.rank}")
         if self.input_grid is not None:
             parts.append(self.input_grid.short)
         return " ".join(parts) or "dense"

@@ -37,6 +37,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("inputs", "input grids", "a range is calibrated on the values that moved scales leave"),
     ("mask", "zeros", "OBS updates leave the grid, so zeros are chosen before or with codes"),
     ("grid", "codes", "codes are last: nothing may move a weight that is on its grid"),
+    (
+        "compensation",
+        "low rank",
+        "low rank gives back what codes and zeros of the same string have lost",
+    ),
     ("kv", "caches", "what caches keep is measured on the weights that will make it"),
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
@@ -47,7 +52,7 @@ RANK = {stage: i for i, (stage, _, _) in enumerate(STAGES)}
 # Stages that are decided on the finished program.
 LATE = ("kv", "exit")
 # Stages whose facts are solved together when they stand in one string.
-JOINT = ("inputs", "mask", "grid")
+JOINT = ("inputs", "mask", "grid", "compensation")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def resolve(passes: Sequence[Named]) -> list[int]:
     """Indices of one string's passes in the order in which they are applied.
 
     Raises:
-        UsageError: two passes state the same fact about the same weights.
+        UsageError: two passes state the same fact about the same weights, or nothing has lost what
+            one is to give back.
     """
     seen: dict[str, str] = {}
     for p in passes:
@@ -75,6 +81,13 @@ def resolve(passes: Sequence[Named]) -> list[int]:
                 hint="give one of them, or use per-site overrides in a recipe",
             )
         seen[p.stage] = p.name
+    alone = seen.get("compensation")
+    if alone is not None and not {"mask", "grid"} & set(seen):
+        raise UsageError(
+            f"expected a grid or a mask beside {alone!r} in one --passes, found none: "
+            "it gives back what they lose while they are solved",
+            hint=f"--passes w4,{alone}",
+        )
     return sorted(range(len(passes)), key=lambda i: RANK[passes[i].stage])
 
 

@@ -52,7 +52,7 @@ class Decision:
     def needs_gram(self) -> bool:
         """Whether the solve reads XᵀX (rtn and magnitude alone do not)."""
         o = self.options
-        if o.get("sweeps") or o.get("clip") == "output":
+        if o.get("sweeps") or o.get("clip") == "output" or o.get("residual") == "outputs":
             return True
         calibrated = o.get("mask_solver") in ("sparsegpt", "wanda") or o.get("weigh") == "gram"
         return calibrated or o.get("grid_solver") == "gptq"

@@ -176,7 +176,7 @@ class _Round:
         groups: dict[tuple[Any, ...], list[Decision]] = {}
         for d in part:
             s = d.scheme
-            how = (s.codes, s.mask, s.sparse, s.input_grid, d.options)
+            how = (s.codes, s.mask, s.sparse, s.low_rank, s.input_grid, d.options)
             key = (d.site.reads, *map(repr, how))
             groups.setdefault(key, []).append(d)
         for members in groups.values():

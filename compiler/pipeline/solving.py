@@ -23,6 +23,7 @@ from . import encode, inputs
 from .equivalence import Edge, Equivalence, Move, Planned
 from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
+from .residual import compensate
 from .statistics import Collection
 
 
@@ -268,17 +269,25 @@ def _solve_one(
     if solution.extra is not None and solution.mask is not None:
         work.extras[param] = solution.extra
     dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
+    given_back: dict[str, Any] = {}
+    if d.scheme.low_rank is not None:
+        made, more, given_back = compensate(
+            weight, dense, d.scheme.low_rank.rank, o["residual"], factor, read.columns
+        )
+        work.packed.update({f"{param}.{suffix}": t for suffix, t in made.items()})
+        dense = dense + more
     work.replace(param, dense)
     beside = 0.0 if solution.extra is None else _share(solution.extra)
     # A solve that asked for no statistic has lost nothing by having none.
     fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
-    fallbacks += read.notes
+    fallbacks += [*read.notes, *given_back.pop("notes", ())]
     return {
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - beside,
         **({} if solution.extra is None else {"recovered" if out is None else "outliers": beside}),
+        **given_back,
         "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
     }  # fmt: skip
 

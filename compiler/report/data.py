@@ -33,7 +33,7 @@ def report(done: Compiled) -> dict[str, Any]:
         of = solved.get(row["site"], {})
         keep = (
             "loss", "damp", "tokens", "zeros", "recovered", "outliers", "rows_rtn", "fallbacks",
-            "round",
+            "round", "rank", "without_rank",
         )  # fmt: skip
         weights = row["shape"][0] * row["shape"][1]
         after = stored[params[row["site"]]]
@@ -175,6 +175,9 @@ def summary(told: dict[str, Any]) -> list[str]:
             f"loss {t['mean_loss']:.2e} on average, at most {t['worst_loss']:.2e} "
             f"at {t['worst_site']}"
         )
+    without = [s["without_rank"] for s in told["sites"] if "without_rank" in s]
+    if without:
+        lines.append(f"low rank lowered it from {sum(without) / len(without):.2e}")
     if t["fallbacks"]:
         lines.append(f"{t['fallbacks']} of {t['sites']} solves fell back; -v lists them")
     return lines

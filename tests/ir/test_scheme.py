@@ -35,7 +35,8 @@ def test_merging_adds_and_refuses_a_second_opinion():
 @pytest.mark.parametrize(
     ("part", "word"),
     [
-        ({"low_rank": LowRank(8)}, "low_rank"),
+        ({"low_rank": LowRank(8)}, "codes or zeros beside low_rank"),
+        ({"low_rank": LowRank(8, "a"), "codes": Codes(4, 64)}, "shared factors"),
         ({"sparse": Sparse("blocks", 0.01)}, "sparse"),
         ({"sparse": Sparse("columns", 0.01)}, "input grid"),
         ({"bias_delta": True}, "bias_delta"),
