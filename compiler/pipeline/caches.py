@@ -168,13 +168,15 @@ def table(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Ranges and codebooks of one attention by part; ``weights`` by the watched value's name."""
     span = ranges(looked.keys, share)
-    keys = normalised(looked.keys, span[0], span[1])
-    values = normalised(looked.values, *token_ranges(looked.values, count))
-    return {
-        "key_range": span,
-        "key_levels": levels(keys, weights.get(names[0]), bits, norm=norm),
-        "value_levels": levels(values, weights.get(names[1]), bits, norm=norm),
-    }
+    own = token_ranges(looked.values, count)
+    out = {"key_range": span}
+    sides = (("key_levels", looked.keys, (span[0], span[1])), ("value_levels", looked.values, own))
+    for name, (part, x, (low, high)) in zip(names, sides, strict=True):
+        mass = weights.get(name)
+        if mass is not None:  # the gradient for a number in -1..1 is that for x times dx
+            mass = mass * ((high - low) / 2).square()
+        out[part] = levels(normalised(x, low, high), mass, bits, norm=norm)
+    return out
 
 
 @dataclass(frozen=True)

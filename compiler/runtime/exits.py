@@ -154,7 +154,9 @@ class ExitRunner(Runner):
                 needed.update(i for i in node.all_input_nodes if i in inside)
                 steps.append(self._step(node, constants))
             elif node in keeping:
-                kwargs = {n: node.kwargs[n] for n in ("state", "interleaved") if n in node.kwargs}
+                kwargs: dict[str, Any] = {
+                    n: node.kwargs[n] for n in ("state", "interleaved") if n in node.kwargs
+                }
                 steps.append(self._calling(_keep, node, _kept(node), kwargs, constants))
         return steps[::-1]
 
