@@ -26,6 +26,7 @@ class Olive(RoundedCoding):
     """
 
     variants = {"olive": {}}
+    needs = ("absmax", "absmean")
     source = "OliVe, arXiv 2304.07493"
     preconditions = (*RoundedCoding.preconditions, Precondition("even_inputs", _even))
     hits = (Example("llama_gqa"), Example("with_bias"))

@@ -156,6 +156,8 @@ class GroupedCoding(Coding):
 class RoundedCoding(GroupedCoding):
     """Base of passes that round what a weight reads too, once for all weights that read it."""
 
+    needs = ("gram", "absmax")
+
     act: str = knob(
         "token",
         "scales of the inputs: one per token, one per tensor as it comes, or static from "

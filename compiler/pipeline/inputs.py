@@ -64,7 +64,7 @@ def encode_input(
         raise UsageError(f"expected one pass that writes an input grid, found two for {base}")
     rounded = _shared(x, wanted, base)
     if rounded is None:
-        first = min(u for u in x.users if u.op == "call_function" and u.args[:1] == (x,))
+        first = min(u for u in x.users if _is_linear(u) and u.args[0] is x)
         new = partial(piece, program, base, first, linear, made_by, made)
         groups = groups_of(inputs, wanted["group"] or inputs)
         scale = new(SCALE, (groups,), torch.float32) if grid.static else None
@@ -78,6 +78,10 @@ def encode_input(
         _beside(program, linear, x, rounded.args[2], partial(piece, program, base, linear, linear,
                 made_by, made), made_by)  # fmt: skip
     return made
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.op == "call_function" and row_of(node).name == "aten.linear.default"
 
 
 def _stored(linear: fx.Node) -> fx.Node:
