@@ -54,7 +54,7 @@ class Coding(Protecting):
 
     stage = "grid"
     effect = Lossy("perplexity")
-    needs = ("gram",)
+    needs: ClassVar[tuple[str, ...]] = ("gram",)
     pattern = linear_weights
     preconditions: ClassVar[tuple[Precondition, ...]] = BLOCK_WEIGHT
     hits: ClassVar[tuple[Example, ...]] = (
