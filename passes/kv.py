@@ -101,7 +101,7 @@ class KVQuant(CachePass):
 
     The table is the weighted k-means of the numbers in -1..1, weighted by the loss's squared
     gradients (fisher) or alike (plain). The first tokens stay as they are. norm gives the levels
-    that are read the mean and deviation of what was seen (Q-Norm); by default at 2 bits.
+    that are read the mean and deviation of what was seen (Q-Norm).
     """
 
     variants = {"kvquant": {}}
@@ -117,7 +117,7 @@ class KVQuant(CachePass):
     outliers: float = knob(0.01, "share of the numbers that are kept apart", lo=0.0, hi=0.2)
     first: int = knob(1, "first tokens that stay as they are", lo=0, hi=4096)
     weigh: str = knob("fisher", "what counts in a table", choices=("fisher", "plain"))
-    norm: bool | None = knob(None, "keep mean and deviation; none: at 2 bits")
+    norm: bool = knob(False, "give the levels that are read the numbers' mean and deviation")
 
     def calibrated(self) -> bool:
         return True
@@ -135,12 +135,11 @@ class KVQuant(CachePass):
         given = (context.program, sites, context.data, context.options)
         told = context.listener
         weights = {} if self.weigh == "plain" else fisher(*given, turned=True, listener=told)
-        norm = self.bits == 2 if self.norm is None else self.norm
         out: dict[str, dict[str, Tensor]] = {}
         for one in look(*given, turned=True, listener=told):
             names = watched(context.program, one.site, True)
             count = outlier_count(self.outliers, one.site.heads * one.site.v)
             out[one.site.node] = table(
-                one, weights, names, self.bits, self.outliers, count, norm=norm
+                one, weights, names, self.bits, self.outliers, count, norm=self.norm
             )
         return out

@@ -132,6 +132,9 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
     if program.exits is not None:
         about["exits"] = program.exits.to_json() | {"threshold": program.exits.threshold}
         out.text(f"exits    {_exits(program)}")
+    if program.caches:
+        about["caches"] = {n: c.to_json() for n, c in program.caches.items()}
+        out.text(f"caches   {_caches(program)}")
     if total.bits_per_weight is not None:
         out.text(f"linears  {total.bits_per_weight:.3f} bits per weight (head left out)")
     out.text("")
@@ -171,6 +174,22 @@ def _exits(program: Program) -> str:
         return "none"
     decay = "" if e.decay is None else f", relaxed over {e.decay} tokens,"
     return f"{e.rule} >= {e.threshold:.4g}{decay} behind {' '.join(e.blocks)}"
+
+
+def _caches(program: Program) -> str:
+    """How keys and values are kept, and by how many attentions."""
+    count: dict[str, int] = {}
+    for c in program.caches.values():
+        parts = [f"{c.kind} {c.bits} bits"]
+        parts += [f"groups of {c.group}, the newest {c.residual} as they are"] * (
+            c.group is not None
+        )
+        parts += [f"the first {c.first} as they are"] * bool(c.first)
+        parts += [f"{c.outliers:.3g} apart"] * bool(c.outliers)
+        parts += ["keys before their rotation"] * c.turned
+        text = ", ".join(parts)
+        count[text] = count.get(text, 0) + 1
+    return "; ".join(f"{n} x {text}" for text, n in count.items()) or "plain"
 
 
 def segments_of(program: Program) -> list[dict[str, Any]]:
@@ -229,6 +248,9 @@ def diff_command(
     exits = [_exits(p) for p in (old, new)]
     if exits[0] != exits[1]:
         out.text(f"exits {exits[0]} -> {exits[1]}")
+    kept = [_caches(p) for p in (old, new)]
+    if kept[0] != kept[1]:
+        out.text(f"caches {kept[0]} -> {kept[1]}")
     folds = [f for f in artefact.report["folds"] if name in (None, f["pass"])]
     scaled = _rescaled(artefact, folds)
     if folds:
@@ -236,7 +258,7 @@ def diff_command(
     out.data("diff", {
         "folder": folder, "before": before, "after": after, "totals": t,
         "changes": [c.to_json() for c in found], "folds": folds, "rescaled": scaled,
-        "exits": exits,
+        "exits": exits, "caches": kept,
     })  # fmt: skip
 
 
