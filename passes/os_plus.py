@@ -12,7 +12,9 @@ from torch import Tensor
 from ..compiler.analysis.migrate import MigrationSite, shift_biases
 from ..compiler.ir.graph import Program
 from ..compiler.ir.ops.rounding import round_input
+from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.scheme import InputGrid
+from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, knob
 from ..compiler.pipeline.compensate import Bias, add_bias, free_name
 from ..compiler.pipeline.equivalence import Edge, Equivalence, Move
@@ -38,11 +40,23 @@ class OsPlus(Equivalence):
     misses = (
         Example("norm_feeds_add", "all_users_rewritten"),
         Example("gelu_between", "absorbable"),
+        Example("llama_gqa", "shift_absorbed"),
     )
 
     shift: bool = knob(True, "shift channels where a bias can take it")
     steps: int = knob(32, "values of t that are tried", lo=1, hi=1000)
     bits: int = knob(8, "bits of the inputs per token where the recipe states none", lo=2, hi=8)
+
+    def sites(self, analysis: Analysis) -> tuple[list[Any], list[Refusal]]:
+        """All edges; a refusal says which of them are scaled only, and why."""
+        found, refused = super().sites(analysis)
+        for site in found if self.shift else ():
+            norm, why = shift_biases(analysis.program, site)
+            if norm is None:
+                reason = f"{site.id} is scaled only: {why}"
+                path = analysis.path(site.value)
+                refused.append(Refusal("os_plus", site.value, reason, "shift_absorbed", path))
+        return found, refused
 
     def prepare(self, program: Program, sites: Sequence[MigrationSite]) -> list[str]:
         """Zero biases for the readers that have none, where a shift needs them."""
