@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.build import result_type
 from ..ir.dims import Dim, dim, divide, same
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Param, Program, info
@@ -126,8 +127,7 @@ class _Cut:
                     changed.add(new)
         out = program.output
         if any(n in changed for n in out.all_input_nodes):
-            result = fx.map_arg(out.args[0], lambda n: info(n).type)
-            out.meta["llmc"] = replace(info(out), type=result)
+            out.meta["llmc"] = replace(info(out), type=result_type(out.args[0]))
         kept = {
             name: {axis: mask.nonzero().squeeze(1) for axis, mask in axes.items()}
             for name, axes in self.params.items()
