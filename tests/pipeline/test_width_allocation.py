@@ -49,8 +49,7 @@ def test_counts_meet_the_budget_to_half_a_step(units, share):
     try:
         counts = width.counts(made, Target(remove=share))
     except UsageError as e:
-        low = made.count(made.floor, inside=True)
-        assert full * (1 - share) < low + 1e-6 or "nothing would go" in str(e)
+        refused_rightly(made, share, e)
         return
     finest = min(made.cost(g, inside=True) for g in counts)
     slack = finest * len(counts) / 2
@@ -159,6 +158,12 @@ def test_local_keeps_the_best_and_prefers_the_earlier_of_equals():
     assert width.local(score, 5).tolist() == [0, 1, 2, 3, 4]
 
 
+def refused_rightly(made: Ledger, share: float, error: UsageError) -> None:
+    """A share is refused only where a layer would be empty, or where nothing would go."""
+    low, full = (made.count(k, inside=True) for k in (made.floor, {}))
+    assert full * (1 - share) < low + 1e-6 or "nothing would go" in str(error)
+
+
 def random_scores(made: Ledger, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {n: torch.rand(made.units(n), generator=g, dtype=torch.float64) for n in made.groups}
@@ -176,8 +181,7 @@ def test_the_global_ranking_meets_the_budget_and_the_floors(units, share, seed, 
     try:
         keep = width.ranked(made, Target(remove=share), scores)
     except UsageError as e:
-        low = made.count(made.floor, inside=True)
-        assert full * (1 - share) < low + 1e-6 or "nothing would go" in str(e)
+        refused_rightly(made, share, e)
         return
     counts = {n: len(k) for n, k in keep.items()}
     packet = max(made.cost(n, inside=True) * made.steps[n] for n in made.groups)
