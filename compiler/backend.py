@@ -242,7 +242,7 @@ def _reached(plan: Plan) -> list[str]:
     out: dict[str, None] = {}
     for stage in plan.stages:
         for m in stage.migrations:
-            out |= dict.fromkeys(fold_params(m.site))
+            out |= dict.fromkeys(fold_params(m, plan.source))
         out |= dict.fromkeys(d.site.param for d in stage.decisions.values())
     return list(out)
 

@@ -50,7 +50,7 @@ def fill_from_artefact(plan: Plan, folder: Path) -> None:
     to_mine = {theirs[site]: at.param for site, at in mine.items()}
     for stage in plan.stages:
         for m in stage.migrations:
-            params = fold_params(m.site)
+            params = fold_params(m, plan.source)
             if len(folds.get(m.site.id, ())) == len(params):
                 to_mine |= dict(zip(folds[m.site.id], params, strict=True))
     lost = sorted({p for params in folds.values() for p in params} - set(to_mine))

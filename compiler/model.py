@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .analysis.cacheable import cache_refusals
-from .analysis.migrate import MigrationSite
 from .ir.errors import UsageError
 from .ir.graph import Program
 from .ir.interpret import run as run_plain
 from .ir.serial import to_json
 from .pipeline.compile import Compiled
 from .pipeline.data import Tokenizer
-from .pipeline.plan import Plan
+from .pipeline.equivalence import Equivalence
+from .pipeline.plan import Migration, Plan
 from .report.data import report, times
 from .runtime.executor import INPUTS, Runner
 from .runtime.exits import ExitRunner
@@ -284,7 +284,7 @@ def applied(plan: Plan) -> list[dict[str, Any]]:
     out = []
     for (i, call), snapshot in zip(plan.applied, plan.snapshots[1:], strict=True):
         folds = {
-            m.site.id: fold_params(m.site)
+            m.site.id: fold_params(m, plan.source)
             for stage in plan.stages
             for m in stage.migrations
             if (stage.index, m.call.name) == (i, call.name)
@@ -298,11 +298,10 @@ def applied(plan: Plan) -> list[dict[str, Any]]:
     return out
 
 
-def fold_params(site: MigrationSite) -> list[str]:
-    """Parameters that a scale migration rescales: readers first, then absorbers, in site order."""
-    return list(
-        dict.fromkeys([*(c[1] for c in site.consumers), *(a.param for a in site.absorbers)])
-    )
+def fold_params(m: Migration, program: Program) -> list[str]:
+    """Parameters that a scale migration rewrites: readers, absorbers, then what a shift reaches."""
+    assert isinstance(m.call.made, Equivalence)
+    return list(dict.fromkeys(m.call.made.params(program, m.site)))
 
 
 def host() -> dict[str, Any]:

@@ -73,14 +73,20 @@ class OsPlus(Equivalence):
                     made.append(name)
         return made
 
+    def params(self, program: Program, site: MigrationSite) -> list[str]:
+        """As for scales, and the readers' biases behind a shift."""
+        norm, found = shift_biases(program, site)
+        shifted = self.shift and norm is not None and isinstance(found, dict)
+        biases = found.values() if shifted and isinstance(found, dict) else ()
+        return super().params(program, site) + [b for b in biases if b is not None]
+
     def rewrite(self, program: Program, site: MigrationSite) -> list[str]:
         """As for scales; the readers' biases are stored in fp32 too."""
         names = super().rewrite(program, site)
-        norm, found = shift_biases(program, site)
-        for bias in found.values() if self.shift and norm and isinstance(found, dict) else ():
-            if bias is not None:
-                program.params[bias] = replace(program.params[bias], dtype=torch.float32)
-                names.append(bias)
+        for name in names:
+            param = program.params[name]
+            if len(param.shape) == 1:
+                program.params[name] = replace(param, dtype=torch.float32)
         return names
 
     def decide(self, edge: Edge) -> Move:

@@ -108,13 +108,17 @@ class Equivalence(Pass):
         """The factors of one edge, from weights and calibration data."""
         raise LlmcError(f"expected {type(self).__name__} to decide scales, found nothing")
 
+    def params(self, program: Program, site: MigrationSite) -> list[str]:
+        """Parameters that get new tensors: the readers', then the absorbers."""
+        return [p for _, p, _ in site.consumers] + [a.param for a in site.absorbers]
+
     def rewrite(self, program: Program, site: MigrationSite) -> list[str]:
         """The graph stays; readers and absorbers get new tensors, gains in fp32."""
         for a in site.absorbers:
             param = program.params[a.param]
             if len(param.shape) == 1:
                 program.params[a.param] = replace(param, dtype=torch.float32)
-        return [p for _, p, _ in site.consumers] + [a.param for a in site.absorbers]
+        return self.params(program, site)
 
     def rounded(self, scales: Tensor, stored: torch.dtype) -> Tensor:
         """Scales as they are folded."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .grid import Grid, rtn_t
 
-ROWS = 64
+ROWS = 32
 """Rows of each reader that rank the candidates; the best one is then judged on all."""
 
 
