@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmc.compiler.ir.caches import CacheScheme
 from llmc.compiler.ir.dims import BATCH, SEQ, symbol
 from llmc.compiler.ir.errors import VerifierError
 from llmc.compiler.ir.exits import Exits
@@ -250,6 +251,11 @@ def state_without_node(p: Program) -> None:
 @breaks("exits")
 def exit_behind_no_segment(p: Program) -> None:
     p.exits = Exits("softmax", ("block9",), 0.5)
+
+
+@breaks("caches")
+def record_of_no_attention(p: Program) -> None:
+    p.caches = {"nobody": CacheScheme("int8", 8)}
 
 
 @pytest.mark.parametrize("name", BROKEN)
