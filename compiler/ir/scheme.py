@@ -32,7 +32,7 @@ class Codes:
     per matrix), ``lut`` or ``shared`` (levels that are weights, a table per row or per matrix), or
     ``signs`` (a sum of signed factors), or ``pairs`` (an outlier takes its neighbour's code, see
     :mod:`.ops.pairs`). ``double``: scales are 8-bit codes themselves; ``power``:
-    scales are powers of two.
+    scales are powers of two. ``bilevel``: bits of scales that 16 rows give one range.
     """
 
     bits: int
@@ -42,6 +42,7 @@ class Codes:
     scale_dtype: str = "f16"
     double: bool = False
     power: bool = False
+    bilevel: int = 0
 
     @property
     def scaled(self) -> bool:
@@ -67,7 +68,9 @@ class Codes:
         if self.scaled or self.grid == "signs":
             text += " row" if self.group is None else f" g{self.group}"
         text += "" if self.symmetric else " asym"
-        return text + " double" * self.double + " power" * self.power
+        return (
+            text + " double" * self.double + " power" * self.power + " bilevel" * bool(self.bilevel)
+        )
 
     def require_built(self) -> None:
         """Refuse what no solver realises.
@@ -83,6 +86,8 @@ class Codes:
             raise UsageError(
                 f"{self.grid}:bits: expected {' or '.join(map(str, known))}, found {self.bits}"
             )
+        if self.bilevel and (self.grid != "uniform" or self.double or self.power):
+            raise UsageError(f"expected bilevel scales on a uniform grid, found {self.short}")
 
 
 GRID_BITS: dict[str, tuple[int, ...]] = {

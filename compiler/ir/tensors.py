@@ -22,7 +22,7 @@ from .ops.sparse import coordinates
 
 _PARTS = (
     "codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts", "table", "signs",
-    "factors", "step", "mean", "scale_codes", "outliers",
+    "factors", "step", "mean", "scale_codes", "outliers", "low",
 )  # fmt: skip
 LOOKUP = "llmc.lookup"
 _ARGUMENTS = {
@@ -31,6 +31,7 @@ _ARGUMENTS = {
     "llmc.decode_pairs": ("codes", "scale"),
     "llmc.sum_signs": ("signs", "factors"),
     "llmc.decode_scales": ("scale_codes", "step", "mean"),
+    "llmc.decode_bilevel": ("codes", "step", "low"),
     "llmc.expand_nm": ("values", "meta"),
     "llmc.expand_bitmap": ("values", "bitmap"),
     "llmc.fused_linear": ("", "codes", "scale", "zero", "meta"),
@@ -134,7 +135,7 @@ def _words(program: Program) -> None:
 def _scales(program: Program) -> None:
     """Scales, tables, factors and what scales are made of are finite floats."""
     for p in packed_calls(program):
-        for part in ("scale", "table", "factors", "step", "mean"):
+        for part in ("scale", "table", "factors", "step", "mean", "low"):
             t = p.tensors.get(part)
             if t is not None and not (t.is_floating_point() and bool(torch.isfinite(t).all())):
                 _fail("scale", f"expected a finite {part}, found inf, nan or integers", p.node)

@@ -15,15 +15,17 @@ from torch import Tensor, fx
 from ..ir import packing
 from ..ir.errors import LlmcError
 from ..ir.graph import Program
+from ..ir.ops.bilevel import decode_bilevel
 from ..ir.ops.compressed import dequantize, groups_of
 from ..ir.ops.lookup import decode_scales, lookup, sum_signs
 from ..ir.ops.pairs import decode_pairs
 from ..ir.scheme import Codes
 from ..ir.types import DTYPES
 from ..solvers import Solution
-from ..solvers.double import BLOCK
+from ..solvers.double import BLOCK, ROWS, BilevelScales, DoubleScales
 
-SUFFIXES = ("codes", "scale", "zero", "table", "signs", "factors", "scale_codes", "step", "mean")
+SUFFIXES = ("codes", "scale", "zero", "table", "signs", "factors", "scale_codes", "step", "mean",
+            "low", "zero_codes")  # fmt: skip
 """Ends of the names of what the decode steps read."""
 
 NewPiece = Callable[[str, tuple[int, ...], torch.dtype], fx.Node]
@@ -59,11 +61,16 @@ def emit(
         scale = program.emit(
             "llmc.decode_scales", *parts, block=BLOCK, rows=rows, columns=groups, **where
         )
+    elif codes.bilevel:
+        scale = _bilevel(program, "scale_codes", codes.bilevel, new_piece, rows, groups, **where)
     elif codes.scaled:
         scale = new_piece("scale", (rows, groups), stored)
     if codes.grid == "uniform":
         given = [packed, scale]
-        if not codes.symmetric:
+        if codes.bilevel and not codes.symmetric:
+            zero = _bilevel(program, "zero_codes", codes.bits, new_piece, rows, groups, **where)
+            given.append(zero)
+        elif not codes.symmetric:
             given.append(new_piece("zero", (rows, groups), torch.uint8))
         return program.emit("llmc.dequantize", *given, bits=codes.bits, **shared)
     if codes.grid == "pairs":
@@ -75,6 +82,19 @@ def emit(
     tables = (rows if codes.tables == "row" else 1, 1 << codes.bits)
     table = new_piece("table", tables, torch.float16 if codes.scaled else stored)
     return program.emit("llmc.lookup", packed, scale, table, bits=codes.bits, **shared)
+
+
+def _bilevel(
+    program: Program, name: str, bits: int, new_piece: NewPiece, rows: int, groups: int,
+    **where: Any,
+) -> fx.Node:  # fmt: skip
+    """Emit the decode of scales, or of zero points, which have no steps of their own."""
+    words, blocks = packing.packed_words(rows, bits), groups_of(rows, ROWS)
+    given = [new_piece(name, (groups, words), torch.int32)]
+    if name == "scale_codes":
+        given += [new_piece(part, (groups, blocks), torch.float16) for part in ("step", "low")]
+    how = {"bits": bits, "block": ROWS, "columns": rows}
+    return program.emit("llmc.decode_bilevel", *given, **how, **where)
 
 
 def pieces(codes: Codes, q: Tensor, solution: Solution) -> dict[str, Tensor]:
@@ -89,12 +109,20 @@ def pieces(codes: Codes, q: Tensor, solution: Solution) -> dict[str, Tensor]:
     out = {"codes": packing.pack(q, codes.bits)}
     if codes.double:
         double = solution.double
-        if double is None:
+        if not isinstance(double, DoubleScales):
             raise LlmcError("expected 8-bit scales from the solver, found none")
         out |= {"scale_codes": double.codes, "step": double.step, "mean": double.mean}
+    elif codes.bilevel:
+        made = solution.double
+        if not isinstance(made, BilevelScales):
+            raise LlmcError("expected bilevel scales from the solver, found none")
+        scales = packing.pack(made.codes, codes.bilevel)
+        out |= {"scale_codes": scales, "step": made.step, "low": made.low}
+        if solution.zero is not None:
+            out["zero_codes"] = packing.pack(solution.zero.t().contiguous(), codes.bits)
     elif codes.scaled:
         out["scale"] = _given(solution.scale)
-    if solution.zero is not None:
+    if solution.zero is not None and not codes.bilevel:
         out["zero"] = solution.zero
     if codes.tables is not None:
         out["table"] = _given(solution.table)
@@ -114,14 +142,20 @@ def decoded(
     shared: dict[str, Any] = {"group": group, "columns": columns}
     if codes.grid == "signs":
         return sum_signs(parts["signs"], parts["factors"], **shared)
-    scale = parts.get("scale")
+    scale, zero = parts.get("scale"), parts.get("zero")
+    if codes.bilevel:
+        how: dict[str, Any] = {"block": ROWS, "columns": rows}
+        given = (parts["scale_codes"], parts["step"], parts["low"])
+        scale = decode_bilevel(*given, bits=codes.bilevel, **how)
+        if not codes.symmetric:
+            zero = decode_bilevel(parts["zero_codes"], bits=codes.bits, **how)
     if codes.double:
         given = (parts["scale_codes"], parts["step"], parts["mean"])
         groups = groups_of(columns, group)
         scale = decode_scales(*given, block=BLOCK, rows=rows, columns=groups)
     if codes.grid == "uniform":
         assert scale is not None
-        return dequantize(parts["codes"], scale, parts.get("zero"), bits=codes.bits, **shared)
+        return dequantize(parts["codes"], scale, zero, bits=codes.bits, **shared)
     if codes.grid == "pairs":
         assert scale is not None
         return decode_pairs(parts["codes"], scale, bits=codes.bits, **shared)

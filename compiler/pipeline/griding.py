@@ -14,6 +14,7 @@ from ..ir.scheme import Codes, Sparse
 from ..ir.types import DTYPES
 from ..solvers import Factor, Grid
 from ..solvers.bcq import BinaryGrid
+from ..solvers.bilevel import BilevelGrid
 from ..solvers.lut import LutGrid
 from ..solvers.outliers import by_density, by_size
 from ..solvers.pairs import PairGrid
@@ -27,7 +28,7 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
     """
     if codes is None:
         return None
-    dtype = torch.float32 if codes.double else DTYPES[codes.scale_dtype]
+    dtype = torch.float32 if codes.double or codes.bilevel else DTYPES[codes.scale_dtype]
     if codes.grid in ("lut", "shared"):
         return LutGrid(codes.bits, None, scale_dtype=dtype, shared=codes.grid == "shared")
     if codes.grid == "signs":
@@ -52,6 +53,9 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
         )
     if codes.grid == "quantile":
         return QuantileGrid(codes.bits, codes.group, **shared)
+    if codes.bilevel:
+        how = {"scale_bits": codes.bilevel}
+        return BilevelGrid(codes.bits, codes.group, codes.symmetric, **how, **shared)
     return Grid(codes.bits, codes.group, codes.symmetric, **shared)
 
 
@@ -68,7 +72,8 @@ def outliers(
     options: ``sensitive``, the part of the share that is ranked so; ``density``, the log-density
     that counts instead of the share, which is then a limit.
     """
-    if sparse is None or sparse.kind != "outliers":
+    # Those beyond a threshold are found by the sweep.
+    if sparse is None or sparse.kind != "outliers" or "threshold" in options:
         return None
     if "density" in options:
         return by_density(weight, options["density"], sparse.share)

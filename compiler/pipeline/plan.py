@@ -77,7 +77,9 @@ class Decision:
         """``exact``, or what the planned bytes are where the weights decide how much is stored."""
         sparse = self.scheme.sparse
         bound = ("csr", "columns")
-        if sparse is not None and (sparse.kind in bound or "density" in self.options):
+        if sparse is not None and (
+            sparse.kind in bound or {"density", "threshold"} & set(self.options)
+        ):
             return "at most"
         if "fall" in self.options:
             return "at most"

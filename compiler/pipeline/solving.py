@@ -252,6 +252,8 @@ def _solve_one(
         refit=o.get("refit", True),
         mask_search=o.get("mask_search", False),
         fit=work.fits.pop(param, None),
+        threshold=o.get("threshold"),
+        most=1.0 if d.scheme.sparse is None else d.scheme.sparse.share,
     )
     stored = work.program.params[param].dtype
     solution = _as_stored(solution, stored)
@@ -286,7 +288,7 @@ def _solve_one(
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - beside,
-        **({} if solution.extra is None else {"recovered" if out is None else "outliers": beside}),
+        **({} if solution.extra is None else {"recovered" if solution.mask is not None else "outliers": beside}),
         **given_back,
         "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Double quantisation: the scales of a grid as 8-bit codes of their own.
+"""Scales of a grid as codes of their own: double quantisation, and the record of bilevel grids.
 
 All scales of a matrix, row after row, are cut into blocks of 256. With ``mean`` the mean of them
 all, a scale is ``mean + (q - 128) * step``, one fp32 step per block: 8 + 32/256 bits for each.
@@ -29,6 +29,27 @@ class DoubleScales(NamedTuple):
         q = self.codes.float() - 128.0
         flat = q * self.step.repeat_interleave(BLOCK)[: len(q)] + self.mean
         return flat.view(rows, groups).t()
+
+
+ROWS = 16
+"""Output rows that share the range of their scales in a bilevel grid."""
+
+
+class BilevelScales(NamedTuple):
+    """Codes uint8 ``[G, m]``; step and low fp16 ``[G, blocks]``, one per `ROWS` rows."""
+
+    codes: Tensor
+    step: Tensor
+    low: Tensor
+
+    def decoded(self) -> Tensor:
+        """The scales fp32 ``[G, m]``, by the operations that the graph decodes with."""
+        rows = self.codes.shape[1]
+        step, low = (t.float().repeat_interleave(ROWS, 1)[:, :rows] for t in (self.step, self.low))
+        return self.codes.float() * step + low
+
+
+ScaleCodes = DoubleScales | BilevelScales
 
 
 def double_scales(scale: Tensor, empty: Tensor, unit: float = 1.0) -> DoubleScales:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import UsageError
-from .double import DoubleScales, double_scales
+from .double import ScaleCodes, double_scales
 
 Bounds = tuple[float, float] | tuple[Tensor, Tensor]
 """What `Grid.snap` needs to know of a fit: smallest and largest code; of a table, the midpoints
@@ -262,7 +262,7 @@ class Grid:
         keep: Tensor | None = None,
         importance: Tensor | None = None,
         unit: float = 1.0,
-    ) -> tuple[Fit, DoubleScales | None]:
+    ) -> tuple[Fit, ScaleCodes | None]:
         """Fits ``[G, m]`` of all of ``wt`` [n, m], and the codes of the scales where `double`.
 
         importance: ``[n]``, or ``[n, m]`` where each weight has its own; with clip="output" XᵀX.

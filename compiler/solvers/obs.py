@@ -41,6 +41,7 @@ class Sweep:
     extra: with ``keep`` or alone, frozen weights that stay off the grid, bool ``[n, m]``; a
     rule that recovers chooses its own: the best scores of each row's dense weights, where the
     N:M mask dropped them. Such a weight is settled where it stands and leaves no error.
+    limit: with a grid, weights whose rounding would cost more are such, as they are reached.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Sweep:
         exact_pick: bool = False,
         unit: float = 1.0,
         extra: Tensor | None = None,
+        limit: float | None = None,
     ) -> None:
         self.w, self.root, self.schedule = weight_t, root, schedule
         self.grid, self.unit = grid, unit
@@ -73,6 +75,10 @@ class Sweep:
             # |w|·d ranks as the sweep's own score does, and dropping may not be undone later.
             self.top = top_per_row((weight_t * root.diagonal()[:, None]).abs(), self.rule.recover)
             self.extra = torch.zeros_like(self.top)
+        self.limit = limit
+        self.cost = None if limit is None else new(n, m)
+        if limit is not None:
+            self.extra = torch.zeros(n, m, dtype=torch.bool, device=weight_t.device)
         if self.masked and keep is None:
             self.keep = torch.ones(n, m, dtype=torch.bool, device=weight_t.device)
         self.delta = new(n, m)
@@ -256,11 +262,22 @@ class Sweep:
                     q_j.mul_(view[3])
             else:
                 torch.mul(w_j, view[3], out=q_j)
+            if self.limit is not None:
+                self._judge(block.start + a + i, w_j, q_j)
             if self.extra is not None:
                 torch.where(self.extra[block.start + a + i], w_j, q_j, out=q_j)
             torch.sub(w_j, q_j, out=err_j)
             if i + 1 < b - a:
                 view[-2].addr_(view[-1], err_j, alpha=-1)
+
+    def _judge(self, at: int, w: Tensor, q: Tensor) -> None:
+        """Mark weights of one input whose rounding from w to q costs more than the limit."""
+        assert self.scale is not None
+        assert self.cost is not None
+        assert self.extra is not None
+        cost = self.cost[at]
+        torch.sub(w, q, out=cost).mul_(self.scale[self.group]).mul_(self.root[at, at]).square_()
+        torch.gt(cost, self.limit, out=self.extra[at])
 
     def _choose_block(self, block: Block, a: int, unit: int) -> None:
         """Pick the kept weights of the M-block that starts at a, on fully updated weights."""

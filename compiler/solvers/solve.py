@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ir.errors import ModelError, UsageError
 from .answer import Answer
-from .double import DoubleScales
+from .double import ScaleCodes
 from .grid import Fit, Grid
 from .hessian import Factor, prepare
 from .masks import MaskRule
@@ -77,7 +77,7 @@ class Solution:
     rows_rtn: int = 0
     extra: Tensor | None = None
     table: Tensor | None = None
-    double: DoubleScales | None = None
+    double: ScaleCodes | None = None
     under: Tensor | None = None
 
 
@@ -100,6 +100,8 @@ def solve(
     extra: Tensor | None = None,
     sensitivity: Tensor | None = None,
     fit: Fit | None = None,
+    threshold: float | None = None,
+    most: float = 1.0,
 ) -> Solution:
     """Compress weight ``[m, n]`` (out x in) for inputs with ``hessian`` = X^T X ``[n, n]``.
 
@@ -113,6 +115,9 @@ def solve(
     sensitivity: ``[m, n]``, the weight of each weight's squared error where levels are fitted
         (the Fisher information); without it, the diagonal of H.
     fit: scales ``[G, m]`` and zero points of a uniform grid that are decided already.
+    threshold: a sweep keeps weights off the grid, exact, whose squared error over the variance that
+        the inputs still free leave it exceeds this, relative to the mean of what dropping a weight
+        costs; most: the share of the weights that may be.
     sweeps: passes of coordinate descent over the answer, each as exact as the first sweep and never
         uphill; with refit they move the group scales too, with mask_search the N:M mask.
 
@@ -121,6 +126,9 @@ def solve(
     """
     _check(weight, grid, mask, grid_solver, mask_solver, block, sweeps, keep)
     _check_extra(mask, keep, extra, mask_search, grid, weight)
+    other = any(x is not None for x in (mask, keep, extra))
+    if threshold is not None and (other or grid is None or grid_solver != "gptq"):
+        raise UsageError("threshold: expected a grid, the gptq solver and no mask beside it")
     n = weight.shape[1]
     if factor is None:
         factor = prepare(hessian, damp, inputs=n, device=weight.device)
@@ -144,6 +152,8 @@ def solve(
         extra,
         sensitivity,
         fit,
+        threshold,
+        most,
     )
     return _packed(task, task.refined(task.run()))
 

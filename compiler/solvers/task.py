@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .answer import Answer, better_rows
-from .double import DoubleScales
+from .double import ScaleCodes
 from .grid import Fit, Grid, fits_t, rtn_t
 from .hessian import Factor
 from .loss import damped_rows, exact_rows, undamp
 from .masks import MaskRule, static_mask, static_score, top_per_row
 from .obs import Sweep
+from .outliers import largest, outlier_count
 from .refine import Refiner
 from .schedule import Schedule, make_schedule
 
@@ -63,13 +64,15 @@ class Task:
     extra: Tensor | None = None
     sensitivity: Tensor | None = None
     given: Fit | None = None
+    threshold: float | None = None
+    most: float = 1.0
     unit: float = 1.0
     rows_rtn: int = 0
     notes: tuple[str, ...] = ()
     wt: Tensor = field(init=False)
     fixed: Support | None = field(init=False)
     fit: Fit | None = field(init=False, default=None)
-    double: DoubleScales | None = field(init=False, default=None)
+    double: ScaleCodes | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         keep, extra = (None if s is None else s.t().contiguous() for s in (self.keep, self.extra))
@@ -114,7 +117,9 @@ class Task:
         frozen = self.fixed
         if frozen is None and self.mask is not None and self.mask_solver != "sparsegpt":
             frozen = self._static()
-        swept = self._sweep(frozen)
+        swept = self._sweep(frozen) if self.threshold is None else self._split()
+        if self.threshold is not None:
+            frozen = _support(swept)
         if self.grid is not None and self.grid_solver == "rtn":
             swept = self._plain(_support(swept), swept.value)
         return self._guard(swept, frozen)
@@ -163,6 +168,22 @@ class Task:
             importance=importance,
         )
 
+    def _split(self) -> Answer:
+        """The sweep that keeps outliers, with ranges that were fitted without them if that pays."""
+        first = self._sweep(None)
+        grid, held = self.grid, (self.fit, self.double)
+        assert first.extra is not None
+        if grid is None or not grid.whole or not bool(first.extra.any()):
+            return first
+        self.fit, self.double = grid.fit_whole(
+            self.wt, keep=~first.extra, importance=self.importance, unit=self.unit
+        )
+        again = self._sweep(None)
+        if float(self.losses(again).sum()) < float(self.losses(first).sum()):
+            return again
+        self.fit, self.double = held
+        return first
+
     def _sweep(self, frozen: Support | None) -> Answer:
         grid = self.grid if self.grid_solver == "gptq" else None
         schedule = self._schedule(grid, self.factor.diagonal if self.act_order else None)
@@ -174,18 +195,20 @@ class Task:
             wt, hessian = wt[order], hessian[order][:, order]
             keep = None if keep is None else keep[order]
             extra = None if extra is None else extra[order]
-        sweep = Sweep(
-            wt,
-            root,
-            schedule,
-            grid=grid,
-            rule=self.mask,
-            keep=keep,
-            scales=self.fit,
-            extra=extra,
-            unit=self.unit,
-        )
+        shared: dict[str, Any] = {
+            "grid": grid, "rule": self.mask, "keep": keep, "scales": self.fit, "unit": self.unit,
+        }  # fmt: skip
+        limit = None
+        if self.threshold is not None:
+            dropped = wt.var(1, correction=0) * root.diagonal().square()
+            limit = self.threshold * float(dropped.mean())
+        sweep = Sweep(wt, root, schedule, extra=extra, limit=limit, **shared)
         out = sweep.run()
+        most = outlier_count(self.most, wt.numel())
+        if sweep.cost is not None and out.extra is not None and int(out.extra.sum()) > most:
+            self.notes += (f"outliers: {int(out.extra.sum())} exceed the limit, {most} are kept",)
+            kept = largest(sweep.cost, most)
+            out = Sweep(wt, root, schedule, extra=kept, **shared).run()
         assert out.rows is not None
         out.rows = undamp(out.rows, wt - out.value, hessian, self.factor.ridge)
         return out.to_storage(order)
