@@ -248,17 +248,21 @@ class KVState:
         """int64 [B]: real tokens kept in each row."""
         return self._valid[:, : self.length].sum(1)
 
+    def check_rewind(self, tokens: int) -> None:
+        """Raises ModelError where the last ``tokens`` tokens cannot be taken back."""
+        if not 0 <= tokens <= self.length:
+            raise ModelError(
+                f"expected to rewind at most {self.length} tokens, found {tokens}",
+                where=f"state {self.name}",
+            )
+
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens.
 
         Raises:
             ModelError: fewer are kept.
         """
-        if not 0 <= tokens <= self.length:
-            raise ModelError(
-                f"expected to rewind at most {self.length} tokens, found {tokens}",
-                where=f"state {self.name}",
-            )
+        self.check_rewind(tokens)
         self.length -= tokens
 
     def reset(self) -> None:
@@ -312,7 +316,13 @@ class Cache:
         return sum(s.bytes for s in self.states.values()) + sum(shared.values())
 
     def rewind(self, tokens: int) -> None:
-        """Forget the last ``tokens`` tokens of every state."""
+        """Forget the last ``tokens`` tokens of every state, or of none where one refuses.
+
+        Raises:
+            ModelError: fewer are kept, or codes have replaced what would be needed again.
+        """
+        for s in self.states.values():
+            s.check_rewind(tokens)
         for s in self.states.values():
             s.rewind(tokens)
 

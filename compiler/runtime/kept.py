@@ -289,20 +289,23 @@ class KeptState(KVState):
         """The ring holds no token before this one any more."""
         self._oldest = max(self._oldest, end - self._sides[0].ring.shape[2])
 
-    def rewind(self, tokens: int) -> None:
-        """Forget the last ``tokens`` tokens; with a residual window at least REWIND can be.
+    def check_rewind(self, tokens: int) -> None:
+        """With a residual window the last ``REWIND`` tokens can always be taken back, or all.
 
         Raises:
             ModelError: fewer are kept, or numbers that would be needed again are codes by now.
         """
-        left = self.length - tokens
-        residual = self.scheme.residual
+        super().check_rewind(tokens)
+        left, residual = self.length - tokens, self.scheme.residual
         if residual and left > 0 and tokens > 0 and max(0, left - residual) < self._oldest:
             most = self.length - self._oldest - residual
             raise ModelError(
                 f"expected to rewind at most {most} tokens of a cache whose older tokens are "
-                f"codes, found {tokens}", where=f"state {self.name}",
-            )  # fmt: skip
+                f"codes, found {tokens}",
+                where=f"state {self.name}",
+            )
+
+    def rewind(self, tokens: int) -> None:
         super().rewind(tokens)
         self._forgot()
 

@@ -20,7 +20,7 @@ from llmc.compiler.pipeline.compile import compile_plan
 from llmc.compiler.pipeline.data import Stream
 from llmc.compiler.pipeline.measure import Options, model_inputs, next_token_loss
 from llmc.compiler.pipeline.plan import make_plan
-from llmc.compiler.pipeline.recipe import from_strings
+from llmc.compiler.pipeline.recipe import from_mapping, from_strings
 from llmc.compiler.pipeline.zoo import build, decoder
 from llmc.compiler.runtime.artefact import Contents, load, save
 from llmc.compiler.runtime.cache import add_cache
@@ -184,6 +184,18 @@ def test_caches_come_behind_weights_and_before_exits(passes: str) -> None:
     alone = runner.start(1, 8)
     steps = [runner.forward(ids[:1, t : t + 1], cache=alone) for t in range(24)]
     assert (steps[-1][0] - logits[0]).abs().max() < 10 * slack(passes)
+
+
+def test_a_recipe_may_leave_some_attentions_alone() -> None:
+    recipe = from_mapping({
+        "version": 1, "stages": [{"kivi": {"group": 4, "residual": 8}}],
+        "overrides": [{"where": {"block": [0]}, "skip": ["kivi"]}],
+    })  # fmt: skip
+    done = compile_plan(make_plan(build("with_rope"), recipe), None)
+    assert len(done.program.caches) == 1
+    kinds = [s.kind for s in add_cache(done.program).states.values()]
+    assert kinds == ["kv", "kivi"]
+    assert torch.isfinite(decoded(done.program, tokens(2, 20))).all()
 
 
 @pytest.mark.parametrize("passes", ["kivi:group=4,residual=8", "kvquant:bits=4"])

@@ -182,6 +182,19 @@ def test_rewinding_to_what_is_codes_by_now_is_refused() -> None:
         kept.rewind(99)
 
 
+def test_a_cache_rewinds_all_states_or_none() -> None:
+    t = TensorType((BATCH, HEADS, PAST, WIDTH), torch.float32)
+    states = [State("kv0", "kv", (t, t)), State("kv1", "kivi", (t, t))]
+    cache = Cache(states, 2, 4, kept={"kv1": (KIVI, {})})
+    for s in cache.states.values():
+        feed(s, *stream(60), [60])
+    with pytest.raises(ModelError, match="at state kv1"):
+        cache.rewind(40)
+    assert [s.length for s in cache.states.values()] == [60, 60]
+    cache.rewind(10)
+    assert [s.length for s in cache.states.values()] == [50, 50]
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_reset_forgets(name: str) -> None:
     k, v = stream(40)
