@@ -280,6 +280,7 @@ def _solve_one(
         dense = dense + more
     work.replace(param, dense)
     beside = 0.0 if solution.extra is None else _share(solution.extra)
+    what = "outliers" if solution.mask is None else "recovered"
     # A solve that asked for no statistic has lost nothing by having none.
     fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
     fallbacks += [*read.notes, *given_back.pop("notes", ())]
@@ -288,7 +289,7 @@ def _solve_one(
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - beside,
-        **({} if solution.extra is None else {"recovered" if solution.mask is not None else "outliers": beside}),
+        **({} if solution.extra is None else {what: beside}),
         **given_back,
         "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
     }  # fmt: skip

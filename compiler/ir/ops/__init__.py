@@ -23,7 +23,7 @@ from .base import ROWS, OpRow, Tie, cost, infer, row, row_for, row_of
 from .rules import flat
 
 __all__ = [
-    "ROWS", "OpRow", "Tie", "attention", "bilevel", "compressed", "conv", "cost", "create", "elementwise",
-    "flat", "index", "infer", "linalg", "lookup", "masks", "pairs", "pieces", "reduce", "rounding",
-    "row", "row_for", "row_of", "semantic", "shape", "sparse",
+    "ROWS", "OpRow", "Tie", "attention", "bilevel", "compressed", "conv", "cost", "create",
+    "elementwise", "flat", "index", "infer", "linalg", "lookup", "masks", "pairs", "pieces",
+    "reduce", "rounding", "row", "row_for", "row_of", "semantic", "shape", "sparse",
 ]  # fmt: skip
