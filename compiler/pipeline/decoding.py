@@ -93,8 +93,7 @@ def _bilevel(
     given = [new_piece(name, (groups, words), torch.int32)]
     if name == "scale_codes":
         given += [new_piece(part, (groups, blocks), torch.float16) for part in ("step", "low")]
-    how = {"bits": bits, "block": ROWS, "columns": rows}
-    return program.emit("llmc.decode_bilevel", *given, **how, **where)
+    return program.emit("llmc.decode_bilevel", *given, bits=bits, block=ROWS, columns=rows, **where)
 
 
 def pieces(codes: Codes, q: Tensor, solution: Solution) -> dict[str, Tensor]:

@@ -54,8 +54,8 @@ def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
     if codes.grid == "quantile":
         return QuantileGrid(codes.bits, codes.group, **shared)
     if codes.bilevel:
-        how = {"scale_bits": codes.bilevel}
-        return BilevelGrid(codes.bits, codes.group, codes.symmetric, **how, **shared)
+        shared["scale_bits"] = codes.bilevel
+        return BilevelGrid(codes.bits, codes.group, codes.symmetric, **shared)
     return Grid(codes.bits, codes.group, codes.symmetric, **shared)
 
 

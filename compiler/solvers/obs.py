@@ -274,6 +274,7 @@ class Sweep:
         """Mark weights of one input whose rounding from w to q costs more than the limit."""
         assert self.scale is not None
         assert self.cost is not None
+        assert self.limit is not None
         assert self.extra is not None
         cost = self.cost[at]
         torch.sub(w, q, out=cost).mul_(self.scale[self.group]).mul_(self.root[at, at]).square_()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import UsageError
-from .double import DoubleScales
+from .double import ScaleCodes
 from .grid import CLIPS, Bounds, Fit, Grid, group_absmax
 
 
@@ -172,7 +172,7 @@ class QuantileGrid(Grid):
         keep: Tensor | None = None,
         importance: Tensor | None = None,
         unit: float = 1.0,
-    ) -> tuple[Fit, DoubleScales | None]:
+    ) -> tuple[Fit, ScaleCodes | None]:
         scale = group_absmax(wt if keep is None else wt * keep, self)
         units = (wt / self.spread(torch.where(scale > 0, scale, 1.0), len(wt))).reshape(-1)
         units = units if keep is None else units[keep.reshape(-1)]
