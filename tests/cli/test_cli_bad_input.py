@@ -338,7 +338,7 @@ def test_interrupted_in_mid_compile(
     before = folder_digest(out)
     command = [sys.executable, "-m", "llmc.compiler.cli", "compile", str(tiny), "--passes",
                "w4:group=32", "-o", str(out), "--force", "-v", "--calibration", str(text),
-               "--samples", "300", "--length", "32", "--batch", "1"]  # fmt: skip
+               "--samples", "1500", "--length", "32", "--batch", "1"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           cwd=tmp_path) as process:  # fmt: skip
         assert process.stderr is not None
