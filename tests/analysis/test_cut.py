@@ -131,6 +131,18 @@ def test_pieces_shrink(op: str) -> None:
     check(program, {group: torch.arange(3, 20)})
 
 
+def test_as_many_chunks_as_a_chunk_has_channels_stay_as_many() -> None:
+    s = Stack()
+    parts = s.call("aten.chunk.default", s.linear(s.norm(s.x), 16, 16), 4, -1)
+    a, b, c, d = (s.call("operator.getitem", parts, i) for i in range(4))
+    y = s.call("aten.mul.Tensor", s.call("aten.mul.Tensor", a, b), s.call("aten.mul.Tensor", c, d))
+    s.x = s.add(s.x, s.linear(y, 16, 4))
+    program = s.done()
+    group = next(g for g in free(program) if g.units == 4 and g.kind == "neuron")
+    small = check(program, {group: torch.tensor([0, 2])})
+    assert next(small.calls("aten.chunk.default")).args[1] == 4
+
+
 def test_a_counted_range_is_selected_from() -> None:
     """Slopes made from head numbers, as ALiBi makes them, follow their heads."""
     s = Stack()

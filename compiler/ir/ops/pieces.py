@@ -10,7 +10,7 @@ from ..dims import Dim, dim, same, same_shape
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, as_dim, aten
-from .resize import Resize, sliced, split_evenly, split_into
+from .resize import Resize, chunked, sliced, split_evenly, split_into
 from .rules import Samples, axis, kept, one_dtype, promote, randn
 
 # What torch writes for "to the end" in a slice.
@@ -158,7 +158,7 @@ _row(
     lambda: [((randn(2, 7), [3, 4], 1), {})],
     split_into,
 )
-_row("chunk.default", _chunk, _pieces_ties, lambda: [((randn(2, 7), 2, -1), {})], split_evenly)
+_row("chunk.default", _chunk, _pieces_ties, lambda: [((randn(2, 7), 2, -1), {})], chunked)
 _row("unbind.int", _unbind, _unbind_ties, lambda: [((randn(2, 3), 1), {})])
 
 

@@ -96,21 +96,30 @@ def split_into(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arg
 
 
 def split_evenly(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """split(x, size, axis) and chunk(x, count, axis): pieces must stay of one size."""
-    x, number = args[0], args[1]
-    at = _axis(x, args[2] if len(args) > 2 else kwargs.get("dim", 0))
+    """split(x, size, axis): pieces must stay of one size."""
+    at = _axis(args[0], args[2] if len(args) > 2 else kwargs.get("dim", 0))
     whole = keep.arg(0, at)
     if whole is None:
         return args, kwargs
-    masks = [m for m in (keep.out(at, i) for i in range(_MOST)) if m is not None]
-    counts = {int(m.sum()) for m in masks}
-    if len(counts) != 1 or counts.pop() * len(masks) != int(whole.sum()):
+    return (args[0], _even(keep, at, whole, int(args[1])), *args[2:]), kwargs
+
+
+def chunked(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """chunk(x, count, axis): the count stays, so pieces must stay of one size."""
+    at = _axis(args[0], args[2] if len(args) > 2 else kwargs.get("dim", 0))
+    whole = keep.arg(0, at)
+    if whole is not None:
+        _even(keep, at, whole, -(-len(whole) // int(args[1])))
+    return args, kwargs
+
+
+def _even(keep: Keep, at: int, whole: torch.Tensor, size: int) -> int:
+    """What a cut leaves of each of the equal pieces of ``size`` along an axis."""
+    masks = [keep.out(at, i) for i in range(-(-len(whole) // size))]
+    left = {-1 if m is None else int(m.sum()) for m in masks}
+    if len(left) != 1 or len(whole) % size or -1 in left:
         raise ModelError("expected pieces of one size after the cut, found several")
-    even = int(masks[0].sum()) if number == len(masks[0]) else number
-    return (x, even, *args[2:]), kwargs
-
-
-_MOST = 64
+    return left.pop()
 
 
 def counted(keep: Keep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
