@@ -110,9 +110,11 @@ class EarlyExit(Structural):
             assert self.threshold is not None
             return self._choice(places, self.threshold)
         tokens = context.data
-        if len(tokens) < 2:
+        # Half fits; what is held out tells how alike a window's tokens are, for which it takes two.
+        least = 4 if self.threshold is None else 2
+        if len(tokens) < least:
             raise UsageError(
-                f"early_exit: expected two calibration windows or more, found {len(tokens)}",
+                f"early_exit: expected {least} calibration windows or more, found {len(tokens)}",
                 hint="--samples",
             )
         run = (context.options, context.listener)

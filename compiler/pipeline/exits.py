@@ -317,7 +317,7 @@ def doubt(agrees: Tensor, agreement: float) -> float:
 
     Chernoff's bound on the binomial tail, exp(-n KL(r ‖ 1 - agreement)) for a share r of tokens
     that disagree. Tokens of a window are alike, so n is the number of tokens over the design effect
-    that the spread of the windows' means shows (Kish).
+    that the spread of the windows' means shows (Kish); one window shows none and counts as one.
 
     Args:
         agrees: bool [windows, length].
@@ -326,7 +326,7 @@ def doubt(agrees: Tensor, agreement: float) -> float:
     wrong, risk = 1 - float(agrees.double().mean()), 1 - agreement
     if wrong >= risk:
         return 1.0
-    effect = 1.0
+    effect = 1.0 if windows > 1 else float(length)
     if windows > 1 and wrong > 0:
         spread = float(agrees.double().mean(1).var())
         effect = max(1.0, spread * length / (wrong * (1 - wrong)))

@@ -90,8 +90,16 @@ def test_refused_where_no_threshold_keeps_it() -> None:
         compiled("early_exit:agreement=0.9999")
     assert "the exits would never be taken" in str(e.value)
     assert e.value.exit_code == 4
-    with pytest.raises(UsageError, match="two calibration windows or more, found 1"):
-        compiled("early_exit", windows=1)
+
+
+def test_one_held_out_window_calibrates_nothing() -> None:
+    with pytest.raises(UsageError, match="4 calibration windows or more, found 3.*--samples"):
+        compiled("early_exit:agreement=0.5", windows=3)
+    assert compiled("early_exit:agreement=0.5", windows=4).program.exits is not None
+    with pytest.raises(UsageError, match="2 calibration windows or more, found 1"):
+        compiled("early_exit:rule=classifier,threshold=0.9", windows=1)
+    fitted = compiled("early_exit:rule=classifier,threshold=0.9", windows=2)
+    assert fitted.program.exits.threshold == 0.9
 
 
 def test_explicit_threshold_needs_no_data_and_is_kept() -> None:
@@ -229,7 +237,7 @@ def test_doubt_is_a_bound_on_the_binomial_tail() -> None:
     agrees[:wrong, 0] = False
     exact = sum(math.comb(n, k) * 0.05**k * 0.95 ** (n - k) for k in range(wrong + 1))
     assert exact <= doubt(agrees, agreement) <= exact**0.5
-    assert doubt(torch.ones(1, 100, dtype=torch.bool), 0.95) == pytest.approx(0.95**100)
+    assert doubt(torch.ones(2, 50, dtype=torch.bool), 0.95) == pytest.approx(0.95**100)
     half = torch.ones(10, 20, dtype=torch.bool)
     half[:, 0] = False
     assert doubt(half, 0.95) == 1.0
@@ -240,6 +248,7 @@ def test_tokens_of_a_window_that_fail_together_prove_less() -> None:
     spread[:10, 0] = 0
     clustered[0, :10] = 0
     assert doubt(clustered.bool(), 0.95) > 10 * doubt(spread.bool(), 0.95)
+    assert doubt(torch.ones(1, 400, dtype=torch.bool), 0.95) == pytest.approx(0.95)
 
 
 def test_testing_stops_at_the_first_failure() -> None:
