@@ -171,6 +171,8 @@ class PruneWidth(Structural):
         found: list[Group] = []
         refused: list[Refusal] = []
         last = len(analysis.blocks) - self.protect_last
+        inside = width.inside_blocks(analysis.program)
+        shared = not self.kept and self.params is None
         for group in _groups(analysis):
             if width.UNIT_OF[group.kind] not in self.kinds:
                 continue
@@ -178,6 +180,12 @@ class PruneWidth(Structural):
             at = analysis.block_of(group.segment)
             if reason is None and at >= 0 and (at < self.protect_first or at >= last):
                 reason = Refusal("prune_width", group.node, f"block {at} is protected", "protected")
+            if reason is None and shared and inside.isdisjoint(m.param for m in group.members):
+                reason = Refusal(
+                    "prune_width", group.node,
+                    f"{group.id} has no parameter in repeated blocks, which are what remove= "
+                    "counts; params= or an absolute count reaches it", "outside_blocks",
+                )  # fmt: skip
             why = importance.why_not(analysis.program, group, self.method)
             if reason is None and why is not None:
                 reason = Refusal("prune_width", group.node, why, "method_reads_it")

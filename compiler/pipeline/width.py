@@ -64,6 +64,13 @@ class Rounding:
         return 1 if UNIT_OF[group.kind] not in ROUNDED or small else self.multiple
 
 
+def inside_blocks(program: Program) -> set[str]:
+    """Names of the trained parameters of repeated blocks, which are what a share counts."""
+    inside = {n for s in program.segments if is_block(s.name) for n in s.nodes}
+    params = (program.param_of(n) for n in program.graph.nodes if n.name in inside)
+    return {p.name for p in params if p is not None and p.trained}
+
+
 class Ledger:
     """Parameters of a program as a function of how many units each group keeps.
 
@@ -76,15 +83,12 @@ class Ledger:
         # An expert layer keeps as many as each token chooses.
         floor = {g.id: max(self.steps[g.id], g.least) for g in groups}
         self.floor = {g.id: min(floor[g.id], g.units) for g in groups}
-        inside = {n for s in program.segments if is_block(s.name) for n in s.nodes}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.inside: set[str] = set()
         for node in program.graph.nodes:
             param = program.param_of(node)
             if param is not None and param.trained:
                 self.shapes[param.name] = param.shape
-                if node.name in inside:
-                    self.inside.add(param.name)
+        self.inside = inside_blocks(program)
         self.cuts: dict[str, dict[tuple[int, str], float]] = {}
         for g in groups:
             for m in g.members:
@@ -270,9 +274,17 @@ def ranked(
     rows = {name: _packets(ledger, name, priority[name], inside=inside) for name in ledger.groups}
     packets = [p for row in rows.values() for p in row]
     if together:
-        packets = [p for kind in _by_unit(ledger).values() for p in _merged(rows, kind)]
+        # Only blocks are to end up equal: what lies outside them competes by itself.
+        kinds = [
+            [g for g in kind if ledger.cost(g, inside=True) > 0]
+            for kind in _by_unit(ledger).values()
+        ]
+        equal = {g for kind in kinds for g in kind}
+        packets = [p for g, row in rows.items() if g not in equal for p in row]
+        packets += [p for kind in kinds if kind for p in _merged(rows, kind)]
     stays = {g: torch.ones(ledger.units(g), dtype=torch.bool) for g in ledger.groups}
-    for packet in sorted(packets, key=lambda p: p.priority):
+    # What costs nothing brings the target no nearer.
+    for packet in sorted((p for p in packets if p.cost > 0), key=lambda p: p.priority):
         if excess < packet.cost / 2:
             continue  # a smaller packet further on may still fit
         for name, part in packet.units:

@@ -17,7 +17,7 @@ from llmc.compiler.runtime.export import export
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_models import capture_tiny, make, random_tokens
+from tiny_models import capture_tiny, config_of, make, random_tokens
 
 
 def pruned(program, knobs):
@@ -82,3 +82,35 @@ def test_other_shapes_of_blocks_prune_too(name, method):
         assert torch.isfinite(run(done.program, random_tokens(2, 9, seed=7))).all()
     before, after = (done.structure[0][k]["parameters"] for k in ("before", "after"))
     assert after < before
+
+
+def classifier():
+    """Its pooler is a group of neurons outside the blocks."""
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return capture(BertForSequenceClassification(config_of("bert")).eval())
+
+
+@pytest.mark.parametrize(
+    "how", ["ranking=local", "uniform=false", "ranking=global,uniform=true", "uniform=true"]
+)
+def test_a_share_of_the_blocks_leaves_the_classifier_alone(how):
+    """The pooler's width costs the blocks nothing, so no ranking may take it instead of them."""
+    program = classifier()
+    knobs = f"remove=0.25,method=magnitude,{how}"
+    plan = make_plan(program, recipe.from_strings([f"prune_width:{knobs}"]))
+    told = [r for r in plan.refusals if r.predicate == "outside_blocks"]
+    assert len(told) == 1
+    assert "epilogue/neuron0" in told[0].reason
+    done = compile_plan(plan, None)
+    assert {name.split("/")[0] for name in kept(done)} == {"block0", "block1"}
+
+
+def test_a_number_of_parameters_reaches_the_classifier():
+    program = classifier()
+    total = sum(torch.Size(p.shape).numel() for p in program.params.values() if p.trained)
+    for how in ("local", "global"):
+        knobs = f"params={total * 4 // 5},method=magnitude,uniform=true,ranking={how}"
+        plan = make_plan(program, recipe.from_strings([f"prune_width:{knobs}"]))
+        assert "epilogue/neuron0" in kept(compile_plan(plan, None))

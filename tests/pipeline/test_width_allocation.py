@@ -221,3 +221,17 @@ def test_uniform_wants_one_width_everywhere():
     some = [g for g in chosen if g.segment != "block2"]
     with pytest.raises(UsageError, match="what it has in block2"):
         width.check_uniform(analysis.program, counts, some)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_group_that_costs_nothing_stays_whole(together):
+    """However little it matters: cutting it brings a share of the blocks no nearer."""
+    made = ledger(analysed("", **BIG), "neuron")
+    first = next(iter(made.groups))
+    made.inside = made.inside - {m.param for m in made.groups[first].members}
+    scores = random_scores(made, 0)
+    keep = width.ranked(
+        made, Target(remove=0.2), {**scores, first: scores[first] - 9}, together=together
+    )
+    assert len(keep.pop(first)) == 128
+    assert all(len(k) < 128 for k in keep.values())
