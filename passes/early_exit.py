@@ -147,7 +147,8 @@ class EarlyExit(Structural):
         measured = {
             "wanted": self.agreement, "error": self.error,
             "fit": trial.ladder.outcome(value).agreement, "held_out": outcome.agreement,
-            "tokens": held.final.numel(), "blocks_per_token": outcome.blocks, "of": depth,
+            "tokens": outcome.decoded.depth.numel(),
+            "blocks_per_token": outcome.blocks, "of": depth,
             "heads_asked_per_token": outcome.asked(trial.depths[:-1]), "head_in_blocks": head,
             "shares": outcome.shares(depth),
         }  # fmt: skip
@@ -184,9 +185,9 @@ class EarlyExit(Structural):
         return Choice(data, {} if classifier is None else {CLASSIFIER: classifier})
 
     def _fit(self, seen: Seen) -> Tensor:
-        """A classifier for each exit, f32 [exits, 3]."""
-        pairs = torch.stack([seen.gap, seen.top], -1).flatten(1, 2)
-        rows = zip(pairs, seen.right.flatten(1), strict=True)
+        """A classifier for each exit, f32 [exits, 3], from the tokens that may leave."""
+        pairs = torch.stack([seen.gap, seen.top], -1)[:, :, 1:].flatten(1, 2)
+        rows = zip(pairs, seen.right[:, :, 1:].flatten(1), strict=True)
         return torch.stack([linear_classifier(x, y, self.classifier) for x, y in rows])
 
     def _trial(
@@ -239,9 +240,10 @@ def _head_in_blocks(program: Program) -> float:
 
 
 def _by_exit(places: list[Span], seen: Seen) -> list[dict[str, Any]]:
-    """How often the head behind each block says what the full model says, over all windows."""
+    """How often the head behind each block says what the full model says, of decoded tokens."""
+    gap, cos, right = (t[..., 1:].double().mean((1, 2)) for t in (seen.gap, seen.cos, seen.right))
     return [
-        {"block": p.index, "agreement_if_all_left": float(seen.right[i].double().mean()),
-         "mean_gap": float(seen.gap[i].mean()), "mean_cosine": float(seen.cos[i].mean())}
+        {"block": p.index, "agreement_if_all_left": float(right[i]),
+         "mean_gap": float(gap[i]), "mean_cosine": float(cos[i])}
         for i, p in enumerate(places)
     ]  # fmt: skip

@@ -72,6 +72,7 @@ class Seen:
 class Outcome:
     """What exits did, per token, [windows, length].
 
+    What it says is about decoded tokens: the first of a window is a prompt and never leaves.
     Attributes:
         agrees: whether the likeliest token is the full model's, bool.
         depth: blocks that were run, int64.
@@ -81,21 +82,26 @@ class Outcome:
     depth: Tensor
 
     @property
+    def decoded(self) -> Outcome:
+        """The tokens that may leave, [windows, length - 1]."""
+        return Outcome(self.agrees[:, 1:], self.depth[:, 1:])
+
+    @property
     def agreement(self) -> float:
-        return float(self.agrees.double().mean())
+        return float(self.decoded.agrees.double().mean())
 
     @property
     def blocks(self) -> float:
         """Mean blocks per token."""
-        return float(self.depth.double().mean())
+        return float(self.decoded.depth.double().mean())
 
     def asked(self, depths: Sequence[int]) -> float:
         """Mean number of exits that a token came by, exits lying at these depths."""
-        return sum(float((self.depth >= d).double().mean()) for d in depths)
+        return sum(float((self.decoded.depth >= d).double().mean()) for d in depths)
 
     def shares(self, depth: int) -> list[float]:
         """Share of the tokens that ran 1, 2, …, ``depth`` blocks."""
-        counts = torch.bincount(self.depth.flatten(), minlength=depth + 1)[1:]
+        counts = torch.bincount(self.decoded.depth.flatten(), minlength=depth + 1)[1:]
         return (counts.double() / counts.sum()).tolist()
 
 
@@ -347,7 +353,7 @@ def lowest(
     """
     best = None
     for value, outcome in tried:
-        p = doubt(outcome.agrees, agreement)
+        p = doubt(outcome.decoded.agrees, agreement)
         records.append({
             "threshold": value, "agreement": outcome.agreement, "p": p,
             "blocks_per_token": outcome.blocks,

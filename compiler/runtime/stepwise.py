@@ -33,6 +33,7 @@ class Stepwise:
         self.runner, self.full, self.program = runner, full, runner.program
         self.counts = [0] * runner.depth if isinstance(runner, ExitRunner) else []
         self.cache: Cache | None = None
+        self._agreed = 0
         self._scores: list[Score] = []
 
     @property
@@ -51,6 +52,8 @@ class Stepwise:
                     self.counts[used - 1] += 1
         logits = torch.cat(out, 1)
         whole = self.full.forward(input_ids)
+        same = logits.argmax(-1) == whole.argmax(-1).to(logits.device)
+        self._agreed += int(same[:, 1:].sum())
         self._scores += [score_window(*row) for row in zip(logits, input_ids, whole, strict=True)]
         return logits
 
@@ -64,7 +67,7 @@ class Stepwise:
         """``exits`` and ``cache``, what each did on the windows of ``of``, where there is one."""
         out: dict[str, Any] = {}
         if isinstance(self.runner, ExitRunner):
-            out["exits"] = self._exits(self.runner) | self._against(of)
+            out["exits"] = self._against(of) | self._exits(self.runner)
         if self.program.caches:
             out["cache"] = self._cache() | self._against(of)
         return out
@@ -83,6 +86,8 @@ class Stepwise:
 
     def _exits(self, runner: ExitRunner) -> dict[str, Any]:
         return runner.exits.to_json() | {
+            # Of the tokens that may leave, as calibration counts; a window's last is one of them.
+            "agreement": self._agreed / sum(self.counts),
             "threshold": runner.exits.threshold,
             "decoded_tokens": sum(self.counts), "blocks": runner.depth,
             "blocks_per_token": self.blocks,

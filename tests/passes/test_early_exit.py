@@ -51,7 +51,7 @@ def test_keeps_the_agreement_on_other_tokens(rule: str) -> None:
     assert measured["held_out"] >= 0.9
     assert measured["blocks_per_token"] < measured["of"] == 4
     assert sum(measured["shares"]) == pytest.approx(1)
-    assert measured["tokens"] == 12 * LENGTH
+    assert measured["tokens"] == 12 * (LENGTH - 1)
     tests = [r for r in step["records"] if "threshold" in r]
     assert [r["threshold"] for r in tests] == sorted((r["threshold"] for r in tests), reverse=True)
     passed = [r for r in tests if r["p"] <= 0.05]
@@ -93,7 +93,7 @@ def test_refused_where_no_threshold_keeps_it() -> None:
 
 
 def test_one_held_out_window_calibrates_nothing() -> None:
-    with pytest.raises(UsageError, match="4 calibration windows or more, found 3.*--samples"):
+    with pytest.raises(UsageError, match=r"4 calibration windows or more, found 3.*--samples"):
         compiled("early_exit:agreement=0.5", windows=3)
     assert compiled("early_exit:agreement=0.5", windows=4).program.exits is not None
     with pytest.raises(UsageError, match="2 calibration windows or more, found 1"):
@@ -211,8 +211,26 @@ def test_replay_by_hand() -> None:
             assert found.depth[w, t] == at + 1
             assert found.agrees[w, t] == (at == 3 or bool(s.right[at, w, t]))
     assert found.shares(4) == pytest.approx(
-        [float((found.depth == n).double().mean()) for n in (1, 2, 3, 4)]
+        [float((found.depth[:, 1:] == n).double().mean()) for n in (1, 2, 3, 4)]
     )
+
+
+def test_prompts_are_not_counted() -> None:
+    """Two windows of a prompt and three tokens: the prompts' agreement and depth change nothing."""
+    agrees = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1]]).bool()
+    depth = torch.tensor([[4, 1, 2, 1], [4, 4, 1, 2]])
+    found = Outcome(agrees, depth)
+    assert found.agreement == pytest.approx(4 / 6)
+    assert found.blocks == pytest.approx(11 / 6)
+    assert found.shares(4) == pytest.approx([3 / 6, 2 / 6, 0, 1 / 6])
+    assert found.asked([1, 2]) == pytest.approx(1 + 3 / 6)
+    right = torch.ones(8, 40, dtype=torch.bool)
+    right[:, 1] = False
+    records: list[dict[str, Any]] = []
+    tried = iter([(0.5, Outcome(right, torch.ones(8, 40, dtype=torch.int64)))])
+    lowest(tried, 0.9, 0.05, records)
+    assert records[0]["agreement"] == pytest.approx(38 / 39)
+    assert records[0]["p"] == doubt(right[:, 1:], 0.9) > doubt(right, 0.9)
 
 
 def test_thresholds_go_from_timid_to_bold() -> None:

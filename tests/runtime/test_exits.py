@@ -17,6 +17,7 @@ from llmc.compiler.ir.graph import Program
 from llmc.compiler.ir.refusal import Refusal
 from llmc.compiler.pipeline.exits import ExitWalk
 from llmc.compiler.pipeline.measure import Options
+from llmc.compiler.runtime.evaluate import Evaluation
 from llmc.compiler.runtime.exits import ExitRunner
 from llmc.compiler.runtime.generate import generate
 from llmc.compiler.runtime.lowering import runner_for
@@ -267,6 +268,10 @@ def test_all_tokens_at_once_and_one_by_one_do_the_same(program: Program) -> None
         assert torch.equal(said == final, found.agrees)
         counts = torch.bincount(found.depth[:, 1:].flatten(), minlength=LAYERS + 1)[1:]
         assert stepwise.counts == counts.tolist()
+        told = stepwise.to_json(Evaluation("ids", "", IDS.shape[1], len(IDS), (0.0,)))["exits"]
+        assert told["agreement"] == pytest.approx(found.agreement)
+        assert told["decoded_tokens"] == found.decoded.depth.numel()
+        assert 0 < told["agreement"] < 1
         assert stepwise.blocks == pytest.approx(float(found.depth[:, 1:].double().mean()))
 
 
