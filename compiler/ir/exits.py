@@ -186,3 +186,8 @@ def classified(logits: Tensor, row: Tensor) -> Tensor:
     """Probability that the exit says what the full model says: logits [..., V], row [3]."""
     w = row.to(logits.device)
     return torch.sigmoid(features(logits) @ w[:2] + w[2])
+
+
+def sure_enough(sure: Tensor, limit: Tensor | float) -> Tensor:
+    """Whether confidences reach λ: compared in f64, in which λ is kept, whatever their dtype."""
+    return sure.double() >= limit

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ..analysis.depth import Span
 from ..analysis.exits import exit_spans, head_nodes
 from ..ir.errors import LlmcError
-from ..ir.exits import Exits, classified, features, similarity
+from ..ir.exits import Exits, classified, features, similarity, sure_enough
 from ..ir.graph import Program, Segment
 from ..ir.interpret import run_nodes
 from ..ir.refusal import Refusal
@@ -189,7 +189,8 @@ class ExitWalk:
                 logits = self._says(envs[i], after) if last or exits.rule != "cosine" else None
                 leave = ~gone[i]
                 if at is not None and not last:
-                    leave = leave & (_sure(exits, classifier, at, before, after, logits) >= limit)
+                    sure = _sure(exits, classifier, at, before, after, logits)
+                    leave = leave & sure_enough(sure, limit)
                 if bool(leave.any()):
                     logits = self._says(envs[i], after) if logits is None else logits
                     said[i][leave] = logits.argmax(-1).cpu()[leave]
@@ -268,7 +269,7 @@ def replay(seen: Seen, exits: Exits, classifier: Tensor | None, depths: Sequence
         depths: blocks that a token which leaves at each exit has run, and last those of the model.
     """
     limit = _limits(exits, seen.final.shape[1])
-    leaves = seen.sure(exits.rule, classifier) >= limit
+    leaves = sure_enough(seen.sure(exits.rule, classifier), limit)
     leaves = torch.cat([leaves, torch.ones_like(leaves[:1])])
     first = leaves.int().argmax(0)
     right = torch.cat([seen.right, torch.ones_like(seen.right[:1])])

@@ -17,7 +17,7 @@ from torch import fx
 from ..analysis.exits import exit_spans, head_nodes
 from ..analysis.ties import constants as constant_nodes
 from ..ir.errors import ModelError
-from ..ir.exits import classified, classifier_of, features, similarity
+from ..ir.exits import classified, classifier_of, features, similarity, sure_enough
 from ..ir.graph import Program
 from ..ir.ops import row_of
 from ..ir.refusal import Refusal
@@ -243,7 +243,7 @@ class ExitRunner(Runner):
                 assert self.classifier is not None
                 assert block.exit is not None
                 sure = classified(said, self.classifier[block.exit])
-        leave = (sure.reshape(len(stay.rows)) >= threshold).tolist()
+        leave = sure_enough(sure.reshape(len(stay.rows)), threshold).tolist()
         if said is None and any(leave):
             said = self._says(stay.env, stream)
         return leave, stream if said is None else said

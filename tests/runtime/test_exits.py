@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -273,6 +274,22 @@ def test_all_tokens_at_once_and_one_by_one_do_the_same(program: Program) -> None
         assert told["decoded_tokens"] == found.decoded.depth.numel()
         assert 0 < told["agreement"] < 1
         assert stepwise.blocks == pytest.approx(float(found.depth[:, 1:].double().mean()))
+
+
+def test_calibration_and_decoding_compare_alike(program: Program) -> None:
+    """A classifier that says 0.5 of every token, and a λ that only f64 tells from it."""
+    spans = exit_spans(program)
+    assert not isinstance(spans, Refusal)
+    final = runner_for(program).forward(IDS).argmax(-1)
+    even = torch.zeros(3, 3)
+    above = math.nextafter(0.5, 1.0)
+    assert bool(torch.full((1,), 0.5) >= above)
+    for threshold, depth in ((0.5, 1), (above, LAYERS)):
+        left = with_exits(program, threshold, rule="classifier", classifier=even)
+        walked = ExitWalk(left, spans[:-1], IDS, Options()).run(left.exits, even, final)
+        assert bool((walked.decoded.depth == depth).all())
+        _, used = decoded(runner_for(left, cached=True), IDS)
+        assert used[1:] == [[depth] * len(IDS)] * (IDS.shape[1] - 1)
 
 
 def test_rewinding_and_resetting(program: Program) -> None:
