@@ -52,9 +52,9 @@ def repaired(program: Program, groups: Sequence[Group]) -> list[tuple[Group, Rea
 
 
 def biases(program: Program, groups: Sequence[Group]) -> list[Bias]:
-    """The biases that repairing the groups' readers takes, by name and place."""
+    """The biases that repairing the groups' readers takes, by name and place; one of each call."""
     out = []
-    for _, r in repaired(program, groups):
+    for r in {r.node: r for _, r in repaired(program, groups)}.values():
         old = r.node.args[2] if len(r.node.args) > 2 else r.node.kwargs.get("bias")
         known = program.param_of(old)
         if known is not None and len(program.param_node(known.name).users) == 1:
@@ -98,6 +98,8 @@ def compensations(
 ) -> dict[str, Tensor]:
     """New tensors of the matrices that read what is cut, and of their biases, as they are stored.
 
+    A matrix that reads several groups is repaired once, for all the columns that it loses.
+
     Args:
         keep: int64 ascending units that stay, by group; all groups that are cut.
         kind: ``bias``, ``weights`` or ``both``; damp: of the least squares.
@@ -109,27 +111,25 @@ def compensations(
     out: dict[str, Tensor] = {}
     lost = [g for g, units in keep.items() if len(units) < g.units]
     places = {b.node: b for b in biases(program, lost)}
-    moves = kind in ("weights", "both")
+    moves, done = kind in ("weights", "both"), set[str]()
     statistics = (["gram"] if moves else []) + (["moments"] if kind != "weights" else [])
     for part in fitting(program, lost, "gram" if moves else "moments", options.budget):
-        reads = repaired(program, part)
-        stats = measured(program, [r for _, r in reads], statistics, tokens, options, listener)
-        for group, r in reads:
+        reads = {r.param.name: r for _, r in repaired(program, part)}
+        reads = {name: r for name, r in reads.items() if name not in done}
+        done |= set(reads)
+        stats = measured(program, list(reads.values()), statistics, tokens, options, listener)
+        for r in reads.values():
             found: dict[str, Any] = {s: stats.get(r.value, s) for s in statistics}
-            columns = _columns(r.unit_of, keep[group], group.units)
-            rows = _rows(keep, r.param)
-            weight = program.weights.load(r.param.name)
-            now = (
-                _moved(weight, found, columns, damp)
-                if moves
-                else weight[:, columns.to(weight.device)]
-            )
+            rows, columns = (_left(keep, r.param, axis) for axis in (0, 1))
+            weight = program.weights.load(r.param.name).cpu()
+            # The solve is where the statistics are; what is stored, and its bias, is on the host.
+            now = _moved(weight, found, columns, damp).cpu() if moves else weight[:, columns]
             if moves:
                 out[r.param.name] = _stored(now[rows], r.param, r.param)
             if kind != "weights" and r.node.name in places:
                 bias = places[r.node.name]
                 gain = score.shift(weight, now, found["moments"].mean.cpu(), columns)
-                old = None if bias.new else program.weights.load(bias.param).double()
+                old = None if bias.new else program.weights.load(bias.param).cpu().double()
                 total = gain if old is None else gain + old
                 like = r.param if bias.new else program.params[bias.param]
                 out[bias.param] = _stored(total[rows], like, r.param)
@@ -153,13 +153,13 @@ def _columns(unit_of: Tensor, kept: Tensor, units: int) -> Tensor:
     return stays[unit_of].nonzero().view(-1)
 
 
-def _rows(keep: Mapping[Group, Tensor], param: Param) -> Tensor:
-    """Rows of a matrix that no other group cuts away."""
-    stays = torch.ones(param.shape[0], dtype=torch.bool)
+def _left(keep: Mapping[Group, Tensor], param: Param, axis: int) -> Tensor:
+    """Indices of a parameter's axis that no group cuts away."""
+    stays = torch.ones(param.shape[axis], dtype=torch.bool)
     for group, kept in keep.items():
         for m in group.members:
-            if m.param == param.name and m.axis == 0:
-                mine = torch.zeros(param.shape[0], dtype=torch.bool)
+            if m.param == param.name and m.axis == axis:
+                mine = torch.zeros(param.shape[axis], dtype=torch.bool)
                 mine[_columns(m.unit_of, kept, group.units)] = True
                 stays &= mine
     return stays.nonzero().view(-1)
