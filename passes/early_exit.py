@@ -102,7 +102,9 @@ class EarlyExit(Structural):
 
     def predict(self, analysis: Analysis, sites: list[Any]) -> Choice:
         places = self._places(sites, self.first or 0)
-        return self._choice(places, _NEVER if self.threshold is None else self.threshold)
+        choice = self._choice(places, _NEVER if self.threshold is None else self.threshold)
+        # Calibration leaves exits out, and with each a row of the classifier: these are the most.
+        return replace(choice, exact=self.threshold is not None or self.rule != "classifier")
 
     def decide(self, context: Context, sites: list[Any]) -> Choice:
         places = self._places(sites, self.first or 0)

@@ -72,6 +72,11 @@ class Exits:
         """Shape of the classifier's tensor."""
         return (len(self.blocks), 3)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the classifier's tensor, 0 where the rule has none."""
+        return 4 * math.prod(self.shape) if self.classifies else 0
+
     def at(self, t: Tensor | int) -> Tensor:
         """λ of the t-th new token, counted from 0; f64 of the shape of ``t``."""
         step = torch.as_tensor(t, dtype=torch.float64)

@@ -207,8 +207,9 @@ class Program:
         return out
 
     def weight_bytes(self) -> int:
-        """Bytes of all parameters as stored."""
-        return sum(p.bytes for p in self.params.values())
+        """Bytes of all parameters as stored, and of the classifier of early exits."""
+        held = sum(p.bytes for p in self.params.values())
+        return held + (self.exits.bytes if self.exits is not None else 0)
 
     # ** changing **
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,8 +170,7 @@ def sizes(program: Program) -> Sizes:
             stored += sum(program.params[n].bytes for n in names)
     total = program.weight_bytes()
     if program.exits is not None and program.exits.classifies:
-        by_role["classifier"] = 4 * math.prod(program.exits.shape)
-        total += by_role["classifier"]
+        by_role["classifier"] = program.exits.bytes
     kept = sum(p.bytes for p in cache_params(program).values())
     if kept:
         by_role["cache"] = kept

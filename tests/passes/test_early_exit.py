@@ -19,6 +19,7 @@ from llmc.compiler.pipeline import recipe, zoo
 from llmc.compiler.pipeline.exits import Ladder, Outcome, Seen, doubt, lowest, replay
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.runtime.exits import ExitRunner
+from llmc.compiler.runtime.sizes import sizes
 
 LENGTH = 24
 
@@ -73,6 +74,27 @@ def test_exits_that_nobody_took_are_left_out() -> None:
     taken = [f"block{i}" for i, share in enumerate(shares[:-1]) if share > 0]
     assert list(model.program.exits.blocks) == taken
     assert model.program.weights.load(CLASSIFIER).shape == (len(taken), 3)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "exact"),
+    [("agreement=0.9,rule=classifier", False), ("rule=classifier,threshold=0.9", True),
+     ("agreement=0.9", True), ("threshold=0.9", True)],
+)  # fmt: skip
+def test_planned_bytes_count_the_classifier(knobs: str, exact: bool) -> None:
+    """The plan counts a classifier row of three f32 for each exit; calibration may keep fewer."""
+    plan = make_plan(fading(), recipe.from_strings([f"early_exit:{knobs}"]))
+    told = plan.predictions(0, 1)
+    rows = 3 if "classifier" in knobs else 0
+    assert told["bytes_after"] - told["bytes_before"] == 12 * rows
+    assert plan.exact is told["exact"] is exact
+    done = compiled(f"early_exit:{knobs}").program
+    kept = 12 * len(done.exits.blocks) if rows else 0
+    assert done.weight_bytes() - told["bytes_before"] == kept <= 12 * rows
+    if exact:
+        assert done.weight_bytes() == told["bytes_after"]
+    found = sizes(done)
+    assert found.total == sum(found.by_role.values()) == done.weight_bytes()
 
 
 def test_a_lower_agreement_leaves_earlier() -> None:
