@@ -7,7 +7,6 @@ first, on predicted choices; the rest is planned on the program that they leave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -217,21 +216,17 @@ def _short_group(d: Decision) -> str:
     return f"last group of {d.site.in_features % codes.group} of {d.site.in_features} inputs"
 
 
-def make_plan(
-    program: Program, recipe: Recipe, choices: Mapping[str, Choice] | None = None
-) -> Plan:  # fmt: skip
+def make_plan(program: Program, recipe: Recipe) -> Plan:
     """Plan a recipe for a captured program; nothing is loaded and the program is not changed.
 
-    Args:
-        choices: of structural passes, by the pass's name; the others are predicted.
+    What structural passes will choose is predicted.
     Raises:
         UsageError: passes that disagree about a weight, or a knob that a site cannot take.
         GateError: nothing to do anywhere.
     """
-    given = choices or {}
 
     def choose(call: Call, analysis: Analysis, sites: list[Any]) -> Choice:
-        return given.get(call.name) or _structural(call).predict(analysis, sites)
+        return _structural(call).predict(analysis, sites)
 
     plan = lay_out(program, recipe, choose)
     add_late(plan, choose)

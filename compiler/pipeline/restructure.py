@@ -19,7 +19,7 @@ from .order import LATE
 from .recipe import Call, Override, at_site
 from .structure import Choice, Structural
 
-# How a step comes to its choice: by prediction, by measurement, or because it was given.
+# How a step comes to its choice: by prediction or by measurement.
 Choose = Callable[[Call, Analysis, list[Any]], Choice]
 
 

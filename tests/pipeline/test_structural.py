@@ -39,8 +39,8 @@ def model():
     return zoo.decoder(blocks=4, inner=32)
 
 
-def planned(*strings, program=None, choices=None):
-    return make_plan(program or model(), recipe.from_strings(list(strings)), choices)
+def planned(*strings, program=None):
+    return make_plan(program or model(), recipe.from_strings(list(strings)))
 
 
 # ** order **
@@ -141,11 +141,11 @@ def test_planning_loads_no_tensor(monkeypatch):
     assert plan.steps[0].after["blocks"] == 3
 
 
-def test_given_choices_are_planned():
-    plan = planned("drop_layers", choices={"drop_layers": Choice({"blocks": [0, 3]})})
+def test_listed_blocks_are_planned_as_they_are_compiled():
+    plan = planned("drop_layers:method=list,blocks=0+3")
     ids = tokens(2)
-    listed = compile_plan(planned("drop_layers:method=list,blocks=0+3"), tokens(), OPTIONS)
-    want = run(listed.program, model_inputs(ids))
+    done = compile_plan(plan, tokens(), OPTIONS)
+    want = run(done.program, model_inputs(ids))
     assert torch.equal(run(plan.program, model_inputs(ids)), want)
 
 
