@@ -18,7 +18,7 @@ from ..compiler.ir.segments import refresh_segments
 from ..compiler.pipeline import compensate, importance, width
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
-from ..compiler.pipeline.measure import loss
+from ..compiler.pipeline.measure import gives_logits, loss
 from ..compiler.pipeline.structure import Choice, Context, Structural
 from ..compiler.solvers.importance import ORDERS, REDUCTIONS
 
@@ -60,7 +60,9 @@ class PruneWidth(Structural):
     misses = (Example("softmax_between", "group_is_free"),)
 
     remove: float = knob(0.2, "share of the parameters in repeated blocks that goes, below 1")
-    params: int | None = knob(None, "instead: parameters that the whole model keeps", lo=1)
+    params: int | None = knob(
+        None, "instead: parameters that the whole model keeps at most, new biases apart", lo=1
+    )
     neurons: int | None = knob(None, "instead: neurons that each layer keeps", lo=1)
     heads: int | None = knob(
         None, "instead: KV heads that each layer keeps, each with its query heads", lo=1
@@ -302,10 +304,12 @@ class PruneWidth(Structural):
         }
 
     def _losses(self, context: Context, choice: Choice) -> list[dict[str, Any]]:
-        """The loss on a few calibration windows, whole and cut."""
+        """The loss on a few calibration windows, whole and cut; none where no token is told."""
         if context.tokens is None:
             return []
         tokens = context.tokens[:_LOSS_WINDOWS]
+        if not gives_logits(context.program, int(tokens.max())):
+            return []
         after = context.program.clone()
         self.apply(after, choice)
         return [{

@@ -276,6 +276,19 @@ def loss(program: Program, tokens: Tensor, options: Options, listener: Listener 
     return meter.mean()
 
 
+def gives_logits(program: Program, top: int) -> bool:
+    """Whether the program's one value is [B, S, vocabulary], with ``top`` among its tokens.
+
+    A width that is not the vocabulary the model tells of is that of hidden states.
+    """
+    try:
+        shape = tensor_type(logits_of(program)).shape
+    except ModelError:
+        return False
+    width, vocab = shape[-1] if len(shape) == 3 else None, program.facts.get("vocab")
+    return isinstance(width, int) and width > top and vocab in (None, width)
+
+
 def for_logits(program: Program, tokens: Tensor, options: Options) -> Options:
     """The options with batches small enough that logits and their softmax stay within memory."""
     width = tensor_type(logits_of(program)).shape[-1]
@@ -292,11 +305,12 @@ class Meter:
 
     def __init__(self, program: Program, tokens: Tensor) -> None:
         self.logits, self.tokens = logits_of(program), tokens
-        shape, top = tensor_type(self.logits).shape, int(tokens.max())
-        if len(shape) != 3 or not isinstance(shape[-1], int) or shape[-1] <= top:
+        top = int(tokens.max())
+        if not gives_logits(program, top):
             raise ModelError(
                 f"expected logits over more than {top} tokens to take a loss of, found "
                 f"{show_type(tensor_type(self.logits))}", where=f"node {self.logits.name}",
+                hint=f"the vocabulary that the model tells of is {program.facts.get('vocab')}",
             )  # fmt: skip
         self._found: list[Tensor] = []
 

@@ -37,7 +37,7 @@ class Target:
 
     Attributes:
         remove: share of the parameters in repeated blocks that goes, above 0 and below 1.
-        params: how many parameters the whole program keeps at most, to the nearest step.
+        params: how many parameters the whole program keeps at most.
         kept: how many units each group keeps, by unit.
     """
 
@@ -178,7 +178,22 @@ def counts(ledger: Ledger, target: Target) -> dict[str, int]:
             done[g] = ledger.round(g, (1 - share) * ledger.units(g))
     if all(done[g] == ledger.units(g) for g in done):
         _too_little(ledger, target, len(done))
+    if not inside:
+        for kind in sorted(kinds, key=coarseness):
+            _lower(ledger, done, kinds[kind], wanted)
     return {g: done[g] for g in ledger.groups}
+
+
+def _lower(ledger: Ledger, done: dict[str, int], names: Sequence[str], wanted: float) -> None:
+    """Take one more step in all of a kind's groups for as long as more is left than wanted."""
+    while ledger.count(done, inside=False) > wanted:
+        less = {
+            g: max(ledger.floor[g], (done[g] - 1) // ledger.steps[g] * ledger.steps[g])
+            for g in names
+        }
+        if all(done[g] == less[g] for g in names):
+            break
+        done.update(less)
 
 
 def _too_little(ledger: Ledger, target: Target, together: int) -> NoReturn:
@@ -285,7 +300,8 @@ def ranked(
     stays = {g: torch.ones(ledger.units(g), dtype=torch.bool) for g in ledger.groups}
     # What costs nothing brings the target no nearer.
     for packet in sorted((p for p in packets if p.cost > 0), key=lambda p: p.priority):
-        if excess < packet.cost / 2:
+        # A share is met to the nearest step, a number of parameters is not passed.
+        if excess < packet.cost / 2 if inside else excess <= 0:
             continue  # a smaller packet further on may still fit
         for name, part in packet.units:
             stays[name][part] = False

@@ -12,6 +12,7 @@ from llmc.compiler.capture import capture
 from llmc.compiler.ir.interpret import run
 from llmc.compiler.pipeline import recipe
 from llmc.compiler.pipeline.compile import compile_plan
+from llmc.compiler.pipeline.measure import gives_logits
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.runtime.export import export
 
@@ -114,3 +115,15 @@ def test_a_number_of_parameters_reaches_the_classifier():
         knobs = f"params={total * 4 // 5},method=magnitude,uniform=true,ranking={how}"
         plan = make_plan(program, recipe.from_strings([f"prune_width:{knobs}"]))
         assert "epilogue/neuron0" in kept(compile_plan(plan, None))
+
+
+def test_a_model_without_logits_prunes_and_tells_no_loss():
+    """The encoder of T5 gives hidden states, which are no scores of tokens however wide."""
+    program = capture_tiny("t5")
+    done = pruned(program, "remove=0.2,method=wanda")
+    found = done.structure[0]["records"]
+    assert found
+    assert all("kind" in row for row in found)
+    assert not gives_logits(program, 5)
+    assert gives_logits(capture_tiny("llama"), 95)
+    assert not gives_logits(capture_tiny("llama"), 96)

@@ -164,6 +164,13 @@ def refused_rightly(made: Ledger, share: float, error: UsageError) -> None:
     assert full * (1 - share) < low + 1e-6 or "nothing would go" in str(error)
 
 
+def rounds_to_nothing(made: Ledger, target: Target, error: UsageError) -> None:
+    """A number is refused only where it is half a step of the finest kind below the whole."""
+    finest = min(made.steps[g] * made.cost(g, inside=False) for g in made.groups)
+    assert "nothing would go" in str(error)
+    assert made.count({}, inside=False) - target.params <= finest * len(made.groups) / 2 + 1
+
+
 def random_scores(made: Ledger, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {n: torch.rand(made.units(n), generator=g, dtype=torch.float64) for n in made.groups}
@@ -235,3 +242,31 @@ def test_a_group_that_costs_nothing_stays_whole(together):
     )
     assert len(keep.pop(first)) == 128
     assert all(len(k) < 128 for k in keep.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["neuron+head", "neuron", "neuron+hidden", "hidden"]),
+    st.floats(0.1, 0.7),
+    st.sampled_from([1, 8]),
+)
+def test_a_number_of_parameters_is_never_passed(units, share, multiple):
+    """No more are left than asked, and less by a step of the finest kind everywhere at most."""
+    made = ledger(analysed("", **BIG), units, Rounding(multiple))
+    low, full = (made.count(k, inside=False) for k in (made.floor, {}))
+    target = Target(params=int(low + (1 - share) * (full - low)))
+    try:
+        kept = width.counts(made, target)
+    except UsageError as e:
+        rounds_to_nothing(made, target, e)
+        return
+    assert low <= made.count(kept, inside=False) <= target.params
+    assert all(kept[g] >= made.floor[g] and kept[g] % made.steps[g] == 0 for g in kept)
+    if "hidden" not in units:
+        scores = random_scores(made, multiple)
+        for together in (False, True):
+            stays = width.ranked(made, target, scores, together=together)
+            left = made.count({g: len(k) for g, k in stays.items()}, inside=False)
+            packet = max(made.cost(g, inside=False) * made.steps[g] for g in kept)
+            assert target.params - packet * (len(kept) if together else 1) < left
+            assert left <= target.params
