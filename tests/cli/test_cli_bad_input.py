@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -338,9 +339,11 @@ def test_interrupted_in_mid_compile(
     before = folder_digest(out)
     command = [sys.executable, "-m", "llmc.compiler.cli", "compile", str(tiny), "--passes",
                "w4:group=32", "-o", str(out), "--force", "-v", "--calibration", str(text),
-               "--samples", "1500", "--length", "32", "--batch", "1"]  # fmt: skip
+               "--samples", "300", "--length", "32", "--batch", "1"]  # fmt: skip
+    # A shell's background job ignores Ctrl-C and hands that on; here it must be heard.
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          cwd=tmp_path) as process:  # fmt: skip
+                          cwd=tmp_path, preexec_fn=partial(signal.signal, number, signal.SIG_DFL),
+                          ) as process:  # fmt: skip
         assert process.stderr is not None
         assert process.stdout is not None
         for line in process.stderr:
