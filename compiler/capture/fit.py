@@ -90,9 +90,18 @@ class _Search:
             if self._adjust(match.differences):
                 match = bisimulate(captured.program, self.program, captured.stored)
         if match.differences:
-            raise refusal(self.program, match.differences, self._given_sizes(changes),
-                          self.barred.values())  # fmt: skip
+            raise self._told(refusal(self.program, match.differences, self._given_sizes(changes),
+                                     self.barred.values()))  # fmt: skip
         return Fitted(self.given, self.program, self.family, changes, captured, match)
+
+    def _told(self, why: UsageError) -> UsageError:
+        """The refusal, which says so where the search ended before every config was tried."""
+        built, seen = self.family.builds, self.family.captures
+        if built < _BUILDS and seen < _CAPTURES:
+            return why
+        stop = f"the search stopped after {built} configs built and {seen} captured"
+        hint = f"{why.hint}; {stop}" if why.hint else stop
+        return UsageError(why.message, where=why.where, hint=hint)
 
     # ** depth **
 

@@ -281,3 +281,19 @@ def test_walk_finds_one_parameter_for_two_values(tiny: Callable[[str], Program])
     head.args = (head.args[0], own)
     (found,) = bisimulate(theirs, ours, stored).differences
     assert (found.kind, found.name) == ("param", "model.embed_tokens.weight")
+
+
+def test_a_refusal_says_when_the_search_ended_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no config was tried for is not told as what no config can do."""
+    from llmc.compiler.capture import fit
+    from llmc.compiler.capture.configs import Family
+    from llmc.compiler.ir.errors import UsageError
+
+    search = fit._Search.__new__(fit._Search)
+    search.family = Family.__new__(Family)
+    search.family.builds, search.family.captures = 3, 1
+    why = UsageError("expected 4, found 3", where="node a", hint="keep it")
+    assert search._told(why) is why
+    monkeypatch.setattr(fit, "_BUILDS", 3)
+    assert "the search stopped after 3 configs built and 1 captured" in str(search._told(why))
+    assert str(search._told(why)).startswith("expected 4, found 3 at node a; keep it; ")
