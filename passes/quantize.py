@@ -21,7 +21,7 @@ class QuantizeWeights(GroupedCoding):
     the grid's exact zero.
     """
 
-    variants = {f"w{b}": {"bits": b} for b in (8, 4, 3, 2)}
+    variants = {f"w{b}": {"bits": b} for b in (8, 6, 5, 4, 3, 2)}
     source = "GPTQ, arXiv 2210.17323"
 
     bits: int = knob(4, "bits of a code", lo=2, hi=8)

@@ -12,7 +12,8 @@ class Event:
     """One thing that happened.
 
     Kinds: ``start`` and ``end`` of the run, ``structure`` (before a structural pass measures),
-    ``block`` (before a segment), ``site`` (a weight was solved), ``fold`` (a scale was migrated),
+    ``block`` (before a segment), ``site`` (a weight was solved: its record, and ``rows``, the relative
+    loss of each of its outputs), ``fold`` (a scale was migrated),
     ``tick`` (one calibration batch ran, or ``where``, a segment, is being measured).
     """
 

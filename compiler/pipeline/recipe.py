@@ -29,7 +29,7 @@ SHIPPED = Path(__file__).parents[2] / "spec" / "recipes"
 
 @dataclass(frozen=True)
 class Override:
-    """Per-site changes: which sites, which passes are skipped, which knobs differ.
+    """Per-site changes: which sites, which passes are skipped or replaced, which knobs differ.
 
     Sites are chosen by what the graph proves about them, never by module names: their role in the
     data flow, their block's index (negative counts from the end), or their canonical id.
@@ -40,6 +40,8 @@ class Override:
     sites: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     knobs: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    # (pass of the recipe, the pass of the same stage that stands in for it, its knobs)
+    use: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = ()
 
     def covers(self, site: str, role: str, block: int, blocks: int) -> bool:
         """Whether the override speaks about that site."""
@@ -49,6 +51,14 @@ class Override:
             and (not self.blocks or block in wanted)
             and (not self.sites or site in self.sites)
         )
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As a recipe file says it."""
+        where = {"role": self.roles, "block": self.blocks, "site": self.sites}
+        out: dict[str, Any] = {"where": {k: list(v) for k, v in where.items() if v}}
+        out |= {"skip": list(self.skip)} if self.skip else {}
+        out |= {"set": {n: dict(given) for n, given in self.knobs}} if self.knobs else {}
+        return out | ({"use": _used(self)} if self.use else {})
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,26 @@ class Recipe:
         """Stages with every knob's value, and the overrides."""
         stages = [{c.name: c.made.values() for c in stage} for stage in self.stages]
         rows = [
-            {k: v for k, v in vars(o).items() if v not in ((), None)} | {"knobs": dict(o.knobs)}
+            {k: v for k, v in vars(o).items() if v not in ((), None)}
+            | {"knobs": dict(o.knobs)}
+            | ({"use": _used(o)} if o.use else {})
             for o in self.overrides
         ]
         return {"stages": stages, "overrides": rows}
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What a recipe file holds that asks for the same; :func:`from_mapping` reads it."""
+        given = [
+            {c.name: {k: v for k, v in c.made.values().items() if c.made.explicit(k)} for c in s}
+            for s in self.stages
+        ]
+        return {
+            "version": 1, "stages": given, "overrides": [o.to_mapping() for o in self.overrides]
+        }  # fmt: skip
+
+
+def _used(o: Override) -> dict[str, dict[str, dict[str, Any]]]:
+    return {name: {other: dict(given)} for name, other, given in o.use}
 
 
 def _call_text(call: Call) -> str:
@@ -172,6 +198,7 @@ class _OverrideModel(BaseModel):
     where: _Where
     skip: list[str] = Field(default_factory=list)
     set: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    use: dict[str, dict[str, dict[str, Any] | None]] = Field(default_factory=dict)
 
 
 class RecipeModel(BaseModel):
@@ -281,7 +308,7 @@ def from_mapping(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     used = {c.name for s in stages for c in s}
     overrides = []
     for i, o in enumerate(model.overrides):
-        for name in [*o.skip, *o.set]:
+        for name in [*o.skip, *o.set, *o.use]:
             if name not in used:
                 raise UsageError(
                     f"overrides.{i}: expected a pass of this recipe, found {name!r}",
@@ -297,6 +324,10 @@ def from_mapping(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
                     where=where, hint="skip: leaves sites out; knobs go into the stage",
                 )  # fmt: skip
             call.adjusted(given)
+        stands_in = []
+        for name, other in o.use.items():
+            call = next(c for c in recipe.calls if c.name == name)
+            stands_in.append(_stand_in(call, other, f"overrides.{i}.use.{name}", where))
         overrides.append(
             Override(
                 tuple(o.where.role),
@@ -304,20 +335,45 @@ def from_mapping(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
                 tuple(o.where.site),
                 tuple(o.skip),
                 tuple((n, tuple(sorted(g.items()))) for n, g in o.set.items()),
+                tuple(stands_in),
             )
         )
     return _ordered(stages, tuple(overrides))
+
+
+def _stand_in(
+    call: Call, given: Mapping[str, Mapping[str, Any] | None], field: str, where: str
+) -> tuple[str, str, tuple[tuple[str, Any], ...]]:
+    """What stands in for a pass at some sites, checked: (its name, the other's, its knobs).
+
+    Raises:
+        UsageError: not one pass, or one of another stage, or a wrong knob.
+    """
+    if len(given) != 1:
+        raise UsageError(f"{field}: expected one pass, found {len(given)}", where=where)
+    ((other, knobs),) = given.items()
+    made = find(other).build(other, dict(knobs or {}))
+    if made.stage != call.made.stage or isinstance(made, Structural):
+        raise UsageError(
+            f"{field}: expected a pass of stage {call.made.stage!r} that is solved site by site, "
+            f"found {other!r} of stage {made.stage!r}", where=where,
+        )  # fmt: skip
+    return call.name, other, tuple(sorted((knobs or {}).items()))
 
 
 def at_site(
     call: Call, overrides: Sequence[Override], site: str, role: str, block: int, blocks: int
 ) -> Call | None:
     """The call as it stands at one site after overrides, None when it is skipped there."""
+    asked = call.name
     for o in overrides:
         if not o.covers(site, role, block, blocks):
             continue
-        if call.name in o.skip:
+        if asked in o.skip:
             return None
+        for name, other, knobs in o.use:
+            if name == asked:
+                call = Call(other, find(other).build(other, dict(knobs)))
         given = dict(dict(o.knobs).get(call.name, ()))
         if given:
             call = call.adjusted(given)

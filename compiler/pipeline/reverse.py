@@ -6,7 +6,7 @@ autograd on, its cotangents are pushed through, and it is forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from .measure import logits_of, model_inputs, next_token_loss
 from .statistics import Fisher
 
 Env = dict[fx.Node, Any]
+# What is kept of (node name, value, gradient of the value), told as soon as a segment has it.
+Seen = Callable[[str, Tensor, Tensor], None]
 
 
 def gradients(
@@ -41,25 +43,30 @@ def gradients(
 
 
 def value_gradients(
-    program: Program, ids: Tensor, values: Iterable[str], fetch: Fetch | None = None
-) -> dict[str, Tensor]:
+    program: Program, ids: Tensor, values: Iterable[str], fetch: Fetch | None = None,
+    seen: Seen | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of one batch's loss for values of the graph, by node name, of the values' shapes.
 
     A value that several later segments read gets the gradient of all of them.
+    Args:
+        seen: is told each value and its gradient instead, so that none is kept.
     Raises:
         ModelError: as :func:`gradients`.
     """
-    sweep = _Sweep(program, fetch or program.fetch, set(), set(values))
+    sweep = _Sweep(program, fetch or program.fetch, set(), set(values), seen)
     sweep.run(ids)
     return sweep.at_values
 
 
 class _Sweep:
     def __init__(
-        self, program: Program, fetch: Fetch, wanted: set[str], values: set[str] | None = None
-    ) -> None:
+        self, program: Program, fetch: Fetch, wanted: set[str], values: set[str] | None = None,
+        seen: Seen | None = None,
+    ) -> None:  # fmt: skip
         self.program, self.fetch, self.wanted = program, fetch, wanted
         self.values, self.at_values = values or set(), dict[str, Tensor]()
+        self.seen = seen
         self.nodes = {n.name: n for n in program.graph.nodes}
         self.found: dict[str, Tensor] = {}
         self.logits = logits_of(program)
@@ -136,7 +143,9 @@ class _Sweep:
             if grad is not None:
                 cotangents[node] = cotangents[node] + grad if node in cotangents else grad
         for name, grad in zip(held, grads[len(leaves) + len(owned) :], strict=True):
-            if grad is not None:
+            if grad is not None and self.seen is not None:
+                self.seen(name, held[name].detach(), grad)
+            elif grad is not None:
                 self.at_values[name] = grad
         for name, grad in zip(owned, grads[len(leaves) :], strict=False):
             if grad is not None:

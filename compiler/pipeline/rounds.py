@@ -181,8 +181,9 @@ class _Round:
             groups.setdefault(key, []).append(d)
         for members in groups.values():
             for record in solve_group(self.work, members, stats):
-                self.out.records.append({**record, "round": self.index})
                 self.listener(Event("site", record))
+                kept = {k: v for k, v in record.items() if k != "rows"}
+                self.out.records.append({**kept, "round": self.index})
 
     def _collect(self, segment: Segment, stats: Collection, fetch: Fetch) -> None:
         nodes = self.walk.calls(segment)

@@ -292,7 +292,16 @@ def _solve_one(
         **({} if solution.extra is None else {what: beside}),
         **given_back,
         "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
+        "rows": _rows(solution, given_back.get("loss")),
     }  # fmt: skip
+
+
+def _rows(solution: Solution, last: float | None) -> Tensor | None:
+    """Relative loss of each output row; all fall alike where low rank lowered that of the whole."""
+    rows = solution.rows
+    if rows is None or last is None or solution.loss <= 0:
+        return rows
+    return rows * (last / solution.loss)
 
 
 def _as_stored(solution: Solution, stored: torch.dtype) -> Solution:

@@ -64,6 +64,7 @@ class Solution:
     damp: the relative damping in use.
     fallbacks: everything that was given up, in words.
     rows_rtn: output rows where the plain answer was better and is kept.
+    rows: fp64 ``[m]``, the loss of each output row relative to its own ``w H w^T``.
     """
 
     weight: Tensor
@@ -79,6 +80,7 @@ class Solution:
     table: Tensor | None = None
     double: ScaleCodes | None = None
     under: Tensor | None = None
+    rows: Tensor | None = None
 
 
 def solve(
@@ -221,8 +223,8 @@ def _check_extra(
 
 def _packed(task: Task, answer: Answer) -> Solution:
     """Back to [m, n], real units, stored dtypes; with codes, the weight is made from them."""
-    reference = float(task.row_losses(task.wt).sum())
-    found = float(task.losses(answer).sum())
+    energy, rows = task.row_losses(task.wt), task.losses(answer)
+    reference, found = float(energy.sum()), float(rows.sum())
     solution = Solution(
         weight=task.weight,
         codes=None,
@@ -234,6 +236,7 @@ def _packed(task: Task, answer: Answer) -> Solution:
         fallbacks=task.factor.fallbacks + task.notes,
         rows_rtn=task.rows_rtn,
         extra=None if answer.extra is None else answer.extra.t().contiguous(),
+        rows=torch.where(energy > 0, rows / energy.clamp_min(1e-300), 0.0),
     )
     grid = task.grid
     if grid is None or answer.centred is None or answer.scale is None:

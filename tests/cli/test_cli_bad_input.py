@@ -143,7 +143,7 @@ def test_remote_code_is_not_run(refused: Callable[..., str], broken: Path) -> No
 @pytest.mark.parametrize(
     ("passes", "says"),
     [
-        ("w5", "did you mean"),
+        ("w7", "did you mean"),
         ("smoth,w4", "did you mean 'smooth'?"),
         ("w4:grup=32", "did you mean 'group'?"),
         ("w4:bits=3", "knob"),

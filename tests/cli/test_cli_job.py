@@ -270,7 +270,7 @@ def test_diff_of_a_pass_that_rewrites_nodes(llmc: Call, artefact: Path) -> None:
     assert told["totals"]["bytes_after"] < told["totals"]["bytes_before"]
     columns = llmc("diff", artefact, "--pass", "w4", "--side-by-side")
     assert "before" in columns.out
-    assert llmc("diff", artefact, "--pass", "w5").code == 2
+    assert llmc("diff", artefact, "--pass", "w7").code == 2
 
 
 def test_diff_of_a_pass_that_rewrites_parameters(llmc: Call, artefact: Path) -> None:

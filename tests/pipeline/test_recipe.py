@@ -47,7 +47,7 @@ def test_repeated_strings_are_barriers():
 @pytest.mark.parametrize(
     ("strings", "words"),
     [
-        (["w5"], ["'w5'", "did you mean 'w"]),
+        (["w7"], ["'w7'", "did you mean 'w"]),
         (["prun24"], ["'prun24'", "did you mean 'prune24'"]),
         (["w4:gruop=64"], ["'gruop'", "did you mean 'group'"]),
         (["w4:bits=3"], ["knob", "'bits'"]),
