@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("measure", "perplexity, divergence, size and speed"),
     "export": ("export", "write a result in another format"),
     "inspect": ("look", "program, sites, schemes and bytes, from headers alone"),
+    "report": ("report", "all of a result as one HTML file"),
     "groups": ("groups", "what must be cut together, and what a unit costs"),
     "diff": ("look", "what one pass changed in the graph"),
     "passes": ("passes", "the passes with their knobs"),

@@ -131,10 +131,10 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
     out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
     if program.exits is not None:
         about["exits"] = program.exits.to_json() | {"threshold": program.exits.threshold}
-        out.text(f"exits    {_exits(program)}")
+        out.text(f"exits    {exits_text(program)}")
     if program.caches:
         about["caches"] = {n: c.to_json() for n, c in program.caches.items()}
-        out.text(f"caches   {_caches(program)}")
+        out.text(f"caches   {caches_text(program)}")
     if total.bits_per_weight is not None:
         out.text(f"linears  {total.bits_per_weight:.3f} bits per weight (head left out)")
     out.text("")
@@ -167,7 +167,7 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
     out.data("inspect", about)
 
 
-def _exits(program: Program) -> str:
+def exits_text(program: Program) -> str:
     """When a token leaves early, and where."""
     e = program.exits
     if e is None:
@@ -176,7 +176,7 @@ def _exits(program: Program) -> str:
     return f"{e.rule} >= {e.threshold:.4g}{decay} behind {' '.join(e.blocks)}"
 
 
-def _caches(program: Program) -> str:
+def caches_text(program: Program) -> str:
     """How keys and values are kept, and by how many attentions."""
     count: dict[str, int] = {}
     for c in program.caches.values():
@@ -245,10 +245,10 @@ def diff_command(
         f"{t['added']} added, {t['removed']} removed, {t['changed']} changed; parameters "
         f"{size(t['bytes_before'])} -> {size(t['bytes_after'])}"
     )
-    exits = [_exits(p) for p in (old, new)]
+    exits = [exits_text(p) for p in (old, new)]
     if exits[0] != exits[1]:
         out.text(f"exits {exits[0]} -> {exits[1]}")
-    kept = [_caches(p) for p in (old, new)]
+    kept = [caches_text(p) for p in (old, new)]
     if kept[0] != kept[1]:
         out.text(f"caches {kept[0]} -> {kept[1]}")
     folds = [f for f in artefact.report["folds"] if name in (None, f["pass"])]

@@ -20,10 +20,13 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """``added``, ``removed`` or ``changed``."""
+        """``added``, ``removed``, ``changed`` or ``same``."""
         if self.before is None:
             return "added"
-        return "removed" if self.after is None else "changed"
+        if self.after is None:
+            return "removed"
+        told = ("text", "type", "dtype", "bytes")
+        return "changed" if any(self.before[k] != self.after[k] for k in told) else "same"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -33,6 +36,11 @@ class Change:
 
 def changes(before: Program, after: Program) -> list[Change]:
     """Nodes that differ in call, type or stored dtype, in graph order; names are stable."""
+    return [c for c in pairs(before, after) if c.kind != "same"]
+
+
+def pairs(before: Program, after: Program) -> list[Change]:
+    """Every node beside itself, in graph order."""
     here, there = segment_map(before), segment_map(after)
     old = {n.name: node_row(before, n, here[n.name]) for n in before.graph.nodes}
     new = {n.name: node_row(after, n, there[n.name]) for n in after.graph.nodes}
@@ -45,10 +53,7 @@ def changes(before: Program, after: Program) -> list[Change]:
             while waiting and order[waiting[0]] < order[name]:
                 gone = waiting.pop(0)
                 out.append(Change(here[gone], old[gone], None))
-        if was is None:
-            out.append(Change(there[name], None, row))
-        elif any(was[k] != row[k] for k in ("text", "type", "dtype", "bytes")):
-            out.append(Change(here[name], was, row))
+        out.append(Change(there[name] if was is None else here[name], was, row))
     out += [Change(here[gone], old[gone], None) for gone in waiting]
     return out
 

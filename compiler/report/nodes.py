@@ -68,24 +68,24 @@ def op_of(node: fx.Node) -> str:
     return row_of(node).name.removesuffix(".default")
 
 
-def call_text(node: fx.Node) -> str:
-    """``op(args, key=value)`` with node names for values."""
+def call_text(node: fx.Node, name: Callable[[fx.Node], str] = lambda n: n.name) -> str:
+    """``op(args, key=value)``; values are told by ``name``."""
     if node.op == "output":
-        return f"output({_text(node.args[0])})"
+        return f"output({_text(node.args[0], name)})"
     if node.op != "call_function":
         return f"{op_of(node)}({node.target})"
-    parts = [_text(a) for a in node.args]
-    parts += [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    parts = [_text(a, name) for a in node.args]
+    parts += [f"{k}={_text(v, name)}" for k, v in node.kwargs.items()]
     return f"{op_of(node)}({', '.join(parts)})"
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, name: Callable[[fx.Node], str]) -> str:
     if isinstance(value, fx.Node):
-        return value.name
+        return name(value)
     if isinstance(value, list):
-        return f"[{', '.join(_text(v) for v in value)}]"
+        return f"[{', '.join(_text(v, name) for v in value)}]"
     if isinstance(value, tuple):
-        return f"({', '.join(_text(v) for v in value)})"
+        return f"({', '.join(_text(v, name) for v in value)})"
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).removeprefix("torch.")
