@@ -45,7 +45,11 @@ def low_rank(residual: Tensor, rank: int, hessian: Tensor | None = None) -> LowR
     vectors = torch.linalg.eigh((square + square.t()) / 2).eigenvectors
     leading = vectors.flip(1)[:, :rank]
     left = leading if basis is None else basis @ leading
-    right = leading.t() @ e
+    return balanced(left, leading.t() @ e)
+
+
+def balanced(left: Tensor, right: Tensor) -> LowRankFactors:
+    """The same product, each direction's length halved; ``left`` comes with columns of length 1."""
     length = right.norm(dim=1)
     half = torch.where(length > 0, length, 1.0).sqrt()
     return LowRankFactors(left * half, right / half[:, None])
