@@ -14,6 +14,7 @@ from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
+from ..compiler.pipeline.listed import block_numbers
 from ..compiler.pipeline.skipping import Skipping, course
 from ..compiler.pipeline.structure import Choice, Context, Structural
 
@@ -153,12 +154,8 @@ class DropLayers(Structural):
         total = len(analysis.blocks)
         known = {s.index: s for s in sites}
         if self.method == "list":
-            wanted = [i + total if i < 0 else i for i in self._named()]
+            wanted = block_numbers(self.blocks or "", "drop_layers:blocks", total)
             for given, i in zip(self._named(), wanted, strict=True):
-                if not 0 <= i < total:
-                    raise UsageError(
-                        f"drop_layers:blocks: expected blocks {-total}..{total - 1}, found {given}"
-                    )
                 if i not in known:
                     raise UsageError(
                         f"drop_layers:blocks: expected a block that may be left out, found {given}",
@@ -198,14 +195,7 @@ class DropLayers(Structural):
         Raises:
             UsageError: something else than numbers with + between.
         """
-        if self.blocks is None:
-            return []
-        try:
-            return [int(part) for part in self.blocks.split("+")]
-        except ValueError:
-            raise UsageError(
-                f"drop_layers:blocks: expected numbers as in 3+5, found {self.blocks!r}"
-            ) from None
+        return [] if self.blocks is None else block_numbers(self.blocks, "drop_layers:blocks")
 
     @staticmethod
     def _runs(free: list[Span], count: int) -> list[int]:

@@ -15,6 +15,11 @@ from ..ir.errors import UsageError
 STAGES: tuple[tuple[str, str, str], ...] = (
     ("depth", "blocks", "whole blocks go first: nothing is measured in a block that will be gone"),
     (
+        "attention",
+        "what tokens read",
+        "what tokens may read is settled before anything is measured on what they have read",
+    ),
+    (
         "heads",
         "shared heads",
         "heads are shared before widths are cut, so that what is cut is what stays",
@@ -46,8 +51,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
 # Stages that change shapes or topology, before anything is written into a weight.
-SHAPES = ("depth", "heads", "width")
-STALE = "what changes shapes makes the scales, zeros and codes that are there stale"
+SHAPES = ("depth", "attention", "heads", "width")
+STALE = (
+    "what changes shapes, or what tokens read, makes the scales, zeros and codes that are there "
+    "stale"
+)
 RANK = {stage: i for i, (stage, _, _) in enumerate(STAGES)}
 # Stages that are decided on the finished program.
 LATE = ("kv", "exit")

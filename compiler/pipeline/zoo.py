@@ -59,6 +59,7 @@ def decoder(
     vocab: int = 20, norm: str = "rms", offset: float = 0.0, mlp: str = "gated",
     bias: bool = False, tied: bool = False, leak: bool = False, share: bool = False,
     blocks: int = 2, seed: int = 0, rope: float = 0.0, causal: bool = True,
+    reads: dict[str, int] | None = None,
 ) -> Program:  # fmt: skip
     """A small decoder: embedding, blocks of attention and MLP, final norm, head.
 
@@ -66,7 +67,8 @@ def decoder(
     ``softmax`` (over the inner channels) or ``moe`` (four gated experts, two chosen).
     leak: the residual also reads the first norm of each block. share: every block reads the first
     block's keys and values. rope: queries and keys are rotated by their positions, then keys are
-    multiplied by this unless it is 1. causal: attention reads no later token.
+    multiplied by this unless it is 1. causal: attention reads no later token. reads: attributes of
+    attention (window, dilation, first).
     """
     b = Builder(seed)
     ids = b.input("input_ids", torch.int64, BATCH, SEQ)
@@ -99,7 +101,7 @@ def decoder(
     def turned(value: fx.Node) -> fx.Node:
         return b.call("llmc.rope", value, *angles) if rope else value
 
-    masks = {} if causal else {"causal": False}
+    masks = (reads or {}) | ({} if causal else {"causal": False})
     angles: list[fx.Node] = []
     if rope:
         at = b.call("aten.unsqueeze.default", b.call("aten.unsqueeze.default", pos, 1), -1)
@@ -165,6 +167,8 @@ ZOO: dict[str, Callable[[], Program]] = {
     "with_rope": lambda: decoder(rope=1.0),
     "scaled_after_rope": lambda: decoder(rope=2.0),
     "sees_all": lambda: decoder(causal=False),
+    "has_window": lambda: decoder(reads={"window": 4}),
+    "has_pattern": lambda: decoder(reads={"window": 4, "dilation": 2, "first": 1}),
     "gives_keys": lambda: with_keys(decoder(blocks=4)),
 }
 

@@ -23,6 +23,7 @@ from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
 
 _BY = "cache"
+_ATTRIBUTES = ("scale", "causal", "window", "softcap", "dilation", "first")
 
 
 def add_cache(program: Program) -> Program:
@@ -48,8 +49,7 @@ def add_cache(program: Program) -> Program:
         if q_pos is None:
             q_pos = _positions(out)
         name = f"kv{i}"
-        attrs: dict[str, Any] = {a: node.kwargs[a] for a in ("scale", "causal", "window", "softcap")
-                 if a in node.kwargs}  # fmt: skip
+        attrs: dict[str, Any] = {a: node.kwargs[a] for a in _ATTRIBUTES if a in node.kwargs}
         scheme, turn = out.caches.pop(node.name, None), list[fx.Node]()
         if scheme is not None and scheme.turned:
             k, *turn = _before_rotation(node, attrs)

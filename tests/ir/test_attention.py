@@ -15,7 +15,7 @@ def slow(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_pos: torch.Tensor, k_pos: torch.Tensor,
     valid: torch.Tensor | None = None, bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None, *, scale: float, causal: bool = True,
-    window: int | None = None, softcap: float | None = None,
+    window: int | None = None, softcap: float | None = None, dilation: int = 1, first: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """The op's definition, one score at a time."""
     batch, heads, length, _ = q.shape
@@ -29,7 +29,8 @@ def slow(
                     ahead = int(k_pos[b, t] - q_pos[b, s])
                     if causal and ahead > 0:
                         continue
-                    if window is not None and (-ahead >= window or ahead >= window):
+                    near = window is None or abs(ahead) in range(0, window * dilation, dilation)
+                    if not near and k_pos[b, t] >= first and q_pos[b, s] >= first:
                         continue
                     if valid is not None and not valid[b, t]:
                         continue
@@ -73,6 +74,10 @@ SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
         ((), {"window": 2}),
         ((), {"window": 2, "causal": False}),
         ((VALID,), {}),
+        ((), {"window": 2, "dilation": 2}),
+        ((), {"window": 1, "first": 2, "causal": False}),
+        ((VALID,), {"window": 2, "dilation": 3, "first": 1}),
+        ((VALID, BIAS, SINKS), {"window": 2, "dilation": 2, "causal": False}),
         ((VALID,), {"softcap": 1.5}),
         ((VALID, BIAS), {}),
         ((None, BIAS), {"causal": False}),
@@ -117,7 +122,9 @@ class Memory:
         ]
 
 
-@pytest.mark.parametrize("attrs", [{}, {"window": 2}, {"softcap": 1.5, "window": 3}])
+@pytest.mark.parametrize("attrs", [
+    {}, {"window": 2}, {"softcap": 1.5, "window": 3}, {"window": 2, "dilation": 2, "first": 1},
+])  # fmt: skip
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4), (3,), ()])
 def test_cached_attention_token_by_token(attrs: Any, cuts: tuple[int, ...]) -> None:
     q, k, v = tensors()

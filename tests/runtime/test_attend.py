@@ -16,7 +16,13 @@ from llmc.compiler.runtime.executor import Runner
 Make = Callable[..., Program]
 
 
-@pytest.mark.parametrize("attrs", [{}, {"window": 3}, {"softcap": 2.0}, {"masked": False}])
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {}, {"window": 3}, {"softcap": 2.0}, {"masked": False}, {"window": 1, "first": 1},
+        {"window": 2, "dilation": 2}, {"window": 2, "dilation": 3, "first": 2},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("cuts", [[1] * 8, [5, 1, 2], [8]])
 def test_equals_the_reference(

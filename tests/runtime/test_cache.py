@@ -33,6 +33,8 @@ def ids_of(batch: int, length: int) -> torch.Tensor:
         {"masked": False},
         {"positions": False},
         {"positions": False, "masked": False, "window": 3},
+        {"window": 2, "dilation": 2, "first": 1},
+        {"positions": False, "window": 1, "first": 2},
     ],
 )
 @pytest.mark.parametrize("cuts", [[1] * 9, [5, 1, 1, 2], [9], [2, 7]])

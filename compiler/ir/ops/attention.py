@@ -11,11 +11,34 @@ from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
 
-_SCHEMA_TAIL = "float scale, bool causal=True, int? window=None, float? softcap=None"
+_SCHEMA_TAIL = (
+    "float scale, bool causal=True, int? window=None, float? softcap=None, int dilation=1, "
+    "int first=0"
+)
+# Largest window, dilation and number of first tokens; their products stay far inside of int64.
+MOST = 1 << 30
+
+
+def check_window(window: int | None = None, dilation: int = 1, first: int = 0, **rest: Any) -> None:
+    """Raises ModelError unless these say which keys a query may read."""
+    for name, value, least in (
+        ("window", window, 1),
+        ("dilation", dilation, 1),
+        ("first", first, 0),
+    ):
+        if value is None and name == "window":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+            raise ModelError(f"expected {name} in {least}..{MOST}, found {value!r}")
+    if window is None and (dilation != 1 or first):
+        raise ModelError(
+            f"expected dilation and first tokens beside a window, found {dilation} and {first}"
+        )
 
 
 def _infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any, **attrs: Any) -> TensorType:
     """q [B, H, S, D], k [B, KV, T, D], v [B, KV, T, E] -> [B, S, H, E]; KV divides H."""
+    check_window(**attrs)
     if not (q.rank == k.rank == v.rank == 4):
         raise ModelError(f"expected q, k, v of rank 4, found {q}, {k}, {v}")
     if not same(q.shape[3], k.shape[3]):
@@ -33,17 +56,27 @@ def allowed(
     k_valid: torch.Tensor | None,
     causal: bool,
     window: int | None,
+    dilation: int = 1,
+    first: int = 0,
 ) -> torch.Tensor:
     """bool [B, 1, S, T]: which keys each query may read.
 
-    A window of w lets a query at p read keys at p-w+1 … p (p+w-1 too when not causal).
+    A window of w lets a query at p read keys at p-w+1 … p (p+w-1 too when not causal); with a
+    dilation d those at p, p-d, … p-(w-1)d. All may read the tokens at positions 0 … first-1, which
+    may read all (that are not later than they are, when causal).
+    Source: Longformer, arXiv 2004.05150 §3.1.
     """
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
     ok = torch.ones_like(q >= k) if not causal else q >= k
     if window is not None:
-        ok = ok & (q - k < window)
+        near = q - k < window * dilation
         if not causal:
-            ok = ok & (k - q < window)
+            near = near & (k - q < window * dilation)
+        if dilation > 1:
+            near = near & ((q - k) % dilation == 0)
+        if first:
+            near = near | (k < first) | (q < first)
+        ok = ok & near
     if k_valid is not None:
         ok = ok & k_valid[:, None, None, :].bool()
     return ok
@@ -63,6 +96,8 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    dilation: int = 1,
+    first: int = 0,
 ) -> torch.Tensor:
     """softmax(cap(q·kᵀ·scale) + bias, over allowed keys) · v; query heads share KV heads in groups.
 
@@ -72,6 +107,7 @@ def attention(
         k_valid: bool [B, T], False for padding.
         bias: added to the scaled scores, broadcast to [B, H, S, T].
         sinks: [H], one extra logit per head that takes weight and gives nothing.
+        causal, window, dilation, first: which keys are allowed, see :func:`allowed`.
     Returns:
         [B, S, H, E]; a query that may read no key gets zeros.
     """
@@ -81,7 +117,7 @@ def attention(
         q_pos = torch.arange(length, device=q.device).expand(batch, length)
     if k_pos is None:
         k_pos = torch.arange(k.shape[2], device=q.device).expand(batch, k.shape[2])
-    ok = allowed(q_pos, k_pos, k_valid, causal, window)
+    ok = allowed(q_pos, k_pos, k_valid, causal, window, dilation, first)
     if softcap is None and sinks is None:
         mask = ok if bias is None else torch.where(ok, bias.to(q.dtype), float("-inf"))
         dead = ~ok.any(-1, keepdim=True)
@@ -190,6 +226,7 @@ def _samples() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         ((q, k, v), {"scale": 0.5}),
         ((q, k, v, pos, pos, valid), {"scale": 0.5, "window": 2}),
         ((q, k, v, pos, pos, valid), {"scale": 0.5, "softcap": 2.0}),
+        ((q, k, v), {"scale": 0.5, "window": 1, "dilation": 2, "first": 1}),
         ((q, k, v, pos, pos, None, make(1, 4, 3, 3), make(4)), {"scale": 0.5, "causal": False}),
     ]
 
@@ -221,12 +258,15 @@ def cached_attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    dilation: int = 1,
+    first: int = 0,
     interleaved: bool = False,
     state: Any,
 ) -> torch.Tensor:
     """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
 
     ``state.append(k, v, pos, valid)`` gives (keys, values, positions, valid) of all tokens so far.
+    Tokens that have left a window are kept: the cache grows as without one.
     With k_cos and k_sin, broadcast to [B, 1, S, D], ``k`` comes before its rotation (``llmc.rope``,
     of that ``interleaved``): the state keeps it so and gives rotated keys.
     """
@@ -236,7 +276,7 @@ def cached_attention(
     keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **turn)
     return attention(
         q, keys, values, q_pos, k_pos, valid, bias, sinks,
-        scale=scale, causal=causal, window=window, softcap=softcap,
+        scale=scale, causal=causal, window=window, softcap=softcap, dilation=dilation, first=first,
     )  # fmt: skip
 
 
