@@ -76,7 +76,7 @@ def fill_from_artefact(plan: Plan, folder: Path) -> None:
 def _check_alike(plan: Plan, site: LinearSite, folder: Path) -> None:
     """Raises UsageError unless a decoded weight points the way of the module's own."""
     dense = plan.source.fetch(site.param).float().flatten()
-    node = plan.program.node(site.node).args[1]
+    node = plan.program.node(site.node).args[site.slot]
     assert isinstance(node, fx.Node)
     decoded = _constant(plan.program, node).float().flatten().to(dense.device)
     likeness = float(torch.nn.functional.cosine_similarity(dense, decoded, dim=0))

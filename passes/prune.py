@@ -117,11 +117,11 @@ class Prune(Protecting):
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
         mask, sparse = self.facts(site)["mask"], self._sparse(site)
-        made = encode_mask(program, site.node, mask, made_by=self.called)
+        made = encode_mask(program, site.node, mask, made_by=self.called, slot=site.slot)
         if sparse is None:
             return made
         return made + encode_sparse(
-            program, site.node, mask, sparse, self._one_score, made_by=self.called
+            program, site.node, mask, sparse, self._one_score, made_by=self.called, slot=site.slot
         )
 
     @property

@@ -21,6 +21,9 @@ from .ties import ATTENTION, constants, op_name
 class LinearSite:
     """One ``aten.linear`` whose weight is a parameter that nothing else reads.
 
+    One of the two weights of an experts call is a site too: ``slot`` 3 or 4, [E, out / E, in], the
+    rows of all experts as one matrix. What its experts read is no value of the graph.
+
     Attributes:
         id: ``<segment>/linear<i>``, i in graph order within the segment; free of names.
         node, param, bias: names of the call, of its weight [out, in] and of its bias [out].
@@ -30,6 +33,7 @@ class LinearSite:
         wave: sites of lower waves of the segment must be final before this one's input is.
         head: its result is the program's output.
         router: its result chooses experts.
+        slot: which argument of the call the weight is; experts: matrices that it stacks.
     """
 
     id: str
@@ -45,6 +49,13 @@ class LinearSite:
     wave: int
     head: bool = False
     router: bool = False
+    slot: int = 1
+    experts: int = 1
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weight stacks one matrix per expert."""
+        return self.slot != 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,21 @@ class ExpertSite:
     index: str
     weight: str
     wave: int
+
+    @property
+    def weights(self) -> tuple[LinearSite, LinearSite]:
+        """Both weights as sites; what an expert reads is called ``<node>.<role>.<expert>``."""
+        e, h, i = self.experts, self.hidden, self.inner
+        sizes = (("gate_up", self.gate_up, h, 2 * i), ("down", self.down, i, h))
+        first, second = (
+            LinearSite(
+                f"{self.id}.{role}", self.node, param, None, self.segment, inputs, e * rows,
+                f"{self.node}.{role}", role, f"{self.id}.{role}", self.wave + at,
+                slot=3 + at, experts=e,
+            )
+            for at, (role, param, inputs, rows) in enumerate(sizes)
+        )  # fmt: skip
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -100,7 +126,7 @@ def linear_sites(program: Program) -> list[LinearSite | ExpertSite | Refusal]:
             counts[kind] += 1
             found = look.linear(node, place) if kind == "linear" else look.experts(node, place)
             if not isinstance(found, Refusal):
-                waves[node] = wave + 1
+                waves[node] = wave + (2 if isinstance(found, ExpertSite) else 1)
             out.append(found)
     return out
 

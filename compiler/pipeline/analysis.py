@@ -25,6 +25,12 @@ class Analysis:
     def linears(self) -> list[LinearSite | ExpertSite | Refusal]:
         return linear_sites(self.program)
 
+    @property
+    def weights(self) -> Iterator[LinearSite | Refusal]:
+        """Linears, and the two stacked weights of each experts call."""
+        for site in self.linears:
+            yield from site.weights if isinstance(site, ExpertSite) else (site,)
+
     @cached_property
     def migrations(self) -> list[MigrationSite | Refusal]:
         return migration_sites(self.program)
@@ -49,13 +55,8 @@ class Analysis:
 
 
 def linear_weights(analysis: Analysis) -> Iterator[LinearSite | Refusal]:
-    """Pattern: every matrix that multiplies a value, x @ Wᵀ."""
-    for site in analysis.linears:
-        if isinstance(site, ExpertSite):
-            why = f"{site.experts} stacked experts need one Hessian each, which is not built yet"
-            yield Refusal("linear", site.node, why, "not_experts", analysis.path(site.node))
-        else:
-            yield site
+    """Pattern: every matrix that multiplies a value, x @ Wᵀ, and the stacked ones of experts."""
+    yield from analysis.weights
 
 
 def scale_migrations(analysis: Analysis) -> Iterator[MigrationSite | Refusal]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..ir import packing
 from ..ir.build import result_type
 from ..ir.errors import LlmcError, ModelError
-from ..ir.graph import Param, Program, info
+from ..ir.graph import Param, Program, info, tensor_type
 from ..ir.ops.base import infer, row_of
 from ..ir.ops.sparse import add_csr, csr, index_dtype
 from ..ir.scheme import Codes, Mask, Scheme, Sparse
@@ -32,9 +32,36 @@ _SUFFIXES = ("values", "meta", "bitmap", *decoding.SUFFIXES, *SPARSE)
 """Ends of the names of a weight's packed parts."""
 
 
+def reader_of(program: Program, node: str, slot: int, made_by: str) -> fx.Node:
+    """The call that reads a weight as one matrix: the linear, or what stacks experts' rows.
+
+    The stacked parameter [E, R, C] of an experts call becomes [E·R, C], to be packed so.
+    """
+    call = program.node(node)
+    if slot == 1:
+        return call
+    stack = call.args[slot]
+    assert isinstance(stack, fx.Node)
+    param = program.param_of(stack)
+    if param is None:
+        return stack
+    flat = replace(param, shape=(param.shape[0] * param.shape[1], param.shape[2]))
+    program.params[param.name] = flat
+    stack.meta["llmc"] = replace(info(stack), type=program.param_type(flat))
+    where: dict[str, Any] = {"before": call, "made_by": made_by, "like": call}
+    new = program.emit("aten.reshape.default", stack, list(param.shape), **where)
+    call.replace_input_with(stack, new)
+    return new
+
+
+def matrix_of(reader: fx.Node) -> Any:
+    """What a reader takes for its weight, [out, in]."""
+    return reader.args[1 if row_of(reader).name == "aten.linear.default" else 0]
+
+
 def _weight_of(program: Program, linear: fx.Node) -> tuple[fx.Node, Param, str]:
-    """The linear's weight argument, the parameter that it decodes from, and its base name."""
-    weight = linear.args[1]
+    """The reader's weight argument, the parameter that it decodes from, and its base name."""
+    weight = matrix_of(linear)
     if not isinstance(weight, fx.Node):
         raise ModelError("expected a weight value", where=f"node {linear.name}")
     source = weight
@@ -66,9 +93,14 @@ def _new(
     return program.add_param(piece, None, before=before, made_by=made_by, like=linear)
 
 
-def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> list[str]:
-    """Rewrite linear(x, W) to read kept values and their places; return the new parameters."""
-    linear = program.node(node)
+def encode_mask(
+    program: Program, node: str, mask: Mask, *, made_by: str, slot: int = 1
+) -> list[str]:
+    """Rewrite linear(x, W) to read kept values and their places; return the new parameters.
+
+    slot: which argument of the call W is; experts stack theirs.
+    """
+    linear = reader_of(program, node, slot, made_by)
     weight, param, base = _weight_of(program, linear)
     rows, columns = param.shape
     new_piece = partial(_new, program, param, linear, linear, made_by)
@@ -83,7 +115,8 @@ def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> lis
         )  # fmt: skip
         made = [f"{base}.values", f"{base}.meta"]
     else:
-        kept = kept_count(rows * columns, mask.sparsity)
+        experts = 1 if slot == 1 else int(tensor_type(linear).shape[0])
+        kept = experts * kept_count(rows // experts * columns, mask.sparsity)
         words = packing.packed_words(columns, 1)
         values = new_piece(f"{base}.values", (kept,), param.dtype, False)
         bitmap = new_piece(f"{base}.bitmap", (rows, words), torch.int32)
@@ -98,22 +131,27 @@ def encode_mask(program: Program, node: str, mask: Mask, *, made_by: str) -> lis
 
 
 def encode_sparse(
-    program: Program, node: str, mask: Mask, sparse: Sparse, bound: bool, *, made_by: str
-) -> list[str]:
+    program: Program, node: str, mask: Mask, sparse: Sparse, bound: bool, *, made_by: str,
+    slot: int = 1,
+) -> list[str]:  # fmt: skip
     """Let linear(x, W) read W + S, S the dropped weights that come back; after `encode_mask`.
 
     How many come back is known after the solve; the planned sizes are a bound. ``bound``: mask and
     S rank by one score, which makes it tighter.
     """
-    rows, columns = _shape(program.node(node).args[1])
+    linear = reader_of(program, node, slot, made_by)
+    rows, columns = _shape(matrix_of(linear))
     count = rows * recover_bound(sparse.share, mask.n, mask.m, columns, bound)
-    return _beside(program, node, count, made_by)
+    return _beside(program, linear, count, made_by)
 
 
-def encode_outliers(program: Program, node: str, sparse: Sparse, *, made_by: str) -> list[str]:
+def encode_outliers(
+    program: Program, node: str, sparse: Sparse, *, made_by: str, slot: int = 1
+) -> list[str]:
     """Let linear(x, W) read W + S, S the weights that stay off the grid; before `encode_codes`."""
-    rows, columns = _shape(program.node(node).args[1])
-    return _beside(program, node, outlier_count(sparse.share, rows * columns), made_by)
+    linear = reader_of(program, node, slot, made_by)
+    rows, columns = _shape(matrix_of(linear))
+    return _beside(program, linear, outlier_count(sparse.share, rows * columns), made_by)
 
 
 def _shape(weight: Any) -> tuple[int, int]:
@@ -121,9 +159,8 @@ def _shape(weight: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _beside(program: Program, node: str, count: int, made_by: str) -> list[str]:
+def _beside(program: Program, linear: fx.Node, count: int, made_by: str) -> list[str]:
     """Put sparse rows with room for ``count`` weights beside the weight of a linear."""
-    linear = program.node(node)
     weight, param, base = _weight_of(program, linear)
     rows, columns = _shape(weight)
     new_piece = partial(_new, program, param, linear, linear, made_by)
@@ -143,14 +180,16 @@ def kept_count(total: int, sparsity: float) -> int:
     return total - round(total * sparsity)
 
 
-def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> list[str]:
+def encode_codes(
+    program: Program, node: str, codes: Codes, *, made_by: str, slot: int = 1
+) -> list[str]:
     """Rewrite linear(x, W) or linear(x, expand_nm(values, meta)) to read packed codes.
 
     Sparse rows beside the weight stay as they are.
     """
-    linear = program.node(node)
+    linear = reader_of(program, node, slot, made_by)
     weight, param, base = _weight_of(program, linear)
-    reader = linear
+    rows, reader = _shape(weight)[0], linear
     if weight.op == "call_function" and row_of(weight).name == "llmc.add_csr":
         reader, weight = weight, weight.args[0]  # type: ignore[assignment]
     expand = weight if weight.op == "call_function" else None
@@ -165,7 +204,6 @@ def encode_codes(program: Program, node: str, codes: Codes, *, made_by: str) -> 
         # Without blocks of fixed count, codes stay dense and a masked one sits at the zero point.
         old, before = weight, reader
     assert isinstance(old, fx.Node)
-    rows = int(info(linear).type.shape[-1])  # type: ignore[union-attr]
     made: list[str] = []
 
     def new_piece(suffix: str, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:

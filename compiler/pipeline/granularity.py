@@ -43,7 +43,8 @@ def choose_groups(plan: Plan, stage: Stage, work: Work) -> None:
             continue
         mask = d.scheme.mask
         unit = mask.m if mask is not None and mask.structured else 1
-        group = chosen_group(work.weight(d.site.param), codes, d.options["fall"], unit)
+        weight = work.weight(d.site.param).flatten(0, -2)
+        group = chosen_group(weight, codes, d.options["fall"], unit)
         new = replace(codes, group=None if group >= d.site.in_features else group)
         stage.decisions[key] = replace(d, scheme=replace(d.scheme, codes=new))
         scheme = plan.schemes[d.site.param]
@@ -53,7 +54,7 @@ def choose_groups(plan: Plan, stage: Stage, work: Work) -> None:
 
 def _regroup(program: Program, d: Decision, group: int, mask: Mask | None) -> None:
     """Let the decode step of a weight count that many inputs, of which a mask keeps its share."""
-    step = program.node(d.site.node).args[1]
+    step = program.node(d.site.node).args[d.site.slot]
     while isinstance(step, fx.Node) and row_of(step).name not in _GROUPED:
         step = step.args[0]
     assert isinstance(step, fx.Node)

@@ -151,8 +151,8 @@ class _Block:
         state = State()
         for d in self.solves:
             if d.trained:
-                rows, columns = self.work.program.params[d.site.param].shape
-                shape = (2, len(self.grids[d.site.param].spans(columns)), rows)
+                spans = self.grids[d.site.param].spans(d.site.in_features)
+                shape = (2, len(spans), d.site.out_features)
                 state.clips[d.site.param] = torch.full(shape, START, device=self.work.device)
         for m in self.folds:
             state.scales[m.site.id] = torch.zeros(m.site.n_scales, device=self.work.device)
@@ -213,13 +213,14 @@ class _Block:
                 made.update(migrated(view, m.site, scales_of(m, state, self.work)))
         for param, grid in self.grids.items():
             weight = made[param] if param in made else self.work.weight(param)
-            wt = weight.t()
+            wt = weight.flatten(0, -2).t()
             if type(grid) is Grid and grid.clip == "absmax" and not grid.whole:
                 shape = (len(grid.spans(len(wt))), wt.shape[1])
                 fit = learned_fit(wt, grid, *state.shares(param, shape, wt.device))
-                made[param] = rounded(wt, grid, fit).t()
+                made[param] = rounded(wt, grid, fit).t().reshape(weight.shape)
             else:
-                made[param] = through(wt, rtn_t(wt.detach(), grid)[0]).t()
+                on_grid = through(wt, rtn_t(wt.detach(), grid)[0])
+                made[param] = on_grid.t().reshape(weight.shape)
         return made
 
 
@@ -251,7 +252,7 @@ def settle(work: Work, state: State, solves: Sequence[Decision], record: dict[st
         if d.trained:
             grid = grid_of(d.scheme.codes, d.options)
             assert grid is not None
-            wt = work.weight(d.site.param).t()
+            wt = work.weight(d.site.param).flatten(0, -2).t()
             shape = (len(grid.spans(len(wt))), wt.shape[1])
             shares = state.shares(d.site.param, shape, wt.device)
             work.fits[d.site.param] = learned_fit(wt, grid, *shares)

@@ -8,6 +8,7 @@ first, on predicted choices; the rest is planned on the program that they leave.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from ..analysis.linears import LinearSite
@@ -52,6 +53,8 @@ class Decision:
         """Whether the solve reads XᵀX (rtn and magnitude alone do not)."""
         o = self.options
         if o.get("sweeps") or o.get("clip") == "output" or o.get("residual") == "outputs":
+            return True
+        if o.get("rescale"):
             return True
         calibrated = o.get("mask_solver") in ("sparsegpt", "wanda") or o.get("weigh") == "gram"
         return calibrated or o.get("grid_solver") == "gptq"
@@ -180,7 +183,7 @@ class Plan:
     def bits_per_weight(self) -> float | None:
         """Stored bits per weight over the weights that passes speak about."""
         rows = self.rows()
-        weights = sum(r["shape"][0] * r["shape"][1] for r in rows)
+        weights = sum(prod(r["shape"]) for r in rows)
         return 8 * sum(r["bytes_after"] for r in rows) / weights if weights else None
 
     def predictions(self, tokens: int, length: int) -> dict[str, Any]:
@@ -296,8 +299,8 @@ def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
             if own is None:
                 continue
             here += 1
-            rewrote += own.made.rewrite(final, site)
             _state(plan, stage, own, site)
+            rewrote += own.made.rewrite(final, site)
         refresh_segments(final)
         if checks_on():
             verify(final)
@@ -324,14 +327,14 @@ def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:
     scheme.require_built()
     _blocks_fit(call, site, scheme)
     plan.schemes[site.param] = scheme
-    before = stage.decisions.get(site.node)
+    before = stage.decisions.get(site.param)
     options = dict(before.options) if before else {}
     for key, value in call.made.solving(site).items():
         if key in options and options[key] != value:
             raise UsageError(f"expected one value of {key}, found {options[key]} and {value}")
         options[key] = value
     passes = (*(before.passes if before else ()), call.name)
-    stage.decisions[site.node] = Decision(site, scheme, options, passes)
+    stage.decisions[site.param] = Decision(site, scheme, options, passes)
 
 
 def _one_per_edge(stage: Stage, call: Call, site: MigrationSite) -> None:
@@ -363,7 +366,7 @@ def _unused_overrides(plan: Plan) -> None:
     """
     analysis = Analysis(plan.source)
     blocks = len(analysis.blocks)
-    sites = [s for s in analysis.linears if isinstance(s, LinearSite)]
+    sites = [s for s in analysis.weights if isinstance(s, LinearSite)]
     kinds = [s for s in analysis.migrations if isinstance(s, MigrationSite)]
     known = [(s.id, s.role, analysis.block_of(s.segment), blocks) for s in sites]
     known += [(s.id, s.kind, analysis.block_of(s.segment), blocks) for s in kinds]

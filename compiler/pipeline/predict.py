@@ -55,7 +55,8 @@ def _grams(plan: Plan) -> int:
         by_block: dict[str, dict[str, int]] = {}
         for d in stage.decisions.values():
             if d.needs_gram:
-                by_block.setdefault(d.site.segment, {})[d.site.reads] = d.site.in_features**2 * 4
+                size = 4 * d.site.experts * d.site.in_features**2
+                by_block.setdefault(d.site.segment, {})[d.site.reads] = size
         out = max([out, *(sum(v.values()) for v in by_block.values())])
     return out
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ..ir.graph import DictWeights, Segment
 from ..ir.interpret import Fetch, run_nodes
-from . import encode
+from . import encode, experts
 from .allocate import allocate
 from .equivalence import Move
 from .events import Event, Listener
@@ -130,7 +130,7 @@ class _Round:
         held: list[Decision] = []
         values: dict[str, int] = {}
         for d in wave:
-            size = 4 * d.site.in_features**2 if d.needs_gram else 0
+            size = 4 * d.site.experts * d.site.in_features**2 if d.needs_gram else 0
             new = {**values, d.site.reads: size}
             if held and sum(new.values()) > self.options.budget:
                 yield held
@@ -150,22 +150,19 @@ class _Round:
             for m in folds if i == 0 else []:
                 for need in m.call.made.needs:
                     stats.want(m.site.value, need)
-            for d in part:
-                for need in d.needs:
-                    stats.want(d.site.reads, need)
+            _want(stats, part)
             if stats.data:
                 self._collect(segment, stats, fetch)
             for m in folds if i == 0 else []:
                 record = fold(self.work, m, stats, self.planned)
-                moved = moved or "shifted" in record
+                moved = moved or "shifted" in record or _reach(m, part)
                 self.out.folds.append({**record, "round": self.index})
                 self.listener(Event("fold", record))
             if moved:
-                # No statistic follows a shift but those that know the mean: measure again.
+                # No statistic follows a shift but those that know the mean, and those of experts
+                # follow no scales: measure again.
                 stats, moved = Collection(), False
-                for d in part:
-                    for need in d.needs:
-                        stats.want(d.site.reads, need)
+                _want(stats, part)
                 if stats.data:
                     self._collect(segment, stats, fetch)
             if i == 0 and len(parts) > 1:
@@ -176,7 +173,7 @@ class _Round:
         groups: dict[tuple[Any, ...], list[Decision]] = {}
         for d in part:
             s = d.scheme
-            how = (s.codes, s.mask, s.sparse, s.low_rank, s.input_grid, d.options)
+            how = (s.codes, s.mask, s.sparse, s.low_rank, s.input_grid, s.t_in, d.options)
             key = (d.site.reads, *map(repr, how))
             groups.setdefault(key, []).append(d)
         for members in groups.values():
@@ -187,7 +184,12 @@ class _Round:
 
     def _collect(self, segment: Segment, stats: Collection, fetch: Fetch) -> None:
         nodes = self.walk.calls(segment)
-        wanted = {self.walk.program.node(v) for v in stats.values()}
+        program = self.walk.program
+        inside = experts.routed(program, stats.values())
+        beyond = {v for names in inside.values() for v in names}
+        wanted = {program.node(v) for v in stats.values() - beyond}
+        # What experts read is no value of the graph: their calls tell it themselves.
+        told = {n: experts.watching(program.node(n), stats) for n in inside}
         outside = {n for n in wanted if n.name not in set(segment.nodes)}
 
         def observe(node: fx.Node, value: Any) -> None:
@@ -195,13 +197,13 @@ class _Round:
                 check_finite(node, value)
                 stats.update(node.name, value)
 
-        last = max(i for i, n in enumerate(nodes) if n in wanted) if wanted - outside else -1
+        last = max((i for i, n in enumerate(nodes) if n in wanted or n.name in told), default=-1)
         for env in self.envs:
             for n in outside:
                 observe(n, env[n])
             run_nodes(
-                nodes[: last + 1], dict(env), fetch, implementations=self.given, observe=observe,
-                keep=(),
+                nodes[: last + 1], dict(env), fetch, implementations=self.given | told,
+                observe=observe, keep=(),
             )  # fmt: skip
             self.listener(Event("tick", {"segment": segment.name}))
 
@@ -218,6 +220,19 @@ class _Round:
         for i, env in enumerate(self.envs):
             new = dense[i] if dense is not None else self.walk.outputs(segment, env)
             self.envs[i] = self.walk.advanced(segment, env, new)
+
+
+def _want(stats: Collection, part: list[Decision]) -> None:
+    for d in part:
+        for value in experts.read_by(d.site):
+            for need in d.needs:
+                stats.want(value, need)
+
+
+def _reach(m: Migration, part: list[Decision]) -> bool:
+    """Whether scales of an edge change what the experts of the part read."""
+    params = {param for _, param, _ in m.site.consumers}
+    return any(d.site.stacked and d.site.param in params and d.needs for d in part)
 
 
 def _finish(plan: Plan, work: Work) -> None:

@@ -9,6 +9,7 @@ from ..analysis.linears import LinearSite
 from ..ir.refusal import Refusal
 from .analysis import Analysis
 from .base import Pass, Precondition, knob
+from .experts import STACKED
 
 
 def _in_block(made: Any, site: LinearSite) -> str | None:
@@ -23,7 +24,9 @@ def _not_router(made: Any, site: LinearSite) -> str | None:
     return None
 
 
-BLOCK_WEIGHT = (Precondition("not_head", _in_block), Precondition("not_router", _not_router))
+BLOCK_WEIGHT = (
+    Precondition("not_head", _in_block), Precondition("not_router", _not_router), *STACKED,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -163,12 +163,14 @@ def _act_type(x: TensorType, up: TensorType | None = None, *, act: str) -> Tenso
 def experts(
     x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor,
     down: torch.Tensor, *, act: str,
+    seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Σ_k weight[t, k] · down_e(act(gate_e x) · up_e x), e = index[t, k].
 
     Args:
         x: [T, H]; index: int [T, k]; weight: [T, k].
         gate_up: [E, 2I, H], gate rows first; down: [E, H, I].
+        seen: called with each expert that is chosen, what it reads and what its down reads.
     """
     out = torch.zeros_like(x)
     for e in range(gate_up.shape[0]):
@@ -176,7 +178,10 @@ def experts(
         if token.numel() == 0:
             continue
         gate, up = torch.nn.functional.linear(x[token], gate_up[e]).chunk(2, -1)
-        y = torch.nn.functional.linear(_ACTS[act](gate) * up, down[e])
+        inner = _ACTS[act](gate) * up
+        if seen is not None:
+            seen(e, x[token], inner)
+        y = torch.nn.functional.linear(inner, down[e])
         out = out.index_add(0, token, y * weight[token, slot].to(y.dtype).unsqueeze(-1))
     return out
 
