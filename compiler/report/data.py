@@ -6,6 +6,7 @@ recipe on one model give the same report; times are kept apart.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from ..ir.graph import Program
@@ -33,9 +34,9 @@ def report(done: Compiled) -> dict[str, Any]:
         of = solved.get(row["site"], {})
         keep = (
             "loss", "damp", "tokens", "zeros", "recovered", "outliers", "rows_rtn", "fallbacks",
-            "round", "rank", "without_rank",
+            "round", "rank", "without_rank", "experts",
         )  # fmt: skip
-        weights = row["shape"][0] * row["shape"][1]
+        weights = prod(row["shape"])
         after = stored[params[row["site"]]]
         sites.append(
             row
@@ -79,7 +80,7 @@ def code_ends(program: Program) -> dict[str, float]:
 
 def _totals(done: Compiled, sites: list[dict[str, Any]]) -> dict[str, Any]:
     before, after = done.plan.captured.weight_bytes(), done.program.weight_bytes()
-    weights = sum(s["shape"][0] * s["shape"][1] for s in sites)
+    weights = sum(prod(s["shape"]) for s in sites)
     losses = [s["loss"] for s in sites if s.get("loss") is not None]
     return {
         "bytes_before": before,
@@ -98,7 +99,7 @@ def _totals(done: Compiled, sites: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _recovered(sites: list[dict[str, Any]]) -> float | None:
     """Share of the weights that came back beside an N:M mask, where any was to."""
-    found = [(s["recovered"], s["shape"][0] * s["shape"][1]) for s in sites if "recovered" in s]
+    found = [(s["recovered"], prod(s["shape"])) for s in sites if "recovered" in s]
     return sum(r * n for r, n in found) / sum(n for _, n in found) if found else None
 
 
@@ -125,7 +126,7 @@ def result_table(told: dict[str, Any], full: bool = False) -> Table:
         groups.setdefault((s["role"], s["scheme"]), []).append(s)
     for (role, scheme), rows in groups.items():
         losses = [r["loss"] for r in rows if r.get("loss") is not None]
-        weights = sum(r["shape"][0] * r["shape"][1] for r in rows)
+        weights = sum(prod(r["shape"]) for r in rows)
         stored = sum(r["bytes_after"] for r in rows)
         table.rows.append((
             role, scheme, str(len(rows)),

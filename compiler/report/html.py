@@ -169,8 +169,9 @@ def _told(report: Any) -> dict[str, Any]:
         out[name] = rows
     for row in out["sites"]:
         row.setdefault("ends", None)
-        if not all(isinstance(n, int) for n in row["shape"]) or len(row["shape"]) != 2:
-            raise ModelError(f"expected two sizes, found {row['shape']!r}", where="report.json")
+        shape = row["shape"]
+        if not all(isinstance(n, int) for n in shape) or len(shape) not in (2, 3):
+            raise ModelError(f"expected two or three sizes, found {shape!r}", where="report.json")
     return out
 
 

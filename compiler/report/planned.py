@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from ..pipeline.base import Pass
@@ -78,7 +79,7 @@ def _solver(row: dict[str, Any]) -> str:
 
 
 def _bits(rows: list[dict[str, Any]]) -> str:
-    weights = sum(r["shape"][0] * r["shape"][1] for r in rows)
+    weights = sum(prod(r["shape"]) for r in rows)
     return f"{8 * sum(r['bytes_after'] for r in rows) / weights:.3f}"
 
 
