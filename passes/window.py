@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -144,5 +144,6 @@ class Window(Protecting, Structural):
         for name in choice.data["nodes"]:
             node = program.node(name)
             node.kwargs = {**node.kwargs, **choice.data["attrs"]}
-            assert info(node).type == infer(node)
+            found = replace(info(node), type=infer(node), made_by=self.called or "window")
+            node.meta["llmc"] = found
         return []
