@@ -56,8 +56,8 @@ class Codes:
 
     @property
     def has_zero(self) -> bool:
-        """Whether 0 has a code."""
-        return self.scaled and self.grid != "binary"
+        """Whether 0 has a code, or is a level of the table where zeros are scattered."""
+        return self.grid not in ("binary", "signs")
 
     @property
     def short(self) -> str:
@@ -149,6 +149,7 @@ class Sparse:
     Kind ``csr``: of the best ``share`` of each row's weights those that an N:M mask drops.
     Kind ``outliers``: that share of the matrix, kept beside codes.
     Kind ``columns``: inputs that reach ``threshold`` in calibration, at most that share of them.
+    Beside a mask both are outside of it: its n of m, or its share of zeros, count other weights.
     """
 
     kind: str
@@ -221,11 +222,6 @@ class Scheme:
         if s is not None and not (s.kind == "csr" and masked) and s.kind not in kinds:
             raise UsageError(
                 f"expected sparse entries beside an N:M mask, found {s}; not built yet"
-            )
-        if s is not None and s.kind in kinds and self.mask is not None:
-            raise UsageError(
-                f"expected outliers beside codes alone, found a mask too ({self.short})",
-                hint="prune:recover= keeps weights beside an N:M mask",
             )
         if masked and self.codes is not None and self.codes.grid == "pairs":
             raise UsageError(

@@ -243,14 +243,15 @@ def _index(program: Program) -> None:
 
 
 def _disjoint(program: Program) -> None:
-    """A sparse part holds no weight that an n:m part beside it keeps."""
+    """A sparse part holds no weight that an n:m part beside it keeps, but where that is a code:
+    blocks of outliers alone keep n of them, whose codes are then below what is added."""
     for p in packed_calls(program):
         index, starts, base = p.tensors.get("index"), p.tensors.get("starts"), p.node.args[0]
         if index is None or starts is None or not isinstance(base, fx.Node):
             continue
         masked = base.op == "call_function" and row_of(base).name == "llmc.expand_nm"
         param = program.param_of(base.args[1]) if masked else None
-        if param is None:
+        if param is None or program.param_of(base.args[0]) is None:
             continue
         n, m, columns = (int(str(base.kwargs[k])) for k in ("n", "m", "columns"))
         meta = program.weights.load(param.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ir.levels import WIDTHS, levels
 from ..ir.ops.pairs import USUAL, pair_codes, round_pairs
-from ..ir.scheme import Codes, Sparse
+from ..ir.scheme import Codes, Mask, Sparse
 from ..ir.types import DTYPES
 from ..solvers import Factor, Grid
 from ..solvers.bcq import BinaryGrid
@@ -21,16 +21,21 @@ from ..solvers.pairs import PairGrid
 from ..solvers.tables import QuantileGrid, TableGrid
 
 
-def grid_of(codes: Codes | None, options: dict[str, Any]) -> Grid | None:
+def grid_of(
+    codes: Codes | None, options: dict[str, Any], mask: Mask | None = None
+) -> Grid | None:
     """The solver's grid for a scheme's codes; None without any.
 
-    options: ``clip`` and ``percentile`` of grids that have scales.
+    options: ``clip`` and ``percentile`` of grids that have scales. mask: where it scatters zeros, a
+    table of levels holds 0.
     """
     if codes is None:
         return None
     dtype = torch.float32 if codes.double or codes.bilevel else DTYPES[codes.scale_dtype]
     if codes.grid in ("lut", "shared"):
-        return LutGrid(codes.bits, None, scale_dtype=dtype, shared=codes.grid == "shared")
+        pinned = mask is not None and not mask.structured
+        one = codes.grid == "shared"
+        return LutGrid(codes.bits, None, scale_dtype=dtype, shared=one, pinned=pinned)
     if codes.grid == "signs":
         return BinaryGrid(codes.bits, codes.group, scale_dtype=dtype)
     # A learned range is a share of the whole one.
@@ -65,10 +70,12 @@ def outliers(
     options: dict[str, Any],
     factor: Factor | None,
     sensitivity: Tensor | None,
+    keep: Tensor | None = None,
 ) -> Tensor | None:
     """Weights of [m, n] that stay beside the codes, bool; None where the scheme has none.
 
-    sensitivity: [m, n], the Fisher information; without it the diagonal of H times w² ranks.
+    sensitivity: [m, n], the Fisher information; without it the diagonal of H times w² ranks. keep:
+    a mask of an earlier round, whose zeros stay.
     options: ``sensitive``, the part of the share that is ranked so; ``density``, the log-density
     that counts instead of the share, which is then a limit.
     """
@@ -76,10 +83,14 @@ def outliers(
     if sparse is None or sparse.kind != "outliers" or "threshold" in options:
         return None
     if "density" in options:
-        return by_density(weight, options["density"], sparse.share)
+        return by_density(weight, options["density"], sparse.share, keep)
     sensitive = options.get("sensitive", 0.0)
     if sensitivity is None:
         sensitivity = weight.square()
         if factor is not None:
             sensitivity = sensitivity * factor.diagonal.to(weight)
-    return by_size(weight, sensitivity.to(weight), sparse.share - sensitive, sensitive)
+    sensitivity = sensitivity.to(weight)
+    if keep is None:
+        return by_size(weight, sensitivity, sparse.share - sensitive, sensitive)
+    ranked = sensitivity.masked_fill(~keep, -1.0)
+    return by_size(weight, ranked, sparse.share - sensitive, sensitive) & keep

@@ -210,7 +210,8 @@ def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:
     if mask is None:
         return None
     if mask.structured:
-        return MaskRule("nm", mask.n, mask.m, recover=0.0 if sparse is None else sparse.share)
+        recovers = sparse is not None and sparse.kind == "csr"
+        return MaskRule("nm", mask.n, mask.m, recover=sparse.share if recovers else 0.0)
     return MaskRule("unstructured", sparsity=mask.sparsity)
 
 
@@ -235,11 +236,12 @@ def _solve_one(
     o = d.options
     frozen = work.masks.get(param)
     weight, known = work.weight(param), work.information.pop(param, None)
-    out = outliers(weight, d.scheme.sparse, o, factor, known)
-    out = inputs.columns_mask(weight, read) if out is None else out
+    out = outliers(weight, d.scheme.sparse, o, factor, known, frozen)
+    if out is None and (out := inputs.columns_mask(weight, read)) is not None:
+        out = out if frozen is None else out & frozen
     solution: Solution = solve(
         weight,
-        grid=grid_of(d.scheme.codes, o),
+        grid=grid_of(d.scheme.codes, o, d.scheme.mask),
         mask=rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
         grid_solver=o.get("grid_solver", "gptq"),
         mask_solver=o.get("mask_solver", "sparsegpt"),
@@ -268,7 +270,8 @@ def _solve_one(
         work.implementations[d.site.node] = rounded
     if solution.mask is not None:
         work.masks[param] = solution.mask
-    if solution.extra is not None and solution.mask is not None:
+    recovered = d.scheme.sparse is not None and d.scheme.sparse.kind == "csr"
+    if solution.extra is not None and recovered:
         work.extras[param] = solution.extra
     dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
     given_back: dict[str, Any] = {}
@@ -280,7 +283,10 @@ def _solve_one(
         dense = dense + more
     work.replace(param, dense)
     beside = 0.0 if solution.extra is None else _share(solution.extra)
-    what = "outliers" if solution.mask is None else "recovered"
+    what = "recovered" if recovered else "outliers"
+    stay = solution.mask
+    if stay is not None and solution.extra is not None:
+        stay = stay | solution.extra
     # A solve that asked for no statistic has lost nothing by having none.
     fallbacks = [f for f in solution.fallbacks if f != NO_HESSIAN or d.needs_gram]
     fallbacks += [*read.notes, *given_back.pop("notes", ())]
@@ -288,7 +294,7 @@ def _solve_one(
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
-        "zeros": 0.0 if solution.mask is None else 1 - _share(solution.mask) - beside,
+        "zeros": 0.0 if stay is None else 1 - _share(stay),
         **({} if solution.extra is None else {what: beside}),
         **given_back,
         "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),

@@ -15,8 +15,8 @@ class Answer:
     value: ``[n, m]`` weights. centred: ``[n, m]`` codes minus zero point, as floats. scale, zero:
     ``[G, m]``, groups in storage order, zero None when symmetric. keep: bool ``[n, m]``, None
     without a mask. rows: ``[m]`` fp64, the loss of each output row; None = not known.
-    extra: bool ``[n, m]``, False where keep is True: weights beside the mask that stay off the
-    grid (with a grid their ``centred`` is ``value / scale``, no code); None = there are none.
+    extra: bool ``[n, m]``, weights that stay off the grid, whatever keep says (with a grid their
+    ``centred`` is ``value / scale``, no code); None = there are none.
     """
 
     value: Tensor

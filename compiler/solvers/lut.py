@@ -24,10 +24,11 @@ class LutGrid(Grid):
     """``2**bits`` levels by k-means, stored in ``scale_dtype``; no scales, no groups.
 
     shared: one table for the whole matrix, by the L1 rule (GOBO); else one per row, weighted by the
-    sensitivity of each weight.
+    sensitivity of each weight. pinned: one of the levels is 0, for zeros that a mask scatters.
     """
 
     shared: bool = False
+    pinned: bool = False
 
     scaled: ClassVar[bool] = False
     clips: ClassVar[tuple[str, ...]] = ("absmax",)
@@ -43,7 +44,7 @@ class LutGrid(Grid):
 
     @property
     def has_zero(self) -> bool:
-        return False
+        return self.pinned
 
     @property
     def whole(self) -> bool:
@@ -83,16 +84,19 @@ class LutGrid(Grid):
         unit: float = 1.0,
     ) -> tuple[Fit, DoubleScales | None]:
         n, m = wt.shape
+        free = (1 << self.bits) - self.pinned
         if self.shared:
             flat = wt.reshape(1, -1) if keep is None else wt[keep][None]
             flat = flat if flat.shape[1] else wt.reshape(1, -1)
-            centres = stopped_by_l1(flat, 1 << self.bits)
+            centres = stopped_by_l1(flat, free)
         else:
             weights = wt.new_ones(n, 1) if importance is None else importance.view(n, -1)
             weights = weights.expand(n, m).clamp(min=0)
             if keep is not None:
                 weights = weights * keep
-            centres = kmeans(wt.t().contiguous(), weights.t().contiguous(), 1 << self.bits)
+            centres = kmeans(wt.t().contiguous(), weights.t().contiguous(), free)
+        if self.pinned:
+            centres = torch.nn.functional.pad(centres, (1, 0)).sort(1).values
         table = centres.t()[None]
         kept = self.stored(table, unit).double().t()[None] / unit
         return Fit(wt.new_ones(1, m), None, kept.to(wt.dtype).contiguous()), None

@@ -149,14 +149,31 @@ def static_score(solver: str, weight_t: Tensor, diagonal: Tensor) -> Tensor:
     return score * diagonal.clamp(min=0).sqrt()[:, None] if solver == "wanda" else score
 
 
-def static_mask(rule: MaskRule, solver: str, weight_t: Tensor, diagonal: Tensor) -> Tensor:
+def apart(score: Tensor, beside: Tensor | None, rule: MaskRule) -> Tensor:
+    """The score, with weights that stay whatever the mask says where they take no other's place.
+
+    beside: bool like score, those weights. They come last in their N:M block, so that its n kept
+    are others while there are n; unstructured zeros, whose number is fixed, fall on others.
+    """
+    if beside is None:
+        return score
+    return score.masked_fill(beside, -1.0 if rule.kind == "nm" else torch.inf)
+
+
+def static_mask(
+    rule: MaskRule,
+    solver: str,
+    weight_t: Tensor,
+    diagonal: Tensor,
+    beside: Tensor | None = None,
+) -> Tensor:
     """Keep mask ``[n, m]`` by ``solver`` ("magnitude" or "wanda") from the dense weights
     ``weight_t`` [n, m].
 
     diagonal: diag(H) ``[n]``. Unstructured: Wanda compares inside each output row, magnitude
-    inside the whole matrix.
+    inside the whole matrix. beside: bool ``[n, m]``, see `apart`.
     """
-    score = static_score(solver, weight_t, diagonal)
+    score = apart(static_score(solver, weight_t, diagonal), beside, rule)
     if rule.kind == "nm":
         return pick_nm(score, rule.n, rule.m)
     if solver == "wanda":

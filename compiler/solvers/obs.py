@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .answer import Answer
 from .grid import Bounds, Fit, Grid, at_group
-from .masks import BlockPick, MaskRule, ScorePick, drop_smallest, pick_nm, top_per_row
+from .masks import BlockPick, MaskRule, ScorePick, apart, drop_smallest, pick_nm, top_per_row
 from .schedule import Block, Schedule, Step
 
 
@@ -38,7 +38,7 @@ class Sweep:
     with a grid of one group per row or precomputed groups, the
     fits ``[G, m]``; None fits each group when it is reached. exact_pick: choose whole N:M
     blocks by their joint cost instead of one score per weight. unit: see `Grid.store`.
-    extra: with ``keep`` or alone, frozen weights that stay off the grid, bool ``[n, m]``; a
+    extra: weights that stay off the grid whatever the mask says, bool ``[n, m]``; a
     rule that recovers chooses its own: the best scores of each row's dense weights, where the
     N:M mask dropped them. Such a weight is settled where it stands and leaves no error.
     limit: with a grid, weights whose rounding would cost more are such, as they are reached.
@@ -70,6 +70,7 @@ class Sweep:
         self.masked = rule is not None or keep is not None
         self.keep_f = new(width, m) if self.masked else None
         self.keep, self.extra = keep, extra
+        self.beside = extra if self.rule is not None else None
         self.top: Tensor | None = None
         if self.rule is not None and self.rule.recover:
             # |w|·d ranks as the sweep's own score does, and dropping may not be undone later.
@@ -98,6 +99,7 @@ class Sweep:
         self.table = None if scales is None else scales.table
         self.exact = (
             exact_pick
+            and self.beside is None
             and self.rule is not None
             and self.rule.kind == "nm"
             and BlockPick.affordable(self.rule.n, self.rule.m)
@@ -162,18 +164,24 @@ class Sweep:
     def _fit_whole_row(self, d2: Tensor) -> None:
         grid = self.grid
         assert grid is not None
-        keep = self.keep
-        if self.rule is not None:
-            keep = self._predict(self.w, d2)
-        elif keep is None and self.extra is not None:
-            keep = ~self.extra
+        keep = self.keep if self.rule is None else self._predict(self.w, d2, 0)
+        keep = self._gridded(keep, slice(None))
         fit = grid.fit(self.w, keep=keep, importance=d2[:, None], unit=self.unit)
         self._set(fit)
 
-    def _predict(self, w: Tensor, d2: Tensor) -> Tensor:
-        """The mask that the rule would choose on w if nothing were updated any more."""
-        score = w.square() * d2[:, None]
+    def _gridded(self, keep: Tensor | None, at: slice) -> Tensor | None:
+        """The weights of some inputs that the grid is there for, None = all."""
+        if self.extra is None:
+            return keep
+        free = ~self.extra[at]
+        return free if keep is None else keep & free
+
+    def _predict(self, w: Tensor, d2: Tensor, at: int) -> Tensor:
+        """The mask that the rule would choose on w, the inputs from ``at`` on, if nothing were
+        updated any more."""
         assert self.rule is not None
+        beside = None if self.beside is None else self.beside[at : at + len(w)]
+        score = apart(w.square() * d2[:, None], beside, self.rule)
         if self.rule.kind == "nm":
             return pick_nm(score, self.rule.n, self.rule.m)
         return drop_smallest(score, round(self.rule.sparsity * score.numel()))
@@ -205,11 +213,10 @@ class Sweep:
         keep = None
         if self.keep_f is not None:
             if self.rule is not None and self.rule.kind == "nm":
-                keep = self._predict(w, d2)
+                keep = self._predict(w, d2, at)
             else:
                 keep = self.keep_f[step.a : step.b] > 0
-        elif self.extra is not None:
-            keep = ~self.extra[at : at + step.b - step.a]
+        keep = self._gridded(keep, slice(at, at + step.b - step.a))
         self._set(grid.fit(w, keep=keep, importance=d2[:, None], unit=self.unit))
 
     def _set(self, fit: Fit) -> None:
@@ -230,7 +237,8 @@ class Sweep:
         a, b = block.start, block.end
         m = self.w.shape[1]
         count = round(self.rule.sparsity * b * m) - round(self.rule.sparsity * a * m)
-        score = self.cur[: b - a].square() * d2[a:b, None]
+        beside = None if self.beside is None else self.beside[a:b]
+        score = apart(self.cur[: b - a].square() * d2[a:b, None], beside, self.rule)
         self.keep[a:b] = drop_smallest(score, count)
         self._frozen(block)
 
@@ -291,7 +299,8 @@ class Sweep:
             keep = self.pick.keep(a // unit, w)
         else:
             d = self.root.diagonal()[at : at + unit, None]
-            keep = self.score_pick.keep((w * d).abs())
+            beside = None if self.beside is None else self.beside[at : at + unit]
+            keep = self.score_pick.keep(apart((w * d).abs(), beside, self.rule))
         self.keep[at : at + unit] = keep
         self.keep_f[a : a + unit] = keep
         if self.top is not None and self.extra is not None:

@@ -41,15 +41,23 @@ def by_size(weight: Tensor, sensitivity: Tensor, large: float, sensitive: float)
     return found | largest(rest, total - first)
 
 
-def by_density(weight: Tensor, log_density: float, most: float) -> Tensor:
+def by_density(
+    weight: Tensor, log_density: float, most: float, keep: Tensor | None = None
+) -> Tensor:
     """Bool ``[m, n]``: weights less likely than that under a Gaussian of the matrix's mean and
     variance, the farthest ones where they are more than the share ``most``.
+
+    keep: bool ``[m, n]``, others are zeros that stay and do not count.
     """
     w = weight.double()
-    mean, spread = w.mean(), w.std(correction=0)
+    there = w if keep is None else w[keep]
+    if not there.numel():
+        return torch.zeros_like(weight, dtype=torch.bool)
+    mean, spread = there.mean(), there.std(correction=0)
     if not bool(spread > 0):
         return torch.zeros_like(weight, dtype=torch.bool)
     far = (w - mean).abs() / spread
+    far = far if keep is None else far * keep
     peak = -math.log(float(spread) * math.sqrt(2 * math.pi))
     found = far > math.sqrt(max(0.0, 2 * (peak - log_density)))
     count = outlier_count(most, weight.numel())

@@ -14,7 +14,7 @@ Three moves, all measured on the damped Hessian:
 rounded as stored; taken only where the loss falls.
 - mask (``mask=True``, N:M only): before an M-block's codes, the support of least continuous cost
 is tried with its re-fitted, rounded values; taken
-  only where the loss falls.
+  only where the loss falls. A block that holds an outlier keeps its mask.
 
 Sources: coordinate descent after GPTQ as in QuIP's greedy passes (arXiv 2307.13304); the rest is
 plain least squares.
@@ -172,6 +172,9 @@ class Refiner:
             trial = self.grid.snap(trial, bounds, trial).mul_(support)
         far, near = values - best, trial - best
         better = (near * (h @ near)).sum(0) < (far * (h @ far)).sum(0)
+        if self.answer.extra is not None:
+            # The choices drop m - n of all inputs, and one that is off the grid is not dropped.
+            better &= ~self.answer.extra[at : at + m].any(0)
         moved = torch.where(better, trial - values, 0.0)
         values.add_(moved)
         kept.copy_(torch.where(better, support, kept))

@@ -60,6 +60,7 @@ class Solution:
     mask: bool ``[m, n]``, True = kept.
     extra: bool ``[m, n]``, weights that stay off the grid, exact: those that the mask dropped and
         that come back (see `MaskRule.recover`), or outliers; their code is that of 0 or next to it.
+        An N:M mask names outliers only in blocks that hold fewer than n other weights.
     loss: ``tr(D H D^T) / tr(W H W^T)``, undamped; with the identity where H was unusable.
     damp: the relative damping in use.
     fallbacks: everything that was given up, in words.
@@ -113,13 +114,15 @@ def solve(
     factor: from `prepare`, instead of hessian and damp, when several weights read the same input
         (or stack their rows: rows are independent).
     keep: bool ``[m, n]``, a mask that is already decided; survivors compensate if mask_solver is
-        "sparsegpt" or a sweep rounds. extra: with it or alone, weights that stay off the grid.
+        "sparsegpt" or a sweep rounds. extra: weights that stay off the grid, whatever the mask
+        says: they take no place among its kept ones, and its zeros fall on others.
     sensitivity: ``[m, n]``, the weight of each weight's squared error where levels are fitted
         (the Fisher information); without it, the diagonal of H.
     fit: scales ``[G, m]`` and zero points of a uniform grid that are decided already.
     threshold: a sweep keeps weights off the grid, exact, whose squared error over the variance that
         the inputs still free leave it exceeds this, relative to the mean of what dropping a weight
-        costs; most: the share of the weights that may be.
+        costs; most: the share of the weights that may be. With a mask, a sweep without it finds
+        them first.
     sweeps: passes of coordinate descent over the answer, each as exact as the first sweep and never
         uphill; with refit they move the group scales too, with mask_search the N:M mask.
 
@@ -128,9 +131,8 @@ def solve(
     """
     _check(weight, grid, mask, grid_solver, mask_solver, block, sweeps, keep)
     _check_extra(mask, keep, extra, mask_search, grid, weight)
-    other = any(x is not None for x in (mask, keep, extra))
-    if threshold is not None and (other or grid is None or grid_solver != "gptq"):
-        raise UsageError("threshold: expected a grid, the gptq solver and no mask beside it")
+    if threshold is not None and (extra is not None or grid is None or grid_solver != "gptq"):
+        raise UsageError("threshold: expected a grid, the gptq solver and no outliers beside it")
     n = weight.shape[1]
     if factor is None:
         factor = prepare(hessian, damp, inputs=n, device=weight.device)
@@ -157,6 +159,8 @@ def solve(
         threshold,
         most,
     )
+    if threshold is not None and (mask is not None or keep is not None):
+        task = task.apart()
     return _packed(task, task.refined(task.run()))
 
 
@@ -215,10 +219,10 @@ def _check_extra(
         raise UsageError("mask_search: expected a mask without recovered weights, found recover")
     if extra is None:
         return
-    if keep is None and mask is None and grid is not None and extra.shape == weight.shape:
-        return
-    if keep is None or extra.shape != keep.shape or bool((extra & keep).any()):
-        raise UsageError("extra: expected weights that keep, of the same shape, leaves out")
+    if mask is not None and mask.recover:
+        raise UsageError("extra: expected a mask without recovered weights beside it")
+    if extra.shape != weight.shape or (grid is None and keep is None):
+        raise UsageError(f"extra: expected {list(weight.shape)} beside a grid or keep")
 
 
 def _packed(task: Task, answer: Answer) -> Solution:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ _SAFE = (2.0**-32, 2.0**32)  # weights whose largest value is outside are rescal
 
 
 class Support(NamedTuple):
-    """Weights that stay, bool ``[n, m]``: the mask's, and those beside it (see `Answer.extra`)."""
+    """Weights that stay, bool ``[n, m]``: the mask's, and those off the grid, which win where both
+    claim one (see `Answer.extra`)."""
 
     keep: Tensor | None = None
     extra: Tensor | None = None
@@ -32,9 +33,10 @@ class Support(NamedTuple):
 
 def _gridded(support: Support | None) -> Tensor | None:
     """The weights that the grid is there for, None = all."""
-    if support is None or support.keep is not None:
-        return None if support is None else support.keep
-    return None if support.extra is None else ~support.extra
+    keep, extra = support or Support()
+    if extra is None:
+        return keep
+    return ~extra if keep is None else keep & ~extra
 
 
 def _support(answer: Answer) -> Support:
@@ -70,13 +72,16 @@ class Task:
     rows_rtn: int = 0
     notes: tuple[str, ...] = ()
     wt: Tensor = field(init=False)
-    fixed: Support | None = field(init=False)
+    fixed: Support | None = field(init=False, default=None)
+    beside: Tensor | None = field(init=False, default=None)
     fit: Fit | None = field(init=False, default=None)
     double: ScaleCodes | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         keep, extra = (None if s is None else s.t().contiguous() for s in (self.keep, self.extra))
-        self.fixed = None if keep is None and extra is None else Support(keep, extra)
+        if self.mask is None and not (keep is None and extra is None):
+            self.fixed = Support(keep, extra)
+        self.beside = extra if self.mask is not None else None
         work = self.weight.to(self.factor.hessian.dtype)
         low, high = torch.aminmax(work)
         top = max(-float(low), float(high))
@@ -90,12 +95,34 @@ class Task:
             # Ranges are chosen before anything is rounded.
             h = self.factor.hessian
             self.fit = fits_t(
-                self.wt, self.grid, keep=_gridded(self.fixed), importance=h, unit=self.unit
+                self.wt, self.grid, keep=_gridded(self._first), importance=h, unit=self.unit
             )
         elif self.grid is not None and self.grid.whole:
-            self.fit, self.double = self.grid.fit_whole(
-                self.wt, keep=_gridded(self.fixed), importance=self.importance, unit=self.unit
-            )
+            # What a sweep will drop is not known yet; scores of the dense weights foretell it.
+            expected = self._static("wanda" if self.mask_solver == "sparsegpt" else None)
+            self._fit_whole(self.wt, expected)
+
+    @property
+    def _first(self) -> Support | None:
+        """What is known to stay before anything is decided."""
+        return self.fixed if self.beside is None else Support(None, self.beside)
+
+    def _fit_whole(self, wt: Tensor, support: Support | None) -> None:
+        assert self.grid is not None
+        self.fit, self.double = self.grid.fit_whole(
+            wt, keep=_gridded(support), importance=self.importance, unit=self.unit
+        )
+
+    def apart(self) -> Task:
+        """With a mask: the weights that a sweep without one keeps, decided, instead of a threshold.
+
+        What a mask dropped in an earlier round stays dropped.
+        """
+        alone = replace(self, mask=None, keep=None)
+        extra = alone._split().extra
+        assert extra is not None
+        extra = extra.t() if self.keep is None else extra.t() & self.keep
+        return replace(self, extra=extra, threshold=None, notes=alone.notes)
 
     @property
     def importance(self) -> Tensor:
@@ -121,6 +148,8 @@ class Task:
         if self.threshold is not None:
             frozen = _support(swept)
         if self.grid is not None and self.grid_solver == "rtn":
+            if self.grid.whole and self.given is None:
+                self._fit_whole(swept.value, _support(swept))
             swept = self._plain(_support(swept), swept.value)
         return self._guard(swept, frozen)
 
@@ -133,9 +162,9 @@ class Task:
         if self.fixed is not None or self.mask is None:
             return self.fixed
         solver = solver or self.mask_solver
-        keep = static_mask(self.mask, solver, self.wt, self.factor.diagonal)
+        keep = static_mask(self.mask, solver, self.wt, self.factor.diagonal, self.beside)
         if not self.mask.recover:
-            return Support(keep)
+            return Support(keep, self.beside)
         score = static_score(solver, self.wt, self.factor.diagonal)
         return Support(keep, top_per_row(score, self.mask.recover) & ~keep)
 
@@ -175,9 +204,7 @@ class Task:
         assert first.extra is not None
         if grid is None or not grid.whole or not bool(first.extra.any()):
             return first
-        self.fit, self.double = grid.fit_whole(
-            self.wt, keep=~first.extra, importance=self.importance, unit=self.unit
-        )
+        self._fit_whole(self.wt, _support(first))
         again = self._sweep(None)
         if float(self.losses(again).sum()) < float(self.losses(first).sum()):
             return again
@@ -190,7 +217,7 @@ class Task:
         order = schedule.order
         root = self.factor.root(order)
         wt, hessian = self.wt, self.factor.hessian
-        keep, extra = frozen or Support()
+        keep, extra = frozen or Support(None, self.beside)
         if order is not None:
             wt, hessian = wt[order], hessian[order][:, order]
             keep = None if keep is None else keep[order]

@@ -194,7 +194,7 @@ def test_chosen_groups_stand_in_plan_and_graph(text):
         ("squeezellm:weigh=gram,samples=3", "weigh=fisher"),
         ("prune:sparsity=0.5,binary", "holds 0"),
         ("prune:sparsity=0.5,bcq", "holds 0"),
-        ("prune24,squeezellm", "outliers beside codes"),
+        ("prune24:recover=0.1,squeezellm", "expected one sparse per weight"),
         ("nf4,w4", "one pass"),
     ],
 )

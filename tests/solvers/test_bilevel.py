@@ -9,7 +9,7 @@ import torch
 from llmc.compiler.ir.errors import UsageError
 from llmc.compiler.ir.ops.bilevel import decode_bilevel
 from llmc.compiler.ir.packing import pack
-from llmc.compiler.solvers import Grid, MaskRule, prepare, solve
+from llmc.compiler.solvers import Grid, prepare, solve
 from llmc.compiler.solvers.bilevel import BilevelGrid, bilevel_scales
 
 GRID = BilevelGrid(3, 8, False, scale_dtype=torch.float32)
@@ -133,6 +133,6 @@ def test_what_stays_is_off_the_grid_and_the_rest_on_it():
 
 def test_it_needs_a_sweep_that_rounds():
     w, factor = problem()
-    for given in ({"grid_solver": "rtn"}, {"grid": None}, {"mask": MaskRule("nm", 2, 4)}):
+    for given in ({"grid_solver": "rtn"}, {"grid": None}, {"extra": torch.zeros_like(w) > 0}):
         with pytest.raises(UsageError, match="threshold: expected a grid"):
             solve(w, factor=factor, **{"grid": GRID, "threshold": 0.1, **given})

@@ -164,9 +164,7 @@ def test_what_does_not_fit_together_is_refused(problem):
         lambda: MaskRule("nm", 2, 4, recover=1.1),
         lambda: recovered(problem, 0.1, mask_search=True, sweeps=1),
         lambda: solve(problem.weight, extra=torch.ones(24, 64, dtype=torch.bool)),
-        lambda: solve(
-            problem.weight, keep=torch.ones(24, 64).bool(), extra=torch.ones(24, 64).bool()
-        ),
+        lambda: recovered(problem, 0.1, grid=GRIDS[1], extra=torch.ones(24, 64).bool()),
     ):
         with pytest.raises(UsageError):
             build()
