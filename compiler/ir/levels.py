@@ -4,9 +4,11 @@
     e2m1     4-bit float; e4m3 and e5m2: 8-bit floats. Codes are the float's own bits
     ternary  -1, 0, 1
     binary   -1, 1
+    midrise  2**b evenly spaced levels around 0, none of them 0: ±1/2, ±3/2, …
 
 Sources: QLoRA (arXiv 2305.14314) for nf; OCP Microscaling formats 1.0 for e2m1, OCP 8-bit floating
-point for e4m3 and e5m2; BitNet b1.58 (arXiv 2402.17764) and BitNet (arXiv 2310.11453).
+point for e4m3 and e5m2; BitNet b1.58 (arXiv 2402.17764) and BitNet (arXiv 2310.11453); QuIP (arXiv
+2307.13304) for midrise.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "e5m2": (8,),
     "ternary": (2,),
     "binary": (1,),
+    "midrise": (2, 3, 4, 5, 6, 7, 8),
 }
 """Bits that each name can have."""
 
@@ -47,6 +50,8 @@ def levels(name: str, bits: int) -> Tensor:
         return _floats(name)
     if name == "ternary":
         return torch.tensor([-1.0, 0.0, 1.0, torch.nan])
+    if name == "midrise":
+        return torch.arange(1 << bits).float() - ((1 << bits) - 1) / 2
     return torch.tensor([-1.0, 1.0])
 
 

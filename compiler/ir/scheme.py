@@ -57,7 +57,7 @@ class Codes:
     @property
     def has_zero(self) -> bool:
         """Whether 0 has a code, or is a level of the table where zeros are scattered."""
-        return self.grid not in ("binary", "signs")
+        return self.grid not in ("binary", "midrise", "signs")
 
     @property
     def short(self) -> str:
@@ -127,11 +127,20 @@ class Mask:
 
 @dataclass(frozen=True)
 class Transform:
-    """T: diagonal, permutation or orthogonal; folded into neighbours or applied online."""
+    """T: diagonal, permutation or orthogonal; folded into neighbours or applied online.
+
+    An orthogonal one is applied by ``llmc.rotate`` (see :mod:`.ops.rotation`), behind a positive
+    scale per channel where ``scaled``.
+    """
 
     kind: str
     folded: bool
     tensor: str = ""
+    scaled: bool = False
+
+    @property
+    def online(self) -> bool:
+        return self.kind == "orthogonal" and not self.folded and not self.tensor
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,13 @@ class Scheme:
         """
         for key, value in parts.items():
             old = getattr(self, key)
+            kinds = {getattr(t, "kind", "") for t in (old, value)}
+            if kinds == {"diagonal", "orthogonal"}:
+                raise UsageError(
+                    f"expected channel scales or a rotation on the edges of {self.view.param}, "
+                    "found both: a rotation behind scales that were measured before it undoes them",
+                    hint="leave the scales out: quip rescales the inputs itself before it rotates",
+                )
             if old not in (None, False) and old != value:
                 raise UsageError(f"expected one {key} per weight, found {old} and {value}")
         return replace(self, **parts)
@@ -243,18 +259,52 @@ class Scheme:
         if self.bias_delta:
             raise UsageError("expected a scheme without bias_delta; it is not built yet")
         for t in (self.t_in, self.t_out):
-            if t is not None and not (t.folded and t.kind == "diagonal"):
+            if t is not None and not (t.folded and t.kind == "diagonal") and not t.online:
                 raise UsageError(f"expected a folded diagonal transform, found {t}; not built yet")
+        self._require_alone()
         if self.view.rows is not None or self.view.expert is not None:
             raise UsageError("expected a whole matrix, found a slice or an expert; not built yet")
         if self.codes is not None:
             self.codes.require_built()
 
     @property
+    def rotated(self) -> str:
+        """Which sides are rotated online: ``in``, ``out``, ``both`` or nothing."""
+        sides = [s for s, t in (("in", self.t_in), ("out", self.t_out)) if t and t.online]
+        return "both" if len(sides) == 2 else "".join(sides)
+
+    def _require_alone(self) -> None:
+        """Refuse what a rotation cannot stand beside.
+
+        Raises:
+            UsageError: naming it.
+        """
+        reasons = {
+            "mask": "zeros of the matrix are no zeros of the rotated one",
+            "sparse": "weights that stay off the grid are spread over the whole matrix",
+            "low_rank": "what it gives back is not rotated; not built yet",
+            "input_grid": "its scales would be those of the inputs before the rotation; "
+            "not built yet",
+            "codes": "nothing is rounded",
+        }
+        if not self.rotated:
+            return
+        beside = [k for k in reasons if (getattr(self, k) is None) == (k == "codes")]
+        if beside:
+            what = "no codes" if beside[0] == "codes" else beside[0]
+            raise UsageError(
+                f"expected codes alone beside an online rotation, found {what} ({self.short}): "
+                f"{reasons[beside[0]]}",
+                hint="rotate, which is folded into the weights, goes with everything behind it",
+            )
+
+    @property
     def short(self) -> str:
         """A few characters for tables, e.g. ``2:4 w4 g128``."""
         parts = []
-        if self.t_in is not None or self.t_out is not None:
+        if self.rotated:
+            parts.append(f"rotated {self.rotated}")
+        elif self.t_in is not None or self.t_out is not None:
             parts.append("scaled")
         if self.mask is not None:
             parts.append(self.mask.short)

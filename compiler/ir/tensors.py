@@ -22,7 +22,7 @@ from .ops.sparse import coordinates
 
 _PARTS = (
     "codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts", "table", "signs",
-    "factors", "step", "mean", "scale_codes", "outliers", "low",
+    "factors", "step", "mean", "scale_codes", "outliers", "low", "turn",
 )  # fmt: skip
 LOOKUP = "llmc.lookup"
 _ARGUMENTS = {
@@ -38,6 +38,7 @@ _ARGUMENTS = {
     "llmc.add_csr": ("", "values", "index", "starts"),
     "llmc.csr_linear": ("", "", "values", "index", "starts"),
     "llmc.round_input": ("", "scale", "outliers"),
+    "llmc.rotate": ("", "turn"),
 }
 """Names of the leading arguments of the ops that read packed tensors."""
 
@@ -277,6 +278,17 @@ def _rounding(program: Program) -> None:
             _fail("columns", why, p.node)
 
 
+def _turns(program: Program) -> None:
+    """A rotation loses nothing: integers are signs, floats finite and not 0."""
+    for p in packed_calls(program):
+        t = p.tensors.get("turn")
+        if t is None:
+            continue
+        size = t.abs() if t.is_floating_point() else (t.to(torch.int64).abs() == 1).float()
+        if not bool(torch.isfinite(size).all()) or float(size.min()) <= 0:
+            _fail("scale", "expected signs or scales that are finite and not 0", p.node)
+
+
 TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("stored", _stored),
     ("words", _words),
@@ -290,5 +302,6 @@ TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("index", _index),
     ("disjoint", _disjoint),
     ("rounding", _rounding),
+    ("turns", _turns),
 ]
 """The laws of packed tensors, in order."""

@@ -19,8 +19,9 @@ from ..ir.interpret import Fetch
 from ..ir.scheme import Mask, Sparse
 from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
 from ..solvers.grid import Fit
-from . import encode, inputs
+from . import encode, inputs, rotating
 from .equivalence import Edge, Equivalence, Move, Planned
+from .experts import Stack, solve_stack, stack_of
 from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
 from .residual import compensate
@@ -161,15 +162,15 @@ def fold(
 ) -> dict[str, Any]:  # fmt: skip
     """Migrate scales at one site: readers get W·s, absorbers 1/s; statistics follow.
 
-    planned: by node, what the recipe still makes of the readers. move: decided already.
+    planned: by weight, what the recipe still makes of the readers. move: decided already.
     """
     began = time.perf_counter()
     site, made = m.site, m.call.made
     assert isinstance(made, Equivalence)
     weights, readers = [], []
-    for node, param, axis in site.consumers:
+    for _, param, axis in site.consumers:
         weights.append(work.weight(param).movedim(axis, -1))
-        readers.append(_planned((planned or {}).get(node)))
+        readers.append(_planned((planned or {}).get(param)))
     if move is None:
         known = {need: stats.get(site.value, need) for need in made.needs}
         shifts = shift_ready(work.program, site)
@@ -218,45 +219,63 @@ def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:
 def solve_group(work: Work, members: list[Decision], stats: Collection) -> list[dict[str, Any]]:
     """Solve weights that read one value: one Hessian, one factor."""
     first = members[0]
-    factor: Factor | None = None
+    factor: Factor | Stack | None = None
+    turned: list[rotating.Turn | None] = [None] * len(members)
     tokens = 0
-    if first.needs_gram:
+    if first.site.stacked:
+        factor = stack_of(first.site, stats, first.needs_gram, first.options.get("damp", 0.01))
+        tokens = factor.tokens
+    elif first.needs_gram:
         gram: Any = stats.get(first.site.reads, "gram")
         tokens = gram.tokens
-        factor = prepare(gram.value, first.options.get("damp", 0.01))
+        turned = rotating.turns(work, members, gram.value.diagonal())
+        value = gram.value if turned[0] is None else turned[0].gram(gram.value)
+        factor = prepare(value, first.options.get("damp", 0.01))
+    else:
+        turned = rotating.turns(work, members, None)
     read = inputs.reading(first.scheme, stats, first.site.reads)
-    return [_solve_one(work, d, factor, read, tokens) for d in members]
+    return [
+        _solve_one(work, d, factor, read, tokens, turn)
+        for d, turn in zip(members, turned, strict=True)
+    ]
 
 
 def _solve_one(
-    work: Work, d: Decision, factor: Factor | None, read: inputs.Reading, tokens: int
-) -> dict[str, Any]:
+    work: Work, d: Decision, factor: Factor | Stack | None, read: inputs.Reading, tokens: int,
+    turn: rotating.Turn | None,
+) -> dict[str, Any]:  # fmt: skip
     began = time.perf_counter()
     param = d.site.param
     o = d.options
     frozen = work.masks.get(param)
-    weight, known = work.weight(param), work.information.pop(param, None)
+    # The rows of all experts are one matrix; so is a plain one.
+    weight, known = work.weight(param).flatten(0, -2), work.information.pop(param, None)
+    known = None if known is None else known.flatten(0, -2)
+    weight = weight if turn is None else turn.weight(weight)
     out = outliers(weight, d.scheme.sparse, o, factor, known, frozen)
     if out is None and (out := inputs.columns_mask(weight, read)) is not None:
         out = out if frozen is None else out & frozen
-    solution: Solution = solve(
-        weight,
-        grid=grid_of(d.scheme.codes, o, d.scheme.mask),
-        mask=rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
-        grid_solver=o.get("grid_solver", "gptq"),
-        mask_solver=o.get("mask_solver", "sparsegpt"),
-        act_order=o.get("act_order", False),
-        factor=factor,
-        keep=frozen,
-        extra=work.extras.get(param) if out is None else out,
-        sensitivity=known,
-        sweeps=o.get("sweeps", 0),
-        refit=o.get("refit", True),
-        mask_search=o.get("mask_search", False),
-        fit=work.fits.pop(param, None),
-        threshold=o.get("threshold"),
-        most=1.0 if d.scheme.sparse is None else d.scheme.sparse.share,
-    )
+    alone: dict[str, Any] = {}
+    how: dict[str, Any] = {
+        "grid": grid_of(d.scheme.codes, o, d.scheme.mask),
+        "mask": rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
+        "grid_solver": o.get("grid_solver", "gptq"),
+        "mask_solver": o.get("mask_solver", "sparsegpt"),
+        "act_order": o.get("act_order", False),
+        "keep": frozen,
+        "extra": work.extras.get(param) if out is None else out,
+        "sensitivity": known,
+        "sweeps": o.get("sweeps", 0),
+        "refit": o.get("refit", True),
+        "mask_search": o.get("mask_search", False),
+        "fit": work.fits.pop(param, None),
+        "threshold": o.get("threshold"),
+        "most": 1.0 if d.scheme.sparse is None else d.scheme.sparse.share,
+    }
+    if isinstance(factor, Stack):
+        solution, alone["experts"] = solve_stack(weight, factor=factor, **how)
+    else:
+        solution = solve(weight, factor=factor, **how)
     stored = work.program.params[param].dtype
     solution = _as_stored(solution, stored)
     for name in [n for n in work.packed if n == param or n.startswith(param + ".")]:
@@ -264,6 +283,7 @@ def _solve_one(
     scheme, rest, beside_codes = inputs.split_off(d.scheme, solution, read, stored)
     work.packed.update(encode.tensors(param, scheme, rest, stored))
     work.packed.update({f"{param}.{suffix}": t for suffix, t in beside_codes.items()})
+    work.packed.update({} if turn is None else turn.tensors)
     if d.scheme.input_grid is not None:
         work.packed.update(inputs.tensors(work.final, d.site.node, read))
         rounded = inputs.rounded_linear(d.scheme, read, d.site.in_features)
@@ -274,6 +294,7 @@ def _solve_one(
     if solution.extra is not None and recovered:
         work.extras[param] = solution.extra
     dense = solution.weight if d.scheme.codes is not None else solution.weight.to(stored).float()
+    dense = dense if turn is None else turn.back(dense)
     given_back: dict[str, Any] = {}
     if d.scheme.low_rank is not None:
         made, more, given_back = compensate(
@@ -281,7 +302,7 @@ def _solve_one(
         )
         work.packed.update({f"{param}.{suffix}": t for suffix, t in made.items()})
         dense = dense + more
-    work.replace(param, dense)
+    work.replace(param, dense.view(work.program.params[param].shape))
     beside = 0.0 if solution.extra is None else _share(solution.extra)
     what = "recovered" if recovered else "outliers"
     stay = solution.mask
@@ -296,7 +317,7 @@ def _solve_one(
         "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if stay is None else 1 - _share(stay),
         **({} if solution.extra is None else {what: beside}),
-        **given_back,
+        **given_back, **alone,
         "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
         "rows": _rows(solution, given_back.get("loss")),
     }  # fmt: skip

@@ -14,10 +14,12 @@ from . import (
     pairs,
     pieces,
     reduce,
+    rotation,
     rounding,
     semantic,
     shape,
     sparse,
+    train,
 )  # fmt: skip
 from .base import ROWS, OpRow, Tie, cost, infer, row, row_for, row_of
 from .rules import flat
@@ -25,5 +27,6 @@ from .rules import flat
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "bilevel", "compressed", "conv", "cost", "create",
     "elementwise", "flat", "index", "infer", "linalg", "lookup", "masks", "pairs", "pieces",
-    "reduce", "rounding", "row", "row_for", "row_of", "semantic", "shape", "sparse",
+    "reduce", "rotation", "rounding", "row", "row_for", "row_of", "semantic", "shape", "sparse",
+    "train",
 ]  # fmt: skip
