@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 # Bits that each kind may have.
 KINDS: dict[str, tuple[int, ...]] = {
     "int8": (8,), "fp8": (8,), "kivi": (2, 4, 8), "kvquant": (2, 3, 4),
+    "latent": (16,),
 }  # fmt: skip
 PLAIN = "kv"
 # Largest residual window and number of first tokens; far above what pays.
 MAX_TOKENS = 1 << 13
 MAX_CACHES = 1 << 14
+MAX_RANK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class CacheScheme:
             one per channel where ``keys`` says so. ``kivi`` (arXiv 2402.02750): keys asymmetric per
             channel over ``group`` tokens, values asymmetric per token over ``group`` channels.
             ``kvquant`` (arXiv 2401.18079): levels of a table, keys in stored ranges per channel,
-            values in each token's own range.
-        bits: of each code.
+            values in each token's own range. ``latent``: keys as the narrower value that the last
+            matrix before them reads, which multiplies it when they are read; values as they come.
+        bits: of each code; of ``latent`` those of a number.
         group: of ``kivi``, else None.
         residual: R of ``kivi``: newest values that stay as they are; keys stay until R are full.
         first: tokens at positions 0..first-1 that stay as they are (``kvquant``).
@@ -49,6 +52,7 @@ class CacheScheme:
             outside of their stored ranges are (``kvquant``).
         keys: what has a scale of its own, ``token`` or ``channel``.
         turned: keys are kept before their rotation, and rotated when they are read.
+        rank: channels of a ``latent``, for all heads together.
         slot: number of this record's tensors, ``cache.<slot>.<part>``.
     """
 
@@ -61,6 +65,7 @@ class CacheScheme:
     keys: str = "channel"
     turned: bool = False
     slot: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,9 +79,11 @@ class CacheScheme:
             raise ModelError(f"expected counts in range, found {(*whole, self.slot)}")
         if not (math.isfinite(self.outliers) and 0 <= self.outliers <= 0.5):
             raise ModelError(f"expected a share of outliers in 0..0.5, found {self.outliers}")
-        table = self.kind == "kvquant"
-        if not table and (self.first or self.outliers or self.turned):
+        table, latent = self.kind == "kvquant", self.kind == "latent"
+        if not table and (self.first or self.outliers or (self.turned and not latent)):
             raise ModelError(f"expected first, outliers and turned of kvquant, found {self.kind}")
+        if not (1 <= self.rank <= MAX_RANK if latent else self.rank == 0):
+            raise ModelError(f"expected a rank of latents alone, found {self.rank} of {self.kind}")
         if self.kind in ("kivi", "kvquant") and self.keys != "channel":
             raise ModelError(f"expected keys per channel of {self.kind}, found {self.keys}")
         self._check_windows()
@@ -126,6 +133,8 @@ class CacheScheme:
 
     def token_bits(self, heads: int, k: int, v: int) -> float:
         """Bits that one more token takes in the long run, outliers of keys as many as of values."""
+        if self.kind == "latent":
+            return self.bits * (self.rank + heads * v)
         if self.kind in ("int8", "fp8"):
             return heads * (8 * (k + v) + 16 * (1 + (self.keys == "token")))
         words = 32 * heads * (packed_words(k, self.bits) + packed_words(v, self.bits))
@@ -141,6 +150,7 @@ class CacheScheme:
             "kind": self.kind, "bits": self.bits, "group": self.group, "residual": self.residual,
             "first": self.first, "outliers": float(self.outliers).hex(), "keys": self.keys,
             "turned": self.turned, "slot": self.slot,
+            **({"rank": self.rank} if self.rank else {}),
         }  # fmt: skip
 
 
@@ -148,6 +158,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "kind": (str,), "bits": (int,), "group": (int, type(None)), "residual": (int,),
     "first": (int,), "outliers": (str,), "keys": (str,), "turned": (bool,), "slot": (int,),
 }  # fmt: skip
+_MORE: dict[str, tuple[type, ...]] = {"rank": (int,)}
 
 
 def outlier_count(share: float, width: int) -> int:
@@ -164,9 +175,10 @@ def from_json(data: Any) -> CacheScheme:
     Raises:
         ModelError: anything else; the field is named.
     """
-    if not isinstance(data, dict) or set(data) != set(_FIELDS):
+    if not isinstance(data, dict) or set(data) - set(_MORE) != set(_FIELDS):
         raise ModelError(f"expected a cache with fields {sorted(_FIELDS)}, found others")
-    for name, kinds in _FIELDS.items():
+    known = {n: k for n, k in (_FIELDS | _MORE).items() if n in data}
+    for name, kinds in known.items():
         if type(data[name]) not in kinds:
             raise ModelError(f"expected {kinds[0].__name__}, found {data[name]!r}", where=name)
     text = check_text(data["outliers"], "a number", limit=40)
@@ -204,8 +216,9 @@ def sizes_of(node: fx.Node) -> tuple[int, int, int]:
     """
     from .graph import tensor_type
 
-    k, v = (tensor_type(n) for n in node.args[1:3] if isinstance(n, fx.Node))
-    found = (k.shape[1], k.shape[3], v.shape[3])
+    # A cached key may be a latent; what the query multiplies says how wide a key is.
+    q, v = (tensor_type(n) for n in (node.args[0], node.args[2]) if isinstance(n, fx.Node))
+    found = (v.shape[1], q.shape[3], v.shape[3])
     if not all(isinstance(n, int) for n in found):
         raise ModelError(f"expected fixed heads and channels, found {found}", where=node.name)
     return int(found[0]), int(found[1]), int(found[2])

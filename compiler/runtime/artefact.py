@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..analysis.latents import check_latents
 from ..analysis.rotation import check_rotations
 from ..ir.caches import cache_params, load_all
 from ..ir.errors import ModelError, UsageError, VerifierError
@@ -331,4 +332,5 @@ def _program(root: Path, manifest: Manifest, body: Any, origin: Any) -> Program:
         classifier_of(program.exits, program.weights)
     load_all(program)
     check_rotations(program)
+    check_latents(program)
     return program

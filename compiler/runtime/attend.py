@@ -60,6 +60,8 @@ class Attend:
         sinks: torch.Tensor | None = None,
         k_cos: torch.Tensor | None = None,
         k_sin: torch.Tensor | None = None,
+        k_up: torch.Tensor | None = None,
+        k_up_bias: torch.Tensor | None = None,
         *,
         scale: float,
         causal: bool = True,
@@ -71,8 +73,10 @@ class Attend:
         state: Any,
     ) -> torch.Tensor:
         """See ``llmc.cached_attention``: q [B, H, S, D], k and v [B, KV, S, D] -> [B, S, H, D]."""
-        turn = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
-        keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **turn)
+        how: dict[str, Any] = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
+        if k_up is not None:
+            how["up"] = (k_up, k_up_bias)
+        keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **how)
         if softcap is not None or sinks is not None or bias is not None or not causal:
             return attention(
                 q, keys, values, q_pos, k_pos, valid, bias, sinks,

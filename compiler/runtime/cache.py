@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..analysis.cacheable import argument, cache_refusals
+from ..analysis.latents import latent_of
 from ..analysis.rotation import Rotation, rotation_of
 from ..ir.caches import PLAIN, CacheScheme
 from ..ir.dims import BATCH, PAST, SEQ
@@ -50,12 +51,14 @@ def add_cache(program: Program) -> Program:
             q_pos = _positions(out)
         name = f"kv{i}"
         attrs: dict[str, Any] = {a: node.kwargs[a] for a in _ATTRIBUTES if a in node.kwargs}
-        scheme, turn = out.caches.pop(node.name, None), list[fx.Node]()
-        if scheme is not None and scheme.turned:
-            k, *turn = _before_rotation(node, attrs)
+        scheme, more = out.caches.pop(node.name, None), list[fx.Node | None]()
+        if scheme is not None and scheme.kind == "latent":
+            k, *more = _latent(out, node, attrs)
+        elif scheme is not None and scheme.turned:
+            k, *more = _before_rotation(node, attrs)
         cached = out.emit(
             "llmc.cached_attention", q, k, v, q_pos, argument(node, 5, "k_valid"), None,
-            argument(node, 7, "sinks"), *turn, before=node, made_by=_BY, like=node, state=name,
+            argument(node, 7, "sinks"), *more, before=node, made_by=_BY, like=node, state=name,
             **attrs,
         )  # fmt: skip
         node.replace_all_uses_with(cached)
@@ -80,6 +83,22 @@ def _before_rotation(node: fx.Node, attrs: dict[str, Any]) -> tuple[fx.Node, fx.
     return found.keys, found.cos, found.sin
 
 
+def _latent(
+    program: Program, node: fx.Node, attrs: dict[str, Any]
+) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node, fx.Node | None]:
+    """What keys are made of, [B, 1, S, R], and what makes them: rotation, matrix, bias."""
+    found = latent_of(node)
+    if isinstance(found, str):
+        raise ModelError(f"expected keys that a latent makes: {found}", where=f"node {node.name}")
+    kept = program.emit(
+        "aten.unsqueeze.default", found.value, 1, before=node, made_by=_BY, like=node
+    )
+    if found.turn is None:
+        return kept, None, None, found.weight, found.bias
+    attrs["interleaved"] = found.turn.interleaved
+    return kept, found.turn.cos, found.turn.sin, found.weight, found.bias
+
+
 def _positions(program: Program) -> fx.Node:
     for node in program.inputs:
         if node.name == "position_ids":
@@ -96,6 +115,8 @@ def _kept(t: TensorType) -> TensorType:
 
 # Cosines and sines of the new tokens' positions, and how channels pair up; see ``llmc.rope``.
 Turn = tuple[torch.Tensor, torch.Tensor, bool]
+# The matrix and the bias that make keys of latents.
+Up = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Step:
@@ -197,13 +218,14 @@ class KVState:
 
     def append(
         self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None,
-        turn: Turn | None = None,
+        turn: Turn | None = None, up: Up | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Keep new tokens; return all: k [B, KV, T, D], v [B, KV, T, E], int and bool [B, T].
 
         The last is None while no token is padding. Views: read them before the next append.
         A graph that carries no validity (``valid`` None) takes the one given to ``Cache.begin``.
-        ``turn`` is the rotation of keys that come before theirs; not every kind of state takes one.
+        ``turn`` is the rotation of keys that come before theirs, ``up`` what makes keys of latents;
+        not every kind of state takes them.
         Raises:
             ModelError: another batch than the state was made for.
         """
@@ -224,17 +246,19 @@ class KVState:
             self._padded = self._padded or (self.step or Step()).padded(valid)
         else:
             self._valid[at, start:end] = True
-        keys, values = self._join(at, start, end, k, v, turn)
+        keys, values = self._join(at, start, end, k, v, turn, up)
         if rows is None:
             self.length = end
         return keys, values, self._pos[at, :end], self._valid[at, :end] if self._padded else None
 
     def _join(
-        self, at: Any, start: int, end: int, k: torch.Tensor, v: torch.Tensor, turn: Turn | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, at: Any, start: int, end: int, k: torch.Tensor, v: torch.Tensor,
+        turn: Turn | None, up: Up | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Keep k and v of rows ``at`` behind ``start``; keys and values of all their tokens."""
-        if turn is not None:
-            raise ModelError("expected rotated keys, found a rotation", where=f"state {self.name}")
+        if turn is not None or up is not None:
+            said = "rotated keys, found a rotation" if up is None else "keys, found latents"
+            raise ModelError(f"expected {said}", where=f"state {self.name}")
         self._kv[0][at, :, start:end] = k
         self._kv[1][at, :, start:end] = v
         return self._kv[0][at, :, :end], self._kv[1][at, :, :end]
@@ -292,6 +316,7 @@ class Cache:
         kept: Mapping[str, Kept] | None = None,
     ) -> None:
         from .kept import KeptState
+        from .latent import LatentState
 
         self.batch, self.prompt = batch, 0
         self.states: dict[str, KVState] = {}
@@ -301,6 +326,8 @@ class Cache:
                 raise ModelError(f"expected state of kind 'kv', found {s.kind!r}", where=s.name)
             if how is None:
                 self.states[s.name] = KVState(s, batch, capacity, device)
+            elif s.kind == "latent":
+                self.states[s.name] = LatentState(s, batch, capacity, device, how[0])
             else:
                 self.states[s.name] = KeptState(s, batch, capacity, device, *how)
 

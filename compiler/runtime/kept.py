@@ -15,40 +15,12 @@ from torch import Tensor
 from ..ir.caches import CacheScheme
 from ..ir.errors import ModelError
 from ..ir.graph import State
-from ..ir.ops.semantic import rope
-from .cache import KVState, Turn
-from .cache import Step as Forward
+from .angles import turn_in
+from .cache import KVState, Turn, Up
 from .codecs import Codec, Part, codecs
 
 # Tokens that may be taken back where codes replace numbers: so many more numbers are held.
 REWIND = 16
-
-
-class Angles:
-    """Cosines and sines by position, for all rows and for every layer that shares them."""
-
-    def __init__(self, turn: Turn) -> None:
-        cos, _, self.interleaved = turn
-        self._table = cos.new_zeros(2, 0, cos.shape[-1])
-
-    @property
-    def bytes(self) -> int:
-        return self._table.nbytes
-
-    def put(self, turn: Turn, pos: Tensor) -> None:
-        """Keep the angles of positions int [B, S]; cosines and sines broadcast to [B, 1, S, D]."""
-        top = int(pos.max()) + 1
-        if top > self._table.shape[1]:
-            old, room = self._table, max(top, 2 * self._table.shape[1])
-            self._table = old.new_zeros(2, room, old.shape[-1])
-            self._table[:, : old.shape[1]] = old
-        for row, part in zip(self._table, turn[:2], strict=True):
-            row[pos] = part[:, 0].expand(*pos.shape, -1)
-
-    def turned(self, keys: Tensor, pos: Tensor) -> Tensor:
-        """Rotated keys [B, KV, T, D] at positions [B, T]."""
-        cos, sin = (row[pos][:, None] for row in self._table)
-        return rope(keys, cos, sin, interleaved=self.interleaved)
 
 
 class Apart:
@@ -216,8 +188,10 @@ class KeptState(KVState):
         return super().bytes + sum(s.bytes for s in self._sides)
 
     def _join(
-        self, at: Any, start: int, end: int, k: Tensor, v: Tensor, turn: Turn | None
+        self, at: Any, start: int, end: int, k: Tensor, v: Tensor, turn: Turn | None, up: Up | None
     ) -> tuple[Tensor, Tensor]:
+        if up is not None:
+            raise ModelError("expected keys, found latents", where=f"state {self.name}")
         if (turn is not None) != self.scheme.turned:
             found = "none" if turn is None else "one"
             raise ModelError(f"expected {'a' if turn is None else 'no'} rotation of keys, "
@@ -241,7 +215,7 @@ class KeptState(KVState):
         if self.rows is None:
             self._aged(end)
         if turn is not None:
-            self._turn(turn, self._pos[at, start:end])
+            turn_in(self, turn, self._pos[at, start:end])
             out[0] = self.angles.turned(out[0], self._pos[at, :end])
         return out[0], out[1]
 
@@ -261,18 +235,6 @@ class KeptState(KVState):
         before[row, :, token] = side.first[rows[row], :, pos[row, token]]
         row, token = early[:, start:].nonzero().unbind(1)
         side.first[rows[row], :, pos[row, start + token]] = new[row, :, token]
-
-    def _turn(self, turn: Turn, pos: Tensor) -> None:
-        """Keep the angles of the new tokens once for all layers that share them."""
-        step = self.step or Forward()
-        for cos, table in step.angles:
-            if cos is turn[0] and self.angles in (None, table):
-                self.angles = table
-                return
-        if self.angles is None:
-            self.angles = Angles(turn)
-        self.angles.put(turn, pos)
-        step.angles.append((turn[0], self.angles))
 
     def advance(self, tokens: int) -> None:
         start, end = self.length, self.length + tokens

@@ -157,11 +157,36 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
     ]
 
 
+def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
+                  **attrs: Any) -> TensorType:  # fmt: skip
+    """As plain attention; with ``k_up`` [KV·D, R] the keys come as latents [B, 1, S, R]."""
+    up, bias = [*rest, *[None] * 8][6:8]
+    if up is not None:
+        made = q.shape[3]
+        if up.rank != 2 or k.rank != 4 or v.rank != 4 or q.rank != 4:
+            raise ModelError(f"expected q, k, v of rank 4 and k_up of rank 2, found {up}")
+        if not (same(k.shape[1], 1) and same(k.shape[3], up.shape[1])):
+            raise ModelError(f"expected latents [B, 1, S, {up.shape[1]}] as keys, found {k}")
+        if not same(v.shape[1] * made, up.shape[0]):
+            raise ModelError(f"expected k_up with {v.shape[1]} heads of {made} rows, found {up}")
+        if bias is not None and not (bias.rank == 1 and same(bias.shape[0], up.shape[0])):
+            raise ModelError(f"expected a bias of {up.shape[0]}, found {bias}")
+        k = k.with_shape(k.shape[0], v.shape[1], k.shape[2], made)
+    elif bias is not None:
+        raise ModelError(f"expected k_up beside its bias, found {bias} alone")
+    return _infer(q, k, v, *rest, **attrs)
+
+
 def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                  **attrs: Any) -> list[Tie]:  # fmt: skip
-    q_pos, k_valid, bias, sinks, turned = [*rest, None, None, None, None, None][:5]
-    core = _core_ties(q, k)
-    if turned is not None:
+    q_pos, k_valid, bias, sinks, turned, _, up, up_bias = [*rest, *[None] * 8][:8]
+    core = _core_ties(q, k if up is None else v)
+    if up is not None:
+        # What makes keys of latents mixes all their channels when they are read.
+        core = [t for t in core if t.kind != "contract" and (1, 1) not in t.ins]
+        core.append(Tie("contract", ((1, 3), (9, 1))))
+        core.append(Tie("mix", ((9, 0), *([(10, 0)] if up_bias is not None else []))))
+    elif turned is not None:
         # Channels of a key pair up when it is read: no channel may be moved or cut on its own.
         core = [t for t in core if t.kind != "contract"]
     return [
@@ -253,6 +278,8 @@ def cached_attention(
     sinks: torch.Tensor | None = None,
     k_cos: torch.Tensor | None = None,
     k_sin: torch.Tensor | None = None,
+    k_up: torch.Tensor | None = None,
+    k_up_bias: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -269,11 +296,15 @@ def cached_attention(
     Tokens that have left a window are kept: the cache grows as without one.
     With k_cos and k_sin, broadcast to [B, 1, S, D], ``k`` comes before its rotation (``llmc.rope``,
     of that ``interleaved``): the state keeps it so and gives rotated keys.
+    With k_up [KV·D, R] ``k`` is a latent [B, 1, S, R]: the state keeps it so, and keys are
+    k_up · latent + k_up_bias when they are read.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
-    turn = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
-    keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **turn)
+    made: dict[str, Any] = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
+    if k_up is not None:
+        made["up"] = (k_up, k_up_bias)
+    keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **made)
     return attention(
         q, keys, values, q_pos, k_pos, valid, bias, sinks,
         scale=scale, causal=causal, window=window, softcap=softcap, dilation=dilation, first=first,
@@ -283,9 +314,9 @@ def cached_attention(
 llmc_op(
     "cached_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
-    f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, *, {_SCHEMA_TAIL}, "
-    "bool interleaved=False, str state) -> Tensor",
-    _infer,
+    f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, Tensor? k_up=None, "
+    f"Tensor? k_up_bias=None, *, {_SCHEMA_TAIL}, bool interleaved=False, str state) -> Tensor",
+    _cached_infer,
     cached_attention,
     ties=_cached_ties,
     flops=_flops,
