@@ -18,12 +18,10 @@ from ..compiler.ir.segments import refresh_segments
 from ..compiler.pipeline import compensate, importance, width
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
-from ..compiler.pipeline.measure import gives_logits, loss
 from ..compiler.pipeline.structure import Choice, Context, Structural
 from ..compiler.solvers.importance import ORDERS, REDUCTIONS
 
 _COUNTS = {"neurons": "neuron", "heads": "head", "hidden": "hidden", "experts": "expert"}
-_LOSS_WINDOWS = 8
 
 
 def _groups(analysis: Analysis) -> Iterator[Group]:
@@ -237,7 +235,7 @@ class PruneWidth(Structural):
             )  # fmt: skip
         choice = Choice(self._data(program, sites, keep), tensors)
         records = [_record(g, scores[g.id].values, keep[g.id]) for g in sites]
-        return Choice(choice.data, tensors, records + self._losses(context, choice))
+        return Choice(choice.data, tensors, records + self.losses(context, choice))
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
         groups = {g.id: g for g in Analysis(program).groups}
@@ -302,21 +300,6 @@ class PruneWidth(Structural):
             "keep": {g.id: keep[g.id].tolist() for g in lost},
             "biases": [b.to_json() for b in made],
         }
-
-    def _losses(self, context: Context, choice: Choice) -> list[dict[str, Any]]:
-        """The loss on a few calibration windows, whole and cut; none where no token is told."""
-        if context.tokens is None:
-            return []
-        tokens = context.tokens[:_LOSS_WINDOWS]
-        if not gives_logits(context.program, int(tokens.max())):
-            return []
-        after = context.program.clone()
-        self.apply(after, choice)
-        return [{
-            "site": "model", "windows": len(tokens),
-            "loss_before": loss(context.program, tokens, context.options),
-            "loss_after": loss(after, tokens, context.options),
-        }]  # fmt: skip
 
 
 def _record(group: Group, score: Tensor, keep: Tensor) -> dict[str, Any]:

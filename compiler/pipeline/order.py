@@ -30,6 +30,17 @@ STAGES: tuple[tuple[str, str, str], ...] = (
         "a new shape makes scales, zeros and codes stale, so widths come before all three",
     ),
     (
+        "embedding",
+        "embedding tables",
+        "a table is factored in the width that it keeps, before anything is measured behind it",
+    ),
+    (
+        "factor",
+        "ranks",
+        "a weight is factored in the width that it keeps, and its factors are what is folded, "
+        "masked and put on grids",
+    ),
+    (
         "permute",
         "orders of channels",
         "channels are put in order before anything is measured that groups them",
@@ -51,7 +62,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
 # Stages that change shapes or topology, before anything is written into a weight.
-SHAPES = ("depth", "attention", "heads", "width")
+SHAPES = ("depth", "attention", "heads", "width", "embedding")
 STALE = (
     "what changes shapes, or what tokens read, makes the scales, zeros and codes that are there "
     "stale"

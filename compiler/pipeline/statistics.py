@@ -241,6 +241,16 @@ class Gram:
 
 
 @dataclass
+class WideGram(Gram):
+    """XᵀX accumulated in fp64: squaring in fp32 would lose the small directions."""
+
+    name: ClassVar[str] = "gram64"
+
+    def update(self, x: Tensor) -> None:
+        super().update(x.double())
+
+
+@dataclass
 class Fisher:
     """Diagonal Fisher information Σ over samples of (∂loss/∂w)², per weight; by the reverse sweep.
 
@@ -278,7 +288,7 @@ def _have(value: Tensor | None) -> Tensor:
 
 
 KINDS: dict[str, type] = {
-    k.name: k for k in (AbsMax, AbsMean, Range, Sample, Moments, Gram, Fisher)
+    k.name: k for k in (AbsMax, AbsMean, Range, Sample, Moments, Gram, WideGram, Fisher)
 }
 
 

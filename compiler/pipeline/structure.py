@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ..ir.errors import LlmcError
 from ..ir.graph import Program
+from ..ir.segments import refresh_segments
 from .analysis import Analysis
 from .base import Pass
 from .events import Listener
-from .measure import Options
+from .measure import Options, gives_logits, loss
+
+_LOSS_WINDOWS = 8
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,22 @@ class Structural(Pass):
             Names of the parameters with a new shape or a new tensor.
         """
         raise LlmcError(f"expected {type(self).__name__} to have a rewrite, found none")
+
+    def losses(self, context: Context, choice: Choice) -> list[dict[str, Any]]:
+        """A row with the model's loss on a few calibration windows before and after the rewrite.
+
+        None where there are no tokens, or the program gives no logits over them.
+        """
+        if context.tokens is None:
+            return []
+        tokens = context.tokens[:_LOSS_WINDOWS]
+        if not gives_logits(context.program, int(tokens.max())):
+            return []
+        after = context.program.clone()
+        self.apply(after, choice)
+        refresh_segments(after)
+        return [{
+            "site": "model", "windows": len(tokens),
+            "loss_before": loss(context.program, tokens, context.options),
+            "loss_after": loss(after, tokens, context.options),
+        }]  # fmt: skip
