@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,12 +9,10 @@ import click
 from ..ir.errors import UsageError, nearest
 from .look import open_headers
 from .output import Out, examples, output_options
+from .pictures import check_picture, write_picture
 
 if TYPE_CHECKING:
     from ..ir.graph import Program
-    from ..report.groups import Alike
-
-_PICTURES = (".svg", ".dot")
 
 
 @click.command(epilog=examples(
@@ -44,13 +41,13 @@ def groups_command(
     """
     from ..analysis.groups import dependency_groups
     from ..report.groups import UNITS, alike, groups_json, groups_table, members_table
+    from ..report.picture import dot, svg
     from ..report.text import counted
 
     if kind is not None and kind not in UNITS:
         hint = nearest(kind, UNITS)
         raise UsageError(f"--kind: expected one of {', '.join(UNITS)}, found {kind!r}", hint=hint)
-    if picture is not None and Path(picture).suffix not in _PICTURES:
-        raise UsageError(f"--picture: expected a name ending in .svg or .dot, found {picture!r}")
+    check_picture(picture)
     program, _ = open_headers(source, trust_remote_code)
     coded = next((p.name for p in program.params.values() if p.name != p.source), None)
     if coded is not None:
@@ -71,7 +68,7 @@ def groups_command(
     blocked = sum(bool(g.blocked) for g in found)
     out.text(f"{counted(len(found), 'group')}, {blocked} of them blocked")
     if picture is not None:
-        _draw(program, rows, Path(picture).expanduser())
+        write_picture(picture, lambda: svg(program, rows), lambda: dot(program, rows))
         out.note(f"drawn to {picture}")
     out.data("groups", {"source": source, "groups": groups_json(program, found)})
 
@@ -84,13 +81,3 @@ def _block(program: Program, block: int) -> str:
     if not 0 <= block < len(names):
         raise UsageError(f"--block: expected 0..{len(names) - 1}, found {block}")
     return names[block]
-
-
-def _draw(program: Program, rows: list[Alike], path: Path) -> None:
-    from ..report.picture import dot, svg
-
-    draw = svg if path.suffix == ".svg" else dot
-    try:
-        path.write_text(draw(program, rows), encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
-        raise UsageError(f"--picture: expected a file that can be written, found {e}") from None

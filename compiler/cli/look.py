@@ -9,6 +9,7 @@ import click
 
 from ..ir.errors import ModelError, UsageError, nearest
 from .output import Out, examples, output_options
+from .pictures import check_picture, write_picture
 
 if TYPE_CHECKING:
     from ..ir.graph import Program
@@ -36,6 +37,7 @@ def open_headers(source: str, trust_remote_code: bool = False) -> tuple[Program,
     "llmc inspect out --block 0",
     "llmc inspect out --path model.layers.3.mlp",
     'llmc inspect out --where "op=linear,input.users>1"',
+    "llmc inspect out --block 0 --picture block.svg",
     "llmc inspect out --python > program.py",
 ))  # fmt: skip
 @click.argument("source", metavar="ARTEFACT_OR_MODEL")
@@ -45,12 +47,14 @@ def open_headers(source: str, trust_remote_code: bool = False) -> tuple[Program,
 @click.option("--where", "text", default=None, metavar="QUERY",
               help="Nodes that meet FIELD=VALUE,...; also != ~ > >= < <=, and input.FIELD for what "
               "a node reads.")  # fmt: skip
+@click.option("--picture", default=None, metavar="FILE",
+              help="Draw the data flow of what is shown: FILE.svg, or FILE.dot for Graphviz.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True,
               help="Run modelling code that lies in the model's folder.")  # fmt: skip
 @output_options
 def inspect_command(
     source: str, block: int | None, prefix: str | None, as_python: bool, text: str | None,
-    trust_remote_code: bool, out: Out,
+    picture: str | None, trust_remote_code: bool, out: Out,
 ) -> None:  # fmt: skip
     """Show program, segments, sites, schemes and bytes. Reads headers, never a tensor.
 
@@ -58,6 +62,7 @@ def inspect_command(
     """
     if sum(x is not None for x in (block, prefix, text)) + as_python > 1:
         raise UsageError("expected one of --block, --path, --where and --python, found several")
+    check_picture(picture)
     program, artefact = open_headers(source, trust_remote_code)
     if as_python:
         python = program.print_python(source)
@@ -65,15 +70,24 @@ def inspect_command(
         out.data("inspect", {"source": source, "python": python})
         return
     if block is not None or prefix is not None or text is not None:
-        _nodes(program, source, block, prefix, text, out)
-        return
-    _overview(program, artefact, source, out)
+        names = _nodes(program, source, block, prefix, text, out)
+    else:
+        names = [n.name for n in program.graph.nodes]
+        _overview(program, artefact, source, out)
+    if picture is not None:
+        from ..report.flow import alone, dot, flow
+        from ..report.flow import picture as drawn
+
+        found = flow(program, names)
+        write_picture(picture, lambda: alone(drawn(found, source)), lambda: dot(found))
+        out.note(f"drawn to {picture}")
 
 
 def _nodes(
     program: Program, source: str, block: int | None, prefix: str | None, text: str | None,
     out: Out,
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
+    """Show the nodes that were asked for; their names."""
     from ..analysis.blocks import is_block
     from ..report.nodes import nodes_table, query, rows
     from ..report.text import counted
@@ -97,6 +111,7 @@ def _nodes(
     out.table(table)
     out.text(counted(len(found), "node"))
     out.data("inspect", {"source": source, "nodes": found})
+    return [r["name"] for r in found]
 
 
 def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) -> None:

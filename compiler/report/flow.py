@@ -63,7 +63,7 @@ def flow(program: Program, names: Collection[str]) -> Flow:
 
 
 def _layers(calls: Sequence[fx.Node], reads: dict[fx.Node, list[fx.Node]]) -> list[list[fx.Node]]:
-    """Each call below all that it reads; constants as low as their readers allow."""
+    """Each call below all that it reads; constants and sources as low as their readers allow."""
     depth: dict[fx.Node, int] = {}
     known: dict[fx.Node, bool] = {}
     for n in calls:
@@ -73,7 +73,7 @@ def _layers(calls: Sequence[fx.Node], reads: dict[fx.Node, list[fx.Node]]) -> li
         for i in reads[n]:
             users.setdefault(i, []).append(n)
     for n in reversed(calls):
-        if n in users and _constant(n, known):
+        if n in users and (not reads[n] or _constant(n, known)):
             depth[n] = min(depth[u] for u in users[n]) - 1
     out: list[list[fx.Node]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
     for n in calls:

@@ -164,6 +164,20 @@ def front(points: Iterable[Point]) -> list[Point]:
     return out
 
 
+@dataclass(frozen=True)
+class _Space:
+    """A rectangle that a mark or a name takes."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: _Space) -> bool:
+        beside = self.right <= other.left or other.right <= self.left
+        return not (beside or self.bottom <= other.top or other.bottom <= self.top)
+
+
 def scatter(
     points: Sequence[Point], axes: tuple[str, str], label: str, shows: tuple[Show, Show],
     *, log: bool = False,
@@ -195,7 +209,7 @@ def scatter(
         steps += f"M{num(x)},{num(y)}" if i == 0 else f"H{num(x)}V{num(y)}"
     inside.append(tag("path", d=steps, class_="front"))
     kept = set(best)
-    taken: list[tuple[float, float]] = []
+    taken = [_Space(x - 6, y - 6, x + 6, y + 6) for x, y in map(place, points)]
     for p in points:
         x, y = place(p)
         title = tag("title", f"{p.name}: {axes[0]} {shows[0](p.x)}, {axes[1]} {shows[1](p.y)}")
@@ -203,9 +217,10 @@ def scatter(
         inside.append(tag("circle", title, cx=num(x), cy=num(y), r=6 if p.chosen else 4,
                           class_=kind))  # fmt: skip
         if p.name:
-            low = y - 7
-            while any(abs(x - a) < 6.2 * 24 and abs(low - b) < 12 for a, b in taken):
-                low += 12
-            taken.append((x, low))
-            inside.append(text(x + 8, low, _short(p.name, 26)))
+            name = _short(p.name, 26)
+            spaces = [_Space(x + 8, y + d - 9, x + 8 + 6.4 * len(name), y + d + 3)
+                      for d in (-4, 13, 4, -16, 25, -28, 37)]  # fmt: skip
+            free = next((s for s in spaces if not any(map(s.meets, taken))), spaces[0])
+            taken.append(free)
+            inside.append(text(free.left, free.bottom - 3, name))
     return svg(width, height, label, *inside)
