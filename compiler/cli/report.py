@@ -62,7 +62,7 @@ def report_command(
     OTHERs and the results of every --eval are compared with it, perplexity by bits per weight.
     Reads headers and JSON, never a tensor.
     """
-    from ..report.compare import one_protocol, read_evaluation
+    from ..report.compare import measured_on, one_protocol, read_evaluation
     from ..report.html import page
     from ..report.text import size
 
@@ -74,7 +74,8 @@ def report_command(
     one_protocol(found)
     with waiting(f"reading {folder}", out):
         subjects = [_read(f, found) for f in (folder, *others)]
-        text = page(_subject(folder, *subjects[0][:2], target), _compared(subjects, found))
+        subject = _subject(folder, *subjects[0][:2], target)
+        text = page(subject, _compared(subjects, found), measured_on(found))
     data = text.encode("utf-8", "replace")
     _write(goal, data)
     out.text(f"wrote {goal} ({size(len(data))})")

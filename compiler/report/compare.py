@@ -106,6 +106,14 @@ def one_protocol(evaluations: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
+def measured_on(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """The text and the windows that all evaluations share; "" without any."""
+    if not evaluations:
+        return ""
+    q = evaluations[0]["quality"]
+    return f"Measured on {q['data']} ({q['sha256'][:12]}), {q['windows']} windows of {q['window']}."
+
+
 def of_evaluation(found: Mapping[str, Any]) -> Measured:
     """A result that is known by its evaluation alone."""
     stored, quality = found["size"], found["quality"]

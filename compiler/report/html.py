@@ -98,14 +98,16 @@ class Figure:
 _SITE = {"site": str, "role": str, "scheme": str, "shape": list, "bytes_after": int}
 _REFUSAL = dict.fromkeys(("by", "node", "reason", "predicate", "path"), str)
 _STRUCTURE = {"pass": str, "sites": int, "before": dict, "after": dict, "exact": bool}
+_PASS = {"pass": str, "stage": int, "knobs": dict, "given": dict, "folds": dict, "sites": int}
 _FOLD = {"site": str, "pass": str, "kind": str, "scales": int, "moved": int}
 
 
-def page(subject: Subject, others: Sequence[Measured] = ()) -> str:
+def page(subject: Subject, others: Sequence[Measured] = (), data: str = "") -> str:
     """The whole report.
 
     Args:
         others: results that the subject is compared with, itself among them.
+        data: what they were measured on.
     Raises:
         ModelError: a record of the artefact is not of the form that llmc writes.
     """
@@ -119,7 +121,7 @@ def page(subject: Subject, others: Sequence[Measured] = ()) -> str:
         figures=_figures(subject, told),
         facts=_facts(subject, told),
         steps=steps,
-        comparison=comparison(others),
+        comparison=comparison(others, data),
         structure=[t for t in (structure_table(told["structure"]),
                                *record_tables(told["structure"], full=True)) if t.rows],
         by_role=result_table(told),
@@ -156,23 +158,25 @@ def _told(report: Any) -> dict[str, Any]:
     out = dict(found)
     for name, wanted in (("sites", _SITE), ("refusals", _REFUSAL), ("structure", _STRUCTURE),
                          ("folds", _FOLD), ("fallbacks", {"site": str})):  # fmt: skip
-        rows = found.get(name, [])
-        if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-            raise ModelError(f"expected a list of objects in {name}", where="report.json")
-        for row in rows:
-            for key, kind in wanted.items():
-                if not isinstance(row.get(key), kind):
-                    raise ModelError(
-                        f"expected {kind.__name__} for {key} in {name}, found {row.get(key)!r}",
-                        where="report.json",
-                    )
-        out[name] = rows
+        out[name] = _rows(found.get(name, []), wanted, f"report.json, {name}")
     for row in out["sites"]:
         row.setdefault("ends", None)
         shape = row["shape"]
         if not all(isinstance(n, int) for n in shape) or len(shape) not in (2, 3):
             raise ModelError(f"expected two or three sizes, found {shape!r}", where="report.json")
     return out
+
+
+def _rows(rows: Any, wanted: Mapping[str, type], where: str) -> list[dict[str, Any]]:
+    """Raises ModelError unless these are objects with fields of those types."""
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise ModelError("expected a list of objects, found something else", where=where)
+    for row in rows:
+        for key, kind in wanted.items():
+            if not isinstance(row.get(key), kind):
+                raise ModelError(f"expected {kind.__name__} for {key}, found {row.get(key)!r}",
+                                 where=where)  # fmt: skip
+    return rows
 
 
 def _figures(subject: Subject, told: Mapping[str, Any]) -> list[Figure]:
@@ -240,18 +244,23 @@ def _steps(subject: Subject, told: Mapping[str, Any]) -> list[Step]:
         (r.get("pass"), r.get("stage")): str(r.get("why", ""))
         for r in plan.get("order", []) if isinstance(r, dict)
     }  # fmt: skip
+    applied = _rows(subject.artefact.manifest.passes, _PASS, "manifest.json, passes")
+    if applied and len(subject.graphs) != len(applied) + 1:
+        raise ModelError(
+            f"expected a graph before and after each of {len(applied)} passes, found "
+            f"{len(subject.graphs)}", where="manifest.json",
+        )  # fmt: skip
     out = []
-    for i, row in enumerate(subject.artefact.manifest.passes):
+    for i, row in enumerate(applied):
         (_, before), (_, after) = subject.graphs[i], subject.graphs[i + 1]
         found = changes(before, after)
-        given, knobs = row.get("given", {}), row.get("knobs", {})
-        name, stage = row["pass"], row.get("stage", 0)
+        name, stage, given, knobs = (row[k] for k in ("pass", "stage", "given", "knobs"))
         was, now = subject.states[i], subject.states[i + 1]
         out.append(Step(
             name, str(stage + 1), _knobs(given),
             _knobs({k: v for k, v in knobs.items() if k not in given}),
-            str(row.get("effect", "")), why.get((name, stage), ""), int(row.get("sites", 0)),
-            len(row.get("folds", {})),
+            str(row.get("effect", "")), why.get((name, stage), ""), row["sites"],
+            len(row["folds"]),
             sum(r["by"] == name for r in told["refusals"]), totals(found),
             tuple((a or "none", b or "none") for a, b in zip(was, now, strict=True) if a != b),
             hunks(found),
@@ -299,6 +308,6 @@ def _settings(subject: Subject) -> Table:
     """Every knob of every pass, as used."""
     table = Table("", ("pass", "knob", "value"))
     for row in subject.artefact.manifest.passes:
-        for knob, value in row.get("knobs", {}).items():
+        for knob, value in row["knobs"].items():
             table.rows.append((row["pass"], knob, _knobs({knob: value}).partition("=")[2]))
     return table
