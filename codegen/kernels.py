@@ -149,17 +149,7 @@ class KernelRow:
 
     def misfits(self, problem: Problem) -> list[Misfit]:
         """All reasons why this row cannot serve `problem`; empty when it can."""
-        found = []
-        for field, allowed in self.choices.items():
-            value = getattr(problem, field)
-            if value not in allowed:
-                text = " or ".join(str(v) for v in allowed)
-                found.append(Misfit(self.name, field, value, text))
-        values = _integers(problem)
-        for need in self.requires:
-            if not bool(_evaluate(need.test, values)):
-                found.append(Misfit(self.name, need.field, values[need.field], need.expected))
-        return found
+        return list(_misfits(self, problem))
 
     def bytes_moved(self, problem: Problem, M: int) -> int:
         """Bytes of one call at M tokens, each operand once (the floor is this over bandwidth)."""
@@ -195,6 +185,22 @@ class KernelRow:
         if target == "sm_90" and config.BM >= 16 and config.BN >= 64:
             return f"HGMMA.64x{config.BM}x{8 if x_dtype == 'fp32' else 16}.F32{tail}"
         return f"HMMA.{1688 if x_dtype == 'fp32' else 16816}.F32{tail}"
+
+
+@functools.lru_cache(4096)
+def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
+    """Layers of a model are alike, so one problem is asked about again and again."""
+    found = []
+    for field, allowed in row.choices.items():
+        value = getattr(problem, field)
+        if value not in allowed:
+            text = " or ".join(str(v) for v in allowed)
+            found.append(Misfit(row.name, field, value, text))
+    values = _integers(problem)
+    for need in row.requires:
+        if not bool(_evaluate(need.test, values)):
+            found.append(Misfit(row.name, need.field, values[need.field], need.expected))
+    return tuple(found)
 
 
 @functools.lru_cache(4096)
