@@ -165,7 +165,7 @@ def _subject(folder: str, artefact: Loaded, quality: dict[str, Any] | None, targ
     graphs = [(n.partition("-")[2], graph_of(artefact, n)) for n in artefact.graphs]
     states = [
         (exits_text(p) if p.exits is not None else "", caches_text(p) if p.caches else "")
-        for p in (artefact.graph(n) for n in artefact.graphs)
+        for _, p in graphs
     ]
     name = Path(folder).expanduser().resolve().name
     return Subject(

@@ -40,7 +40,8 @@ def _small(value: float) -> str:
 METRICS = (
     Metric("loss", "error", "relative squared error of the layer's output on calibration data",
            lambda v: f"{v:.2e}", log=True),
-    Metric("bits", "bits", "stored bits per weight, every side tensor counted", _small),
+    Metric("bits", "bits", "stored bits per weight, every side tensor counted",
+           lambda v: f"{v:.4g}"),
     Metric("bytes_after", "bytes", "as stored", size, total=True),
     Metric("sensitivity", "sensitivity", "loss that the model is predicted to gain", _small, True),
     Metric("tokens", "tokens seen", "calibration tokens that reached the layer",
