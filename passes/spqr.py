@@ -19,8 +19,8 @@ class SpQR(GroupedCoding):
 
     A weight stays in S where the sweep meets it with a squared error of more than the threshold,
     relative to the variance of the weights and counted as the inputs still free would leave it.
-    Ranges are fitted again without S. Scales share low and step per 16 output rows; zero points are
-    integers of as many bits as q.
+    Ranges are fitted without weights that widen them for more than that, and again without S.
+    Scales share low and step per 16 output rows; zero points are integers of as many bits as q.
     """
 
     variants = {"spqr": {}}

@@ -121,8 +121,9 @@ def solve(
     fit: scales ``[G, m]`` and zero points of a uniform grid that are decided already.
     threshold: a sweep keeps weights off the grid, exact, whose squared error over the variance that
         the inputs still free leave it exceeds this, relative to the mean of what dropping a weight
-        costs; most: the share of the weights that may be. With a mask, a sweep without it finds
-        them first.
+        costs; most: the share of the weights that may be. Ranges that are fitted before the sweep
+        leave out those that widen them for more than that. With a mask, a sweep without it finds
+        outliers first.
     sweeps: passes of coordinate descent over the answer, each as exact as the first sweep and never
         uphill; with refit they move the group scales too, with mask_search the N:M mask.
 

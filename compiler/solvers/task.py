@@ -13,6 +13,7 @@ from .answer import Answer, better_rows
 from .double import ScaleCodes
 from .grid import Fit, Grid, fits_t, rtn_t
 from .hessian import Factor
+from .leave_out import costly_ends
 from .loss import damped_rows, exact_rows, undamp
 from .masks import MaskRule, static_mask, static_score, top_per_row
 from .obs import Sweep
@@ -199,6 +200,7 @@ class Task:
 
     def _split(self) -> Answer:
         """The sweep that keeps outliers, with ranges that were fitted without them if that pays."""
+        self._leave_out()
         first = self._sweep(None)
         grid, held = self.grid, (self.fit, self.double)
         assert first.extra is not None
@@ -210,6 +212,21 @@ class Task:
             return again
         self.fit, self.double = held
         return first
+
+    def _leave_out(self) -> None:
+        """Fit without the weights that widen a range for more than the threshold."""
+        grid, threshold = self.grid, self.threshold
+        if grid is None or not grid.whole or not grid.scaled or threshold is None:
+            return
+        order = self._schedule(grid, self.factor.diagonal if self.act_order else None).order
+        square = self.factor.root(order).diagonal().square()
+        if order is not None:
+            square = torch.empty_like(square).index_copy_(0, order, square)
+        limit = threshold * float((self.wt.var(1, correction=0) * square).mean())
+        most = outlier_count(self.most, self.wt.numel())
+        wide = costly_ends(self.wt, grid, square, limit, most, self.unit)
+        if bool(wide.any()):
+            self._fit_whole(self.wt, Support(None, wide))
 
     def _sweep(self, frozen: Support | None) -> Answer:
         grid = self.grid if self.grid_solver == "gptq" else None

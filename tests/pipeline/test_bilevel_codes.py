@@ -57,7 +57,7 @@ def test_an_infinite_threshold_keeps_all_on_the_grid():
 
 
 @pytest.mark.parametrize(
-    "text", ["prune24,spqr:threshold=none", "smooth,spqr", "spqr,lorc:rank=2", "a8,spqr"]
+    "text", ["prune24,spqr", "smooth,spqr", "spqr,lorc:rank=2", "a8,spqr"]
 )
 def test_it_composes(text):
     done = compile_plan(planned(text), tokens())
@@ -71,7 +71,6 @@ def test_what_does_not_go_together():
     for text, why in (
         ("spqr:solver=rtn", "solver: expected gptq"),
         ("spqr:double=true", "neither double nor power"),
-        ("prune24,spqr", "outliers beside codes alone"),
     ):
         with pytest.raises(UsageError, match=why):
             planned(text)
