@@ -54,6 +54,11 @@ def reader_of(program: Program, node: str, slot: int, made_by: str) -> fx.Node:
     return new
 
 
+def _stacked(reader: fx.Node, slot: int) -> int:
+    """How many matrices, each solved alone, the reader's one is."""
+    return 1 if slot == 1 else int(tensor_type(reader).shape[0])
+
+
 def matrix_of(reader: fx.Node) -> Any:
     """What a reader takes for its weight, [out, in]."""
     return reader.args[1 if row_of(reader).name == "aten.linear.default" else 0]
@@ -115,7 +120,7 @@ def encode_mask(
         )  # fmt: skip
         made = [f"{base}.values", f"{base}.meta"]
     else:
-        experts = 1 if slot == 1 else int(tensor_type(linear).shape[0])
+        experts = _stacked(linear, slot)
         kept = experts * kept_count(rows // experts * columns, mask.sparsity)
         words = packing.packed_words(columns, 1)
         values = new_piece(f"{base}.values", (kept,), param.dtype, False)
@@ -151,7 +156,9 @@ def encode_outliers(
     """Let linear(x, W) read W + S, S the weights that stay off the grid; before `encode_codes`."""
     linear = reader_of(program, node, slot, made_by)
     rows, columns = _shape(matrix_of(linear))
-    return _beside(program, linear, outlier_count(sparse.share, rows * columns), made_by)
+    experts = _stacked(linear, slot)
+    count = experts * outlier_count(sparse.share, rows // experts * columns)
+    return _beside(program, linear, count, made_by)
 
 
 def _shape(weight: Any) -> tuple[int, int]:

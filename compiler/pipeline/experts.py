@@ -8,9 +8,9 @@ sent to it. One that saw none keeps the plain answer, and the record says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -19,14 +19,17 @@ from ..analysis.linears import LinearSite
 from ..ir.graph import Program
 from ..ir.levels import WIDTHS
 from ..ir.ops.semantic import experts
-from ..ir.scheme import Codes
-from ..solvers import NO_HESSIAN, Factor, Solution, prepare, solve
+from ..ir.scheme import Codes, Scheme
+from ..solvers import NO_HESSIAN, Factor, Solution, prepare
 from ..solvers.double import ROWS, BilevelScales
 from ..solvers.grid import Fit
 from ..solvers.loss import exact_rows
 from .base import Precondition
 from .measure import check_finite
 from .statistics import Collection, Gram
+
+if TYPE_CHECKING:
+    from .plan import Decision
 
 # ** what a pass may ask for **
 
@@ -87,11 +90,32 @@ STACKED = (
 # ** statistics **
 
 
-def read_by(site: LinearSite) -> tuple[str, ...]:
+def experts_of(d: Decision) -> range:
+    """The experts that one solve takes."""
+    return range(d.site.experts) if d.part is None else range(*d.part)
+
+
+def read_by(d: Decision) -> tuple[str, ...]:
     """Names under which statistics of what a weight reads are kept: one, or one per expert."""
-    if not site.stacked:
-        return (site.reads,)
-    return tuple(f"{site.reads}.{e}" for e in range(site.experts))
+    if not d.site.stacked:
+        return (d.site.reads,)
+    return tuple(f"{d.site.reads}.{e}" for e in experts_of(d))
+
+
+def fitting(d: Decision, budget: int) -> Iterator[Decision]:
+    """The decision in parts whose experts' Hessians fit the budget (one always does)."""
+    one = 4 * d.site.in_features**2
+    most = max(1, budget // one)
+    if not (d.site.stacked and d.needs_gram) or most >= d.site.experts:
+        yield d
+        return
+    for e in range(0, d.site.experts, most):
+        yield replace(d, part=(e, min(e + most, d.site.experts)))
+
+
+def hessians(d: Decision) -> int:
+    """fp32 bytes of the Hessians that one solve reads."""
+    return 4 * len(experts_of(d)) * d.site.in_features**2 if d.needs_gram else 0
 
 
 def routed(program: Program, names: Iterable[str]) -> dict[str, set[str]]:
@@ -121,105 +145,91 @@ def watching(node: fx.Node, stats: Collection) -> Callable[..., Tensor]:
 # ** solving **
 
 
-@dataclass(frozen=True)
-class Stack:
-    """The Gram matrices of a weight's experts, None where one is not asked for or saw no tokens.
+class Given(NamedTuple):
+    """A matrix [m, n] to solve, and what is known or decided about it; see :func:`..solvers.solve`.
 
-    counts: tokens of each expert; empty where nothing was measured.
+    sensitivity, keep, extra: [m, n]; fit: of its rows.
     """
 
-    experts: int
-    rows: int
-    inputs: int
-    grams: tuple[Tensor | None, ...]
-    counts: tuple[int, ...]
-    damp: float
+    weight: Tensor
+    sensitivity: Tensor | None = None
+    keep: Tensor | None = None
+    extra: Tensor | None = None
+    fit: Fit | None = None
 
-    @property
-    def diagonal(self) -> Tensor:
-        """diag(XᵀX) of each row's expert, [E·R, n]; 0 where it saw no tokens."""
-        like = next((g for g in self.grams if g is not None), torch.zeros(1, 1))
-        none = like.new_zeros(self.inputs)
-        found = [none if g is None else g.diagonal() for g in self.grams]
-        return torch.stack(found).repeat_interleave(self.rows, 0)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.counts)
-
-    def unseen(self, expert: int) -> bool:
-        """Whether calibration sent no token to an expert."""
-        return bool(self.counts) and self.counts[expert] == 0
-
-    def factor(self, expert: int, device: torch.device) -> Factor:
-        return prepare(self.grams[expert], self.damp, inputs=self.inputs, device=device)
+    def rows(self, at: slice) -> Given:
+        """The same of some rows. Information that is all zero is none."""
+        *parts, fit = self
+        weight, known, keep, extra = (None if t is None else t[at] for t in parts)
+        if fit is not None:
+            zero = None if fit.zero is None else fit.zero[..., at]
+            fit = Fit(fit.scale[..., at], zero, fit.table)
+        assert weight is not None
+        known = known if known is not None and bool(known.any()) else None
+        return Given(weight, known, keep, extra, fit)
 
 
-def stack_of(site: LinearSite, stats: Collection, needed: bool, damp: float) -> Stack:
-    """What calibration says about each expert of a site."""
-    grams: list[Tensor | None] = [None] * site.experts
-    counts: list[int] = []
-    for e, name in enumerate(read_by(site) if needed else ()):
-        gram = stats.data[name, "gram"]
-        assert isinstance(gram, Gram)
-        grams[e] = gram.value
-        counts.append(gram.tokens)
-    rows = site.out_features // site.experts
-    return Stack(site.experts, rows, site.in_features, tuple(grams), tuple(counts), damp)
+class Solved(NamedTuple):
+    """One expert: its solution, its tokens where measured, and tr(W H Wᵀ), the loss's weight."""
+
+    solution: Solution
+    tokens: int | None
+    size: float
 
 
-def solve_stack(
-    weight: Tensor, *, factor: Stack, keep: Tensor | None, extra: Tensor | None,
-    sensitivity: Tensor | None, fit: Fit | None, **how: Any,
-) -> tuple[Solution, list[dict[str, Any]]]:  # fmt: skip
-    """Solve each expert of [E·R, n] alone, by :func:`~..solvers.solve`; and a record of each.
+Answer = Callable[[Given, Factor, dict[str, Any]], Solution]
+"""Solves one matrix, some of the decision's options replaced."""
 
-    An expert that saw no tokens takes the nearest codes and drops the smallest weights.
+
+def solve_stack(d: Decision, given: Given, stats: Collection, answer: Answer) -> list[Solved]:
+    """Solve the experts of a decision's part, each alone on its own tokens.
+
+    One that saw none takes the nearest codes and drops the smallest weights, and says so.
     """
-    rows = factor.rows
-    parts: list[Solution] = []
-    records: list[dict[str, Any]] = []
-    whole = lost = 0.0
-    for e in range(factor.experts):
-        at = slice(e * rows, (e + 1) * rows)
-        mine, unseen = weight[at], factor.unseen(e)
-        known = None if sensitivity is None else sensitivity[at]
-        own = factor.factor(e, weight.device)
-        one = solve(
-            mine, factor=own, keep=None if keep is None else keep[at],
-            extra=None if extra is None else extra[at],
-            sensitivity=None if known is None or not bool(known.any()) else known,
-            fit=None if fit is None else _columns(fit, at),
-            **(how | (_plain(how) if unseen else {})),
-        )  # fmt: skip
-        size = 0.0 if unseen else float(exact_rows(mine.t(), own.hessian).sum())
-        whole, lost = whole + size, lost + size * one.loss
-        notes = [n for n in one.fallbacks if n != NO_HESSIAN]
-        notes += [f"saw no tokens, {_done(how)}"] * unseen
-        seen = {"tokens": factor.counts[e]} if factor.counts else {}
-        records.append({**seen, "loss": None if unseen else one.loss, "fallbacks": notes})
-        parts.append(replace(one, fallbacks=tuple(notes)))
-    return replace(_joined(parts), loss=lost / whole if whole > 0 else 0.0), records
+    out: list[Solved] = []
+    site, damp = d.site, d.options.get("damp", 0.01)
+    rows, device = site.out_features // site.experts, given.weight.device
+    for e in experts_of(d):
+        gram = stats.data[f"{site.reads}.{e}", "gram"] if d.needs_gram else None
+        assert gram is None or isinstance(gram, Gram)
+        unseen = gram is not None and gram.tokens == 0
+        value = None if gram is None else gram.value
+        factor = prepare(value, damp, inputs=site.in_features, device=device)
+        mine = given.rows(slice(e * rows, (e + 1) * rows))
+        found = answer(mine, factor, _plain(d.options) if unseen else {})
+        notes = [n for n in dict.fromkeys(found.fallbacks) if n != NO_HESSIAN]
+        notes += [f"saw no tokens, {_told_plainly(d.scheme)}"] * unseen
+        if given.sensitivity is not None and mine.sensitivity is None and not unseen:
+            notes.append("saw no tokens of those whose gradients count, all weights count alike")
+        size = 0.0 if unseen else float(exact_rows(mine.weight.t(), factor.hessian).sum())
+        tokens = None if gram is None else gram.tokens
+        out.append(Solved(replace(found, fallbacks=tuple(notes)), tokens, size))
+    return out
 
 
-def _plain(how: dict[str, Any]) -> dict[str, Any]:
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """What an expert without a Hessian is solved with; a threshold is the sweep's own."""
-    solver = "rtn" if how.get("threshold") is None else how["grid_solver"]
-    return {"grid_solver": solver, "mask_solver": "magnitude", "sweeps": 0, "mask_search": False}
+    solver = {} if "threshold" in options else {"grid_solver": "rtn"}
+    return {**solver, "mask_solver": "magnitude", "sweeps": 0, "mask_search": False}
 
 
-def _done(how: dict[str, Any]) -> str:
-    told = ["smallest weights dropped"] * (how["mask"] is not None)
-    return ", ".join(told + ["rounded to nearest"] * (how["grid"] is not None)) or "kept"
+def _told_plainly(scheme: Scheme) -> str:
+    told = ["smallest weights dropped"] * (scheme.mask is not None)
+    return ", ".join(told + ["rounded to nearest"] * (scheme.codes is not None))
 
 
-def _columns(fit: Fit, at: slice) -> Fit:
-    """The fit of some rows of the matrix."""
-    zero = None if fit.zero is None else fit.zero[..., at]
-    return Fit(fit.scale[..., at], zero, fit.table)
+def joined(parts: list[Solved]) -> tuple[Solution, dict[str, Any]]:
+    """The solution of the stacked matrix, and what its record tells beside it."""
+    lost = sum(p.size * p.solution.loss for p in parts)
+    whole = sum(p.size for p in parts)
+    solution = _stacked([p.solution for p in parts])
+    counts = [p.tokens for p in parts if p.tokens is not None]
+    rows = [{"loss": None if p.tokens == 0 else p.solution.loss, "tokens": p.tokens} for p in parts]
+    told = {"experts": rows, "tokens": sum(counts)}
+    return replace(solution, loss=lost / whole if whole > 0 else 0.0), told
 
 
-def _joined(parts: list[Solution]) -> Solution:
+def _stacked(parts: list[Solution]) -> Solution:
     """Solutions of matrices that are stacked row by row; without their loss."""
     first, made = parts[0], dict[str, Any]()
     for name in (f.name for f in fields(Solution)):

@@ -41,12 +41,16 @@ class Migration:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one weight: its scheme, how it is solved, and which passes said so."""
+    """What becomes of one weight: its scheme, how it is solved, and which passes said so.
+
+    part: the experts, from and to, that are solved at once where not all of them fit in memory.
+    """
 
     site: LinearSite
     scheme: Scheme
     options: dict[str, Any]
     passes: tuple[str, ...]
+    part: tuple[int, int] | None = None
 
     @property
     def needs_gram(self) -> bool:
@@ -125,6 +129,7 @@ class Plan:
         captured: the model as it came.
         source: what the rounds work on: the captured program after the structural passes.
         steps: the structural passes in applied order; caches and exits, which come last, end it.
+        mixing: how its overrides were chosen, where mixed precision did (see :mod:`.mixing`).
     """
 
     captured: Program
@@ -136,6 +141,7 @@ class Plan:
     snapshots: list[Snapshot] = field(default_factory=list)
     schemes: dict[str, Scheme] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
+    mixing: dict[str, Any] | None = None
 
     @property
     def needing(self) -> list[str]:
@@ -209,6 +215,7 @@ class Plan:
             "refusals": [r.to_json() for r in self.refusals],
             "predicted": self.predictions(tokens, length),
             "bits_per_weight": self.bits_per_weight(),
+            **({} if self.mixing is None else {"mixing": self.mixing}),
         }  # fmt: skip
 
 

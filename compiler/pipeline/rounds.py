@@ -129,12 +129,12 @@ class _Round:
     def _fitting(self, wave: list[Decision]) -> Iterator[list[Decision]]:
         held: list[Decision] = []
         values: dict[str, int] = {}
-        for d in wave:
-            size = 4 * d.site.experts * d.site.in_features**2 if d.needs_gram else 0
-            new = {**values, d.site.reads: size}
+        for d in (part for one in wave for part in experts.fitting(one, self.options.budget)):
+            size, key = experts.hessians(d), experts.read_by(d)[0]
+            new = {**values, key: size}
             if held and sum(new.values()) > self.options.budget:
                 yield held
-                held, new = [], {d.site.reads: size}
+                held, new = [], {key: size}
             held.append(d)
             values = new
         if held:
@@ -224,7 +224,7 @@ class _Round:
 
 def _want(stats: Collection, part: list[Decision]) -> None:
     for d in part:
-        for value in experts.read_by(d.site):
+        for value in experts.read_by(d):
             for need in d.needs:
                 stats.want(value, need)
 

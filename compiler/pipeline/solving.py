@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
 from ..solvers.grid import Fit
 from . import encode, inputs, rotating
 from .equivalence import Edge, Equivalence, Move, Planned
-from .experts import Stack, solve_stack, stack_of
+from .experts import Given, Solved, joined, solve_stack
 from .griding import grid_of, outliers
 from .plan import Decision, Migration, Plan
 from .residual import compensate
@@ -38,6 +40,7 @@ class Work:
             them that came back. information: see :mod:`.sensitivity`.
         coded: parameters that end as codes, whatever dtype they came in.
         fits: ranges that were learned, and what learning them gave; see :mod:`.learning`.
+        parts: solved experts of weights that stack some which are not.
         implementations: what stands for solved linears that read a rounded value, by node name.
     """
 
@@ -56,6 +59,7 @@ class Work:
         self.information: dict[str, Tensor] = {}
         self.fits: dict[str, Fit] = {}
         self.learned: dict[str, dict[str, Any]] = {}
+        self.parts: dict[str, list[Solved]] = {}
         self.implementations: dict[str, Callable[..., Tensor]] = {}
         self._loaded: dict[str, Tensor] = {}
 
@@ -219,13 +223,11 @@ def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:
 def solve_group(work: Work, members: list[Decision], stats: Collection) -> list[dict[str, Any]]:
     """Solve weights that read one value: one Hessian, one factor."""
     first = members[0]
-    factor: Factor | Stack | None = None
-    turned: list[rotating.Turn | None] = [None] * len(members)
+    factor: Factor | None = None
     tokens = 0
     if first.site.stacked:
-        factor = stack_of(first.site, stats, first.needs_gram, first.options.get("damp", 0.01))
-        tokens = factor.tokens
-    elif first.needs_gram:
+        return [record for d in members for record in _solve_experts(work, d, stats)]
+    if first.needs_gram:
         gram: Any = stats.get(first.site.reads, "gram")
         tokens = gram.tokens
         turned = rotating.turns(work, members, gram.value.diagonal())
@@ -240,42 +242,79 @@ def solve_group(work: Work, members: list[Decision], stats: Collection) -> list[
     ]
 
 
-def _solve_one(
-    work: Work, d: Decision, factor: Factor | Stack | None, read: inputs.Reading, tokens: int,
-    turn: rotating.Turn | None,
-) -> dict[str, Any]:  # fmt: skip
+def _solve_experts(work: Work, d: Decision, stats: Collection) -> list[dict[str, Any]]:
+    """Solve the experts of one part; the last part gives the record of them all."""
     began = time.perf_counter()
+    read, param = inputs.Reading(), d.site.param
+    done = work.parts.setdefault(param, [])
+    done += solve_stack(d, _given(work, d), stats, partial(_answer, d, read))
+    if len(done) < d.site.experts:
+        return []
+    solution, told = joined(work.parts.pop(param))
+    record = _settled(work, d, work.weight(param), None, read, None, solution)
+    return [{**record, **told, "seconds": round(time.perf_counter() - began, 4)}]
+
+
+def _given(work: Work, d: Decision) -> Given:
+    """The weight as it stands, the rows of all experts as one matrix, and what is known of it."""
     param = d.site.param
-    o = d.options
-    frozen = work.masks.get(param)
-    # The rows of all experts are one matrix; so is a plain one.
-    weight, known = work.weight(param).flatten(0, -2), work.information.pop(param, None)
-    known = None if known is None else known.flatten(0, -2)
-    weight = weight if turn is None else turn.weight(weight)
+    known = work.information.get(param)
+    return Given(
+        work.weight(param).flatten(0, -2), None if known is None else known.flatten(0, -2),
+        work.masks.get(param), work.extras.get(param), work.fits.get(param),
+    )  # fmt: skip
+
+
+def _answer(
+    d: Decision, read: inputs.Reading, given: Given, factor: Factor | None,
+    instead: Mapping[str, Any] = MappingProxyType({}),
+) -> Solution:  # fmt: skip
+    """Solve one matrix as a decision says, with some options instead of its own."""
+    o, frozen = {**d.options, **instead}, given.keep
+    weight, known = given.weight, given.sensitivity
     out = outliers(weight, d.scheme.sparse, o, factor, known, frozen)
     if out is None and (out := inputs.columns_mask(weight, read)) is not None:
         out = out if frozen is None else out & frozen
-    alone: dict[str, Any] = {}
-    how: dict[str, Any] = {
-        "grid": grid_of(d.scheme.codes, o, d.scheme.mask),
-        "mask": rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
-        "grid_solver": o.get("grid_solver", "gptq"),
-        "mask_solver": o.get("mask_solver", "sparsegpt"),
-        "act_order": o.get("act_order", False),
-        "keep": frozen,
-        "extra": work.extras.get(param) if out is None else out,
-        "sensitivity": known,
-        "sweeps": o.get("sweeps", 0),
-        "refit": o.get("refit", True),
-        "mask_search": o.get("mask_search", False),
-        "fit": work.fits.pop(param, None),
-        "threshold": o.get("threshold"),
-        "most": 1.0 if d.scheme.sparse is None else d.scheme.sparse.share,
-    }
-    if isinstance(factor, Stack):
-        solution, alone["experts"] = solve_stack(weight, factor=factor, **how)
-    else:
-        solution = solve(weight, factor=factor, **how)
+    return solve(
+        weight,
+        grid=grid_of(d.scheme.codes, o, d.scheme.mask),
+        mask=rule_of(d.scheme.mask, d.scheme.sparse) if frozen is None else None,
+        grid_solver=o.get("grid_solver", "gptq"),
+        mask_solver=o.get("mask_solver", "sparsegpt"),
+        act_order=o.get("act_order", False),
+        factor=factor,
+        keep=frozen,
+        extra=given.extra if out is None else out,
+        sensitivity=known,
+        sweeps=o.get("sweeps", 0),
+        refit=o.get("refit", True),
+        mask_search=o.get("mask_search", False),
+        fit=given.fit,
+        threshold=o.get("threshold"),
+        most=1.0 if d.scheme.sparse is None else d.scheme.sparse.share,
+    )
+
+
+def _solve_one(
+    work: Work, d: Decision, factor: Factor | None, read: inputs.Reading, tokens: int,
+    turn: rotating.Turn | None,
+) -> dict[str, Any]:  # fmt: skip
+    began = time.perf_counter()
+    given = _given(work, d)
+    weight = given.weight if turn is None else turn.weight(given.weight)
+    solution = _answer(d, read, given._replace(weight=weight), factor)
+    record = _settled(work, d, weight, factor, read, turn, solution)
+    return {**record, "tokens": tokens, "seconds": round(time.perf_counter() - began, 4)}
+
+
+def _settled(
+    work: Work, d: Decision, weight: Tensor, factor: Factor | None, read: inputs.Reading,
+    turn: rotating.Turn | None, solution: Solution,
+) -> dict[str, Any]:  # fmt: skip
+    """Put a solution in the place of the weight; its record."""
+    param, o = d.site.param, d.options
+    work.information.pop(param, None)
+    work.fits.pop(param, None)
     stored = work.program.params[param].dtype
     solution = _as_stored(solution, stored)
     for name in [n for n in work.packed if n == param or n.startswith(param + ".")]:
@@ -314,11 +353,10 @@ def _solve_one(
     return {
         "site": d.site.id, "role": d.site.role, "passes": list(d.passes),
         "scheme": d.scheme.short, "loss": solution.loss, "damp": solution.damp,
-        "tokens": tokens, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
+        "tokens": 0, "rows_rtn": solution.rows_rtn, "fallbacks": fallbacks,
         "zeros": 0.0 if stay is None else 1 - _share(stay),
         **({} if solution.extra is None else {what: beside}),
-        **given_back, **alone,
-        "seconds": round(time.perf_counter() - began, 4), **work.learned.pop(param, {}),
+        **given_back, **work.learned.pop(param, {}),
         "rows": _rows(solution, given_back.get("loss")),
     }  # fmt: skip
 
