@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ..ir.errors import ModelError
 from ..ir.graph import Program
 from .blocks import View, views
+from .checked import applied_of, told_of
 from .compare import Measured, comparison
 from .data import folds_table, result_table
 from .difference import Hunk, changes, hunks, totals
 from .flow import MOST, flow, picture
 from .layers import plots, weights_table, worst_table
+from .mixed import mixed, with_sensitivity
 from .planned import refusals_table
 from .structure import record_tables, structure_table
 from .text import Table, counted, number, seconds, size
@@ -95,13 +96,6 @@ class Figure:
     note: str = ""
 
 
-_SITE = {"site": str, "role": str, "scheme": str, "shape": list, "bytes_after": int}
-_REFUSAL = dict.fromkeys(("by", "node", "reason", "predicate", "path"), str)
-_STRUCTURE = {"pass": str, "sites": int, "before": dict, "after": dict, "exact": bool}
-_PASS = {"pass": str, "stage": int, "knobs": dict, "given": dict, "folds": dict, "sites": int}
-_FOLD = {"site": str, "pass": str, "kind": str, "scales": int, "moved": int}
-
-
 def page(subject: Subject, others: Sequence[Measured] = (), data: str = "") -> str:
     """The whole report.
 
@@ -111,10 +105,12 @@ def page(subject: Subject, others: Sequence[Measured] = (), data: str = "") -> s
     Raises:
         ModelError: a record of the artefact is not of the form that llmc writes.
     """
-    told = _told(subject.artefact.report)
+    told = told_of(subject.artefact.report)
     steps = _steps(subject, told)
     drawn = _drawn(subject)
-    sites = told["sites"]
+    record = told.get("record")
+    mixture = record.get("mixed") if isinstance(record, dict) else None
+    sites = with_sensitivity(told["sites"], mixture)
     pictures, same = plots(sites)
     return _environment().get_template("report.html.j2").render(
         title=subject.name,
@@ -125,6 +121,7 @@ def page(subject: Subject, others: Sequence[Measured] = (), data: str = "") -> s
         structure=[t for t in (structure_table(told["structure"]),
                                *record_tables(told["structure"], full=True)) if t.rows],
         by_role=result_table(told),
+        mixed=mixed(mixture),
         plots=pictures,
         same=same,
         worst=worst_table(sites),
@@ -150,33 +147,6 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     made.filters |= {"size": size, "number": number, "counted": counted}
     return made
-
-
-def _told(report: Any) -> dict[str, Any]:
-    """The report's records, each checked: a file may hold anything."""
-    found = report if isinstance(report, dict) else {}
-    out = dict(found)
-    for name, wanted in (("sites", _SITE), ("refusals", _REFUSAL), ("structure", _STRUCTURE),
-                         ("folds", _FOLD), ("fallbacks", {"site": str})):  # fmt: skip
-        out[name] = _rows(found.get(name, []), wanted, f"report.json, {name}")
-    for row in out["sites"]:
-        row.setdefault("ends", None)
-        shape = row["shape"]
-        if not all(isinstance(n, int) for n in shape) or len(shape) not in (2, 3):
-            raise ModelError(f"expected two or three sizes, found {shape!r}", where="report.json")
-    return out
-
-
-def _rows(rows: Any, wanted: Mapping[str, type], where: str) -> list[dict[str, Any]]:
-    """Raises ModelError unless these are objects with fields of those types."""
-    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise ModelError("expected a list of objects, found something else", where=where)
-    for row in rows:
-        for key, kind in wanted.items():
-            if not isinstance(row.get(key), kind):
-                raise ModelError(f"expected {kind.__name__} for {key}, found {row.get(key)!r}",
-                                 where=where)  # fmt: skip
-    return rows
 
 
 def _figures(subject: Subject, told: Mapping[str, Any]) -> list[Figure]:
@@ -244,12 +214,7 @@ def _steps(subject: Subject, told: Mapping[str, Any]) -> list[Step]:
         (r.get("pass"), r.get("stage")): str(r.get("why", ""))
         for r in plan.get("order", []) if isinstance(r, dict)
     }  # fmt: skip
-    applied = _rows(subject.artefact.manifest.passes, _PASS, "manifest.json, passes")
-    if applied and len(subject.graphs) != len(applied) + 1:
-        raise ModelError(
-            f"expected a graph before and after each of {len(applied)} passes, found "
-            f"{len(subject.graphs)}", where="manifest.json",
-        )  # fmt: skip
+    applied = applied_of(subject.artefact.manifest.passes, len(subject.graphs))
     out = []
     for i, row in enumerate(applied):
         (_, before), (_, after) = subject.graphs[i], subject.graphs[i + 1]

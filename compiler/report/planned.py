@@ -7,6 +7,7 @@ from typing import Any
 
 from ..pipeline.base import Pass
 from ..pipeline.registry import all_passes
+from .mixing import mixing_tables
 from .structure import structure_table
 from .text import Table, size
 
@@ -138,6 +139,7 @@ def plan_tables(plan: dict[str, Any], full: bool = False) -> list[Table]:
         order_table(plan),
         structure_table(plan["structure"]),
         migrations_table(plan),
+        *mixing_tables(plan.get("mixing"), full),
         sites_table(plan, full),
         refusals_table(plan["refusals"], full),
     ]

@@ -1,0 +1,78 @@
+"""Records of an artefact as a report may use them: a file may hold anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..ir.errors import ModelError
+
+_PASS = {"pass": str, "stage": int, "knobs": dict, "given": dict, "folds": dict, "sites": int}
+_TOLD: dict[str, dict[str, type]] = {
+    "sites": {"site": str, "role": str, "scheme": str, "shape": list, "bytes_after": int,
+              "bits": float},
+    "refusals": dict.fromkeys(("by", "node", "reason", "predicate", "path"), str),
+    "structure": {"pass": str, "sites": int, "before": dict, "after": dict, "exact": bool},
+    "folds": {"site": str, "pass": str, "kind": str, "scales": int, "moved": int,
+              "smallest": float, "largest": float},
+    "fallbacks": {"site": str},
+}  # fmt: skip
+_SIZES = {"blocks": int, "bytes": int, "parameters": int}
+
+
+def rows(found: Any, wanted: Mapping[str, type], where: str) -> list[dict[str, Any]]:
+    """Objects with fields of those types; an int serves where a float is wanted.
+
+    Raises:
+        ModelError: naming the first field that is missing or of another type.
+    """
+    if not isinstance(found, list) or not all(isinstance(r, dict) for r in found):
+        raise ModelError("expected a list of objects, found something else", where=where)
+    for row in found:
+        for key, kind in wanted.items():
+            value = row.get(key)
+            fits = isinstance(value, (int, float) if kind is float else kind)
+            if not fits or (isinstance(value, bool) and kind is not bool):
+                raise ModelError(f"expected {kind.__name__} for {key}, found {value!r}",
+                                 where=where)  # fmt: skip
+    return found
+
+
+def told_of(report: Any) -> dict[str, Any]:
+    """report.json with its lists checked; those that it lacks are empty.
+
+    Raises:
+        ModelError: a record is not of the form that compiling writes.
+    """
+    found = report if isinstance(report, dict) else {}
+    out = dict(found)
+    for name, wanted in _TOLD.items():
+        out[name] = rows(found.get(name, []), wanted, f"report.json, {name}")
+    for row in out["sites"]:
+        row.setdefault("ends", None)
+        shape = row["shape"]
+        if not all(isinstance(n, int) for n in shape) or len(shape) not in (2, 3):
+            raise ModelError(f"expected two or three sizes, found {shape!r}", where="report.json")
+        for key in ("loss", "ends", "zeros", "tokens", "damp"):
+            if not isinstance(row.get(key), (int, float, type(None))):
+                raise ModelError(f"expected a number for {key}, found {row[key]!r}",
+                                 where="report.json, sites")  # fmt: skip
+    for row in out["structure"]:
+        rows([row["before"], row["after"]], _SIZES, "report.json, structure")
+        rows(row.get("records", []), {}, "report.json, structure")
+    return out
+
+
+def applied_of(passes: Any, graphs: int) -> list[dict[str, Any]]:
+    """The applied passes of a manifest, each with a graph before and after it.
+
+    Raises:
+        ModelError: they are of another form, or graphs are missing.
+    """
+    found = rows(passes, _PASS, "manifest.json, passes")
+    if found and graphs != len(found) + 1:
+        raise ModelError(
+            f"expected a graph before and after each of {len(found)} passes, found {graphs}",
+            where="manifest.json",
+        )
+    return found
