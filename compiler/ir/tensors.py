@@ -5,6 +5,7 @@ Layouts are those of :mod:`.packing`; spec/artefact.md describes them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ _ARGUMENTS = {
     "llmc.add_csr": ("", "values", "index", "starts"),
     "llmc.csr_linear": ("", "", "values", "index", "starts"),
     "llmc.round_input": ("", "scale", "outliers"),
+    "llmc.tt_lookup": ("", "scale", "order"),
+    "llmc.tt_linear": ("", "scale", "order"),
     "llmc.rotate": ("", "turn"),
 }
 """Names of the leading arguments of the ops that read packed tensors."""
@@ -289,6 +292,26 @@ def _turns(program: Program) -> None:
             _fail("scale", "expected signs or scales that are finite and not 0", p.node)
 
 
+def _trains(program: Program) -> None:
+    """Cores of tensor trains are finite; places of tokens are distinct rows of the table."""
+    for p in packed_calls(program):
+        if row_of(p.node).name not in ("llmc.tt_lookup", "llmc.tt_linear"):
+            continue
+        for core in p.node.args[3]:  # type: ignore[union-attr]
+            param = program.param_of(core)
+            held = program.weights.load(param.name) if param is not None else torch.zeros(())
+            if not bool(torch.isfinite(held).all()):
+                assert param is not None
+                _fail("train", f"expected finite cores, found NaN or Inf in {param.name}", p.node)
+        order = p.tensors.get("order")
+        if order is None:
+            continue
+        rows = math.prod(p.node.kwargs["rows"])  # type: ignore[arg-type]
+        found = order.unique()
+        if int(found[0]) < 0 or int(found[-1]) >= rows or len(found) < len(order):
+            _fail("train", f"expected distinct places in [0, {rows}), found others", p.node)
+
+
 TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("stored", _stored),
     ("words", _words),
@@ -302,6 +325,7 @@ TENSOR_RULES: list[tuple[str, Callable[[Program], None]]] = [
     ("index", _index),
     ("disjoint", _disjoint),
     ("rounding", _rounding),
+    ("train", _trains),
     ("turns", _turns),
 ]
 """The laws of packed tensors, in order."""

@@ -25,6 +25,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
         "heads are shared before widths are cut, so that what is cut is what stays",
     ),
     (
+        "latents",
+        "channels of heads",
+        "heads are narrowed once it is known which of them there are, before widths are cut",
+    ),
+    (
         "width",
         "widths",
         "a new shape makes scales, zeros and codes stale, so widths come before all three",
@@ -46,6 +51,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
         "channels are put in order before anything is measured that groups them",
     ),
     (
+        "rotate",
+        "rotations of channels",
+        "a rotation mixes the channels, so what scales, masks or rounds single ones comes after it",
+    ),
+    (
         "equivalence",
         "scales",
         "scales must be folded before anything is measured on a grid or mask",
@@ -62,7 +72,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
 # Stages that change shapes or topology, before anything is written into a weight.
-SHAPES = ("depth", "attention", "heads", "width", "embedding")
+SHAPES = ("depth", "attention", "heads", "latents", "width", "embedding", "factor")
 STALE = (
     "what changes shapes, or what tokens read, makes the scales, zeros and codes that are there "
     "stale"

@@ -150,6 +150,17 @@ def with_keys(program: Program) -> Program:
     return program
 
 
+def with_table(program: Program) -> Program:
+    """The program whose logits are shifted by the mean of its table of embeddings."""
+    logits = program.output.args[0]
+    assert isinstance(logits, fx.Node)
+    table = program.param_node("p0")
+    with_mean = {"before": program.output, "made_by": "zoo"}
+    mean = program.emit("aten.mean.dim", table, [0, 1], **with_mean)
+    program.output.args = (program.emit("aten.add.Tensor", logits, mean, **with_mean),)
+    return program
+
+
 ZOO: dict[str, Callable[[], Program]] = {
     "llama_gqa": decoder,
     "layer_norm": lambda: decoder(norm="layer", mlp="relu", bias=True, kv=4),
@@ -169,6 +180,7 @@ ZOO: dict[str, Callable[[], Program]] = {
     "sees_all": lambda: decoder(causal=False),
     "has_window": lambda: decoder(reads={"window": 4}),
     "has_pattern": lambda: decoder(reads={"window": 4, "dilation": 2, "first": 1}),
+    "reads_table": lambda: with_table(decoder()),
     "gives_keys": lambda: with_keys(decoder(blocks=4)),
 }
 
