@@ -195,7 +195,7 @@ def caches_text(program: Program) -> str:
     """How keys and values are kept, and by how many attentions."""
     count: dict[str, int] = {}
     for c in program.caches.values():
-        parts = [f"{c.kind} {c.bits} bits"]
+        parts = [f"{c.kind} {c.bits} bits" if not c.rank else f"keys as latents of {c.rank}"]
         parts += [f"groups of {c.group}, the newest {c.residual} as they are"] * (
             c.group is not None
         )

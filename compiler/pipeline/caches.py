@@ -227,10 +227,16 @@ class CachePass(Structural):
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
         caches = {n: from_json(c) for n, c in choice.data["caches"].items()}
-        set_caches(program, caches, choice.tensors)
+        set_caches(program, program.caches | caches, choice.tensors)
         return list(choice.tensors)
 
 
 def kept_attention(analysis: Analysis) -> Iterator[CacheSite | Refusal]:
-    """Pattern: every attention of a program that can have a KV cache."""
-    yield from cache_sites(analysis.program)
+    """Pattern: every attention of a program that can have a KV cache and says nothing of it yet."""
+    for site in cache_sites(analysis.program):
+        held = analysis.program.caches.get(site.node)
+        if held is None:
+            yield site
+        else:
+            reason = f"its cache is kept as {held.kind} already"
+            yield Refusal("cache", site.node, reason, "plain_cache")

@@ -78,7 +78,7 @@ class Sharing:
             self.heads(site), count, keys, values, similar=similar and not site.fixed_order,
             key_root=roots[0] if roots else None, value_root=roots[1] if roots else None,
         )  # fmt: skip
-        self.align(site, done)
+        self.write(site, done.aligned)
         self.order(site, done.groups)
         self.pool(site.keys, done.groups)
         self.pool(site.values, done.groups)
@@ -141,9 +141,8 @@ class Sharing:
 
     # ** writing **
 
-    def align(self, site: AttentionSite, done: Shared) -> None:
-        """Write turned heads in their old places: the function stays."""
-        new = done.aligned
+    def write(self, site: AttentionSite, new: Heads) -> None:
+        """Write heads in their old places."""
         for rows, made in ((site.q, new.q), (site.k, new.k), (site.v, new.v)):
             if rows is not None:
                 self.load(rows.param)[rows.index] = made[..., :-1]
