@@ -29,8 +29,8 @@ def _rank_fits(made: Any, site: LinearSite) -> str | None:
 class LowRankCompensation(Protecting):
     """y → linear(x, Ŵ) + A (B x), A·B the best of that rank for W - Ŵ.
 
-    Needs a grid or a mask in the same string, whose error it is. Factors are stored in 16 bits; the
-    bias does not change.
+    Needs a grid or a mask in the same string, whose error it is. Factors are stored in 16 bits, or
+    as 8-bit codes with a scale per row; the bias does not change.
     """
 
     variants = {"lorc": {}}
@@ -54,8 +54,16 @@ class LowRankCompensation(Protecting):
         choices=("auto", "outputs", "weights"),
     )
 
+    factor_bits: int = knob(16, "bits that a factor's entries are stored in, 8 or 16", lo=8, hi=16)
+
+    def check(self) -> None:
+        if self.factor_bits not in (8, 16):
+            raise UsageError(
+                f"{self.called}:factor_bits: expected 8 or 16, found {self.factor_bits}"
+            )
+
     def facts(self, site: LinearSite) -> dict[str, Any]:
-        return {"low_rank": LowRank(self._at(site))}
+        return {"low_rank": self._at(site)}
 
     def solving(self, site: LinearSite) -> dict[str, Any]:
         return {"residual": self.form}
@@ -63,5 +71,6 @@ class LowRankCompensation(Protecting):
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
         return encode_low_rank(program, site.node, self._at(site), made_by=self.called)
 
-    def _at(self, site: LinearSite) -> int:
-        return min(self.rank, site.in_features, site.out_features)
+    def _at(self, site: LinearSite) -> LowRank:
+        rank = min(self.rank, site.in_features, site.out_features)
+        return LowRank(rank, bits=self.factor_bits)

@@ -145,10 +145,11 @@ class Transform:
 
 @dataclass(frozen=True)
 class LowRank:
-    """A·B of that rank; factors may be shared by id."""
+    """A·B of that rank, factors in 16 bits or in codes of 8; they may be shared by id."""
 
     rank: int
     shared: str = ""
+    bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,8 @@ class Scheme:
             raise UsageError(
                 f"expected sparse entries beside an N:M mask, found {s}; not built yet"
             )
+        if s is not None and s.kind == "outliers" and self.codes is None:
+            raise UsageError(f"expected codes that outliers stand beside, found {self.short}")
         if masked and self.codes is not None and self.codes.grid == "pairs":
             raise UsageError(
                 f"expected pairs of neighbours, found an N:M mask that parts them ({self.short})",
@@ -256,6 +259,8 @@ class Scheme:
             raise UsageError("expected codes or zeros beside low_rank, found none: nothing is lost")
         if self.low_rank is not None and self.low_rank.shared:
             raise UsageError("expected low_rank of one weight, found shared factors; not built yet")
+        if self.low_rank is not None and self.low_rank.bits not in (8, 16):
+            raise UsageError(f"expected factors of 8 or 16 bits, found {self.low_rank.bits}")
         if self.bias_delta:
             raise UsageError("expected a scheme without bias_delta; it is not built yet")
         for t in (self.t_in, self.t_out):
@@ -315,7 +320,8 @@ class Scheme:
         if self.codes is not None:
             parts.append(self.codes.short)
         if self.low_rank is not None:
-            parts.append(f"+rank {self.low_rank.rank}")
+            rank = self.low_rank
+            parts.append(f"+rank {rank.rank}" + (f" of {rank.bits} bits" if rank.bits < 16 else ""))
         if self.input_grid is not None:
             parts.append(self.input_grid.short)
         return " ".join(parts) or "dense"

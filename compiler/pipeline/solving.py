@@ -337,7 +337,7 @@ def _settled(
     given_back: dict[str, Any] = {}
     if d.scheme.low_rank is not None:
         made, more, given_back = compensate(
-            weight, dense, d.scheme.low_rank.rank, o["residual"], factor, read.columns
+            weight, dense, d.scheme.low_rank, o["residual"], factor, read.columns
         )
         work.packed.update({f"{param}.{suffix}": t for suffix, t in made.items()})
         dense = dense + more

@@ -1,5 +1,7 @@
 """The best matrix of low rank for what a grid or a mask left behind.
 
+Factors may be stored in codes: then A is rounded first, and B is fitted to A as it is stored.
+
 The best A·B of rank k for E in ‖(E - A·B) X‖_F, X Xᵀ = H, is U Uᵀ E, U the k leading left singular
 vectors of E H^½ (Eckart and Young). They are eigenvectors of E H Eᵀ, so H is neither factorised
 nor inverted, and a Hessian of any rank will do. Without H it is the plain truncated SVD.
@@ -13,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .grid import Grid, Rounded, rtn
 
 
 class LowRankFactors(NamedTuple):
@@ -46,6 +50,31 @@ def low_rank(residual: Tensor, rank: int, hessian: Tensor | None = None) -> LowR
     leading = vectors.flip(1)[:, :rank]
     left = leading if basis is None else basis @ leading
     return balanced(left, leading.t() @ e)
+
+
+class CodedFactors(NamedTuple):
+    """A and B on grids of their own, one scale per row."""
+
+    left: Rounded
+    right: Rounded
+
+    @property
+    def product(self) -> Tensor:
+        """A·B ``[m, n]`` of what the codes stand for, fp32."""
+        return self.left.weight @ self.right.weight
+
+
+def coded(factors: LowRankFactors, residual: Tensor, bits: int) -> CodedFactors:
+    """Factors of ``residual`` [m, n] in codes of ``bits``.
+
+    B gives every direction its length and has a scale for each, so that A's rows, whose scales are
+    shared by all directions, hold them alike. A⁺·E is the best B for an A whatever errors are
+    weighed by.
+    """
+    grid = Grid(bits, None)
+    left = rtn(torch.nn.functional.normalize(factors.left, dim=0).float(), grid)
+    right = torch.linalg.pinv(left.weight.double()) @ residual.double()
+    return CodedFactors(left, rtn(right.float(), grid))
 
 
 def balanced(left: Tensor, right: Tensor) -> LowRankFactors:

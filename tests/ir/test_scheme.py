@@ -47,8 +47,9 @@ def test_merging_adds_and_refuses_a_second_opinion():
         ({"codes": Codes(4, 64, grid="table")}, "'table'"),
         ({"codes": Codes(3, 64, grid="e2m1")}, "e2m1:bits: expected 4"),
         ({"codes": Codes(1, 64, grid="binary"), "mask": Mask(sparsity=0.5)}, "holds 0"),
-        ({"codes": Codes(4, None, grid="lut"), "mask": Mask(sparsity=0.5)}, "holds 0"),
-        ({"sparse": Sparse("outliers", 0.01), "mask": Mask(2, 4)}, "outliers"),
+        ({"codes": Codes(3, None, grid="signs"), "mask": Mask(sparsity=0.5)}, "holds 0"),
+        ({"sparse": Sparse("outliers", 0.01), "mask": Mask(2, 4)}, "codes that outliers"),
+        ({"codes": Codes(4, None), "low_rank": LowRank(8, bits=4)}, "8 or 16 bits"),
     ],
 )
 def test_what_is_not_built_refuses(part, word):

@@ -12,6 +12,7 @@ from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.report.data import report, summary
 from llmc.compiler.runtime.artefact import Contents, load, save
+from llmc.compiler.runtime.lowering import runner_for
 
 
 def tokens(samples=6, length=12):
@@ -49,6 +50,32 @@ def test_it_composes(text):
     sizes = [32 + d.site.out_features for d in plan.stages[0].decisions.values()]
     parts = [p.bytes for p in done.program.params.values() if p.name[-5:] in (".left", "right")]
     assert sum(parts) == 2 * k * sum(sizes)
+
+
+@pytest.mark.parametrize("text", ["w3:group=8", "prune24,w4:group=8", "int8_split:threshold=3"])
+def test_factors_of_eight_bits(text, tmp_path):
+    """Bytes to the last one, little lost against 16 bits, and every reader agrees."""
+    wide = compile_plan(planned(f"{text},lorc:rank=8"), tokens())
+    plan = planned(f"{text},lorc:rank=8,factor_bits=8")
+    done = compile_plan(plan, tokens())
+    verify_tensors(done.program)
+    assert all("+rank 8 of 8 bits" in d.scheme.short for d in plan.stages[0].decisions.values())
+    if plan.exact:
+        assert plan.program.weight_bytes() == done.program.weight_bytes()
+    sizes = [
+        (32 + 2) * 8 + (8 + 2) * d.site.out_features for d in plan.stages[0].decisions.values()
+    ]
+    parts = [p for p in done.program.params.values() if "left_" in p.name or "right_" in p.name]
+    assert sum(p.bytes for p in parts) == sum(sizes)
+    a, b = (sum(r["loss"] for r in d.records) for d in (wide, done))
+    assert b < 1.1 * a
+    assert b < sum(r["without_rank"] for r in done.records)
+    save(tmp_path / "out", Contents(done.program))
+    again = load(tmp_path / "out", verify=True).program
+    assert torch.equal(logits(again), logits(done.program))
+    # Eight-bit products of rows that share a scale run on a kernel that rounds scales to bf16.
+    got = runner_for(again, "cpu").forward(tokens()).float()
+    assert float((got - logits(done.program)).norm() / logits(done.program).norm()) < 1e-2
 
 
 def test_full_rank_gives_the_model_back():
@@ -97,6 +124,8 @@ def test_nothing_is_coded_behind_it():
 
 
 def test_a_rank_that_does_not_fit():
+    with pytest.raises(UsageError, match="lorc:factor_bits: expected 8 or 16, found 12"):
+        planned("w4,lorc:factor_bits=12")
     with pytest.raises(UsageError, match="lorc:rank: expected at most 32, found 33"):
         planned("w4,lorc:rank=33", kv=4)
     sizes = {d.scheme.low_rank.rank for d in planned("w4,lorc").stages[0].decisions.values()}
