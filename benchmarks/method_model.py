@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from method_rows import CACHES, Row
+from method_rows import CACHES, MIXED, Row
 
 from llmc.compiler import api
 from llmc.compiler.ir.errors import LlmcError
@@ -146,7 +146,7 @@ def compared(rows: list[Mapping[str, Any]], head: Mapping[str, Any]) -> list[dic
     for r in rows:
         made = dict(r)
         if "nll" in r and r["key"] != DENSE:
-            uniform = f"w{r.get('code_bits')}"
+            uniform = _uniform(r, by_key)
             against = {DENSE: DENSE} | ({"uniform": uniform} if uniform != r["key"] else {})
             made["against"] = {
                 name: {"row": key} | _compared(r, by_key[key], head)
@@ -155,6 +155,16 @@ def compared(rows: list[Mapping[str, Any]], head: Mapping[str, Any]) -> list[dic
             }
         out.append(made)
     return out
+
+
+def _uniform(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The uniform grid of as many bits: of a code, or, where codes are mixed, as stored."""
+    if row["kind"] != MIXED:
+        return f"w{row.get('code_bits')}"
+    stored = row["bits_per_weight"]
+    near = [u for u in UNIFORM if u in rows and rows[u]["bits_per_weight"] >= 0.999 * stored]
+    last = min(near, key=lambda u: rows[u]["bits_per_weight"], default="")
+    return last if last and rows[last]["bits_per_weight"] < 1.02 * stored else ""
 
 
 def _compared(

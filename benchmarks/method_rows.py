@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
-from llmc.compiler import api
 from llmc.compiler.ir.errors import UsageError
 from llmc.compiler.pipeline.base import Exact, Knob, Pass
 from llmc.compiler.pipeline.coding import RoundedCoding
@@ -68,9 +66,9 @@ CHOSEN = (
 )
 # What a pass that keeps the function is tried in front of.
 BEHIND = ("w4", "w3", "w2", "w8a8")
-# Bits per weight that a choice between grids is asked for; uniform w4, w3 and w2 in groups of 128
-# take 4.125, 3.125 and 2.125.
-BUDGETS = (4.125, 3.5, 3.125, 2.625)
+# Bits per weight that a choice between grids is asked for: those of uniform w4 and w3 in groups of
+# 128, and some between.
+BUDGETS = (4.125, 3.625, 3.125, 2.625)
 
 
 @dataclass(frozen=True)
@@ -182,6 +180,6 @@ def _caches() -> Iterator[Row]:
 
 
 def _mixed() -> Iterator[Row]:
-    """Bits chosen for each weight under a budget, where this build can choose them."""
-    if "bits" in signature(api.compile).parameters:
-        yield from (Row(MIXED, "", {"bits": b}) for b in BUDGETS)
+    """Bits chosen for each fused group of weights under a budget of stored bits."""
+    yield from (Row(MIXED, "w4", {"bits": b}) for b in BUDGETS)
+    yield Row(MIXED, "awq,w4", {"bits": BUDGETS[0]})
