@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..ir.caches import PLAIN, sizes_of
+from ..ir.graph import State
 from .cache import Cache
 from .evaluate import Evaluation, Score, Speaker, score_window
 from .executor import Runner
@@ -97,9 +99,9 @@ class Stepwise:
     def _cache(self) -> dict[str, Any]:
         """Bytes of all states of one window's batch, as kept and as they would be kept plainly."""
         assert self.cache is not None
-        states = [replace(s, kind=PLAIN) for s in self.program.states.values()]
-        plain = Cache(states, self.cache.batch, self.cache.length, "meta")
         nodes = {str(n.kwargs["state"]): n for n in self.program.calls("llmc.cached_attention")}
+        states = [_plain(s, nodes[s.name]) for s in self.program.states.values()]
+        plain = Cache(states, self.cache.batch, self.cache.length, "meta")
         bits = numbers = 0.0
         for name, scheme in self.program.caches.items():
             heads, k, v = sizes_of(nodes[name])
@@ -114,3 +116,11 @@ class Stepwise:
             "bytes_per_token": self.cache.bytes / tokens,
             "plain_bytes_per_token": plain.bytes / tokens, "bits_per_number": bits / numbers,
         }  # fmt: skip
+
+
+def _plain(state: State, node: fx.Node) -> State:
+    """The state as it would be kept if nothing was said: whole keys."""
+    heads, k, _ = sizes_of(node)
+    keys = state.types[0]
+    whole = keys.with_shape(keys.shape[0], heads, keys.shape[2], k)
+    return replace(state, kind=PLAIN, types=(whole, state.types[1]))
