@@ -167,6 +167,7 @@ class Factor(Structural, Protecting):
                 f"is, found {self.rank}"
             )
         out: list[LinearSite] = []
+        idle: list[Refusal] = []
         for unit in self._units(analysis.program, found):
             part = unit.part
             rank = self.rank or part.step
@@ -178,12 +179,12 @@ class Factor(Structural, Protecting):
             why += f"{stored} numbers instead of {part.dense}" + (
                 f", and {full} is full" if rank > full else ""
             )
-            refused += [
+            idle += [
                 Refusal(self.called or "svd", s.node, why, "saves", analysis.path(s.node))
                 for s in unit.sites
             ]
         order = {s.id: i for i, s in enumerate(found)}
-        return sorted(out, key=lambda s: order[s.id]), refused
+        return sorted(out, key=lambda s: order[s.id]), idle + refused
 
     def _units(self, program: Program, sites: list[LinearSite]) -> list[Unit]:
         exact = self.explicit("multiple")
