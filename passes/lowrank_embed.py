@@ -125,7 +125,7 @@ class LowRankEmbed(TablePass):
                 raise UsageError(
                     f"lowrank_embed:rank: expected at most {full}, found {self.rank}", where=site.id
                 )
-            self.saves(site, part.bytes(self.rank), f"a rank below {part.dense // part.each + 1}")
+            self.saves(site, part.bytes(self.rank), f"rank {self.rank}")
             return self.rank
         if part.most < 1:
             raise UsageError(

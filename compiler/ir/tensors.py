@@ -23,7 +23,7 @@ from .ops.sparse import coordinates
 
 _PARTS = (
     "codes", "scale", "zero", "meta", "bitmap", "values", "index", "starts", "table", "signs",
-    "factors", "step", "mean", "scale_codes", "outliers", "low", "turn",
+    "factors", "step", "mean", "scale_codes", "outliers", "low", "order", "turn",
 )  # fmt: skip
 LOOKUP = "llmc.lookup"
 _ARGUMENTS = {

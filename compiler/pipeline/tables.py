@@ -43,9 +43,9 @@ class TablePass(Structural):
         """Raises UsageError where that is no less than the table."""
         if stored >= site.bytes:
             raise UsageError(
-                f"{self.called}: expected {what} that saves, found {stored} bytes of {site.bytes}",
-                where=site.id,
-            )
+                f"{self.called}: expected {what} to save bytes, found {stored:,} for the table's "
+                f"{site.bytes:,}", where=site.id,
+            )  # fmt: skip
 
 
 class Swap:

@@ -28,7 +28,7 @@ _DECODES = ("llmc.dequantize", "llmc.lookup", "llmc.sum_signs", "llmc.decode_pai
 _ONE_DTYPE = {
     "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default",
     "aten.addmm.default", "aten.baddbmm.default", "llmc.attention", "llmc.cached_attention",
-    "llmc.fused_linear", "llmc.add_csr", "llmc.csr_linear", "llmc.experts",
+    "llmc.fused_linear", "llmc.add_csr", "llmc.csr_linear", "llmc.experts", "llmc.tt_linear",
     "aten.cat.default", "aten.index_add.default",
 }  # fmt: skip
 _KEPT_ARGUMENTS = {

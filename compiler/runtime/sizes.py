@@ -66,7 +66,7 @@ def _role(program: Program, node: fx.Node, heads: set[int]) -> str:
     names = []
     for user, name in _readers(node):
         op = row_of(user).name
-        if op == "aten.embedding.default":
+        if op in ("aten.embedding.default", "llmc.tt_lookup"):
             return "embedding"
         names.append("head" if id(user) in heads and name == "weight" else name)
     role = names[0] if names else "unused"
@@ -82,7 +82,7 @@ def _readers(node: fx.Node) -> Iterable[tuple[fx.Node, str]]:
             yield from _readers(user)
             continue
         for i, arg in enumerate(user.args):
-            if arg is node:
+            if arg is node or (isinstance(arg, (list, tuple)) and node in arg):
                 yield user, _argument_name(user, i)
         for key, arg in user.kwargs.items():
             if arg is node:
