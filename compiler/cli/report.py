@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,24 +63,39 @@ def report_command(
     OTHERs and the results of every --eval are compared with it, perplexity by bits per weight.
     Reads headers and JSON, never a tensor.
     """
-    from ..report.compare import measured_on, one_protocol, read_evaluation
-    from ..report.html import page
+    from ..report.compare import one_protocol, read_evaluation
     from ..report.text import size
 
-    home = Path(folder).expanduser()
-    given = home.resolve()
+    given = Path(folder).expanduser().resolve()
     goal = given.with_name(f"{given.name}.html") if path is None else path.expanduser()
     _check_goal(goal, force)
     found = [read_evaluation(p.expanduser()) for p in evaluations]
     one_protocol(found)
     with waiting(f"reading {folder}", out):
-        subjects = [_read(f, found) for f in (folder, *others)]
-        subject = _subject(folder, *subjects[0][:2], target)
-        text = page(subject, _compared(subjects, found), measured_on(found))
+        text = page_of(folder, others, found, target)
     data = text.encode("utf-8", "replace")
     _write(goal, data)
     out.text(f"wrote {goal} ({size(len(data))})")
     out.data("report", {"source": folder, "out": str(goal), "bytes": len(data)})
+
+
+def page_of(
+    folder: str | Path, others: Sequence[str] = (), evaluations: Sequence[dict[str, Any]] = (),
+    target: str = "triton",
+) -> str:  # fmt: skip
+    """The report of an artefact as HTML.
+
+    Args:
+        others: artefacts to compare with. evaluations: of any of them, on the same windows.
+    Raises:
+        ModelError: one of them is no artefact, or an evaluation is not of what is there.
+    """
+    from ..report.compare import measured_on
+    from ..report.html import page
+
+    found = [_read(str(f), evaluations) for f in (folder, *others)]
+    subject = _subject(str(folder), *found[0][:2], target)
+    return page(subject, _compared(found, evaluations), measured_on(evaluations))
 
 
 def _check_goal(goal: Path, force: bool) -> None:
@@ -114,7 +130,7 @@ def _write(goal: Path, data: bytes) -> None:
 
 
 def _read(
-    folder: str, evaluations: list[dict[str, Any]]
+    folder: str, evaluations: Sequence[dict[str, Any]]
 ) -> tuple[Loaded, dict[str, Any] | None, Measured]:
     """An artefact, its evaluation where one is given, and its place in a comparison."""
     from ..report.compare import Measured
@@ -140,7 +156,8 @@ def _same_place(a: str, b: str) -> bool:
 
 
 def _compared(
-    found: list[tuple[Loaded, dict[str, Any] | None, Measured]], evaluations: list[dict[str, Any]]
+    found: list[tuple[Loaded, dict[str, Any] | None, Measured]],
+    evaluations: Sequence[dict[str, Any]],
 ) -> list[Measured]:
     """The artefacts, then what evaluations speak of besides: other results and their baseline."""
     from dataclasses import replace

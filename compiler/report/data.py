@@ -53,7 +53,6 @@ def report(done: Compiled) -> dict[str, Any]:
         "fallbacks": done.fallbacks,
         "refusals": [r.to_json() for r in done.plan.refusals],
         "totals": _totals(done, sites),
-        **({} if done.plan.mixing is None else {"mixing": done.plan.mixing}),
     }
 
 

@@ -139,7 +139,7 @@ def plan_tables(plan: dict[str, Any], full: bool = False) -> list[Table]:
         order_table(plan),
         structure_table(plan["structure"]),
         migrations_table(plan),
-        *mixing_tables(plan.get("mixing"), full),
+        *mixing_tables(plan.get("mixed"), full),
         sites_table(plan, full),
         refusals_table(plan["refusals"], full),
     ]
