@@ -16,31 +16,51 @@ from ..ir.graph import Program
 from ..ir.ops.attention import allowed, attention
 from .cache import Step
 
+# Queries of a window that are attended at once: together they read what each of them may.
+TOGETHER = 256
 
-@dataclass
-class _Mask:
-    """What one step's attention needs, for one window: ``mask`` bool [B, 1, S, R] or None.
 
-    ``step`` is the step that it was made in, ``given`` the arguments that it was made from.
+@dataclass(frozen=True)
+class _Part:
+    """What some queries of a step need, for one window: ``mask`` bool [B, 1, S, R] or None.
 
-    ``dead`` marks queries that may read nothing; ``causal`` says that a plain triangle will do.
-    ``read`` are the R keys that somebody may read: a run of them, their indices, or None for all.
+    ``rows`` are the queries. ``dead`` marks those that may read nothing; ``causal`` says that a
+    plain triangle will do. ``read`` are the R keys that some query may read: a run of them, their
+    indices, or None for all.
     """
 
-    step: Step | None
-    given: tuple[Any, ...]
+    rows: slice
     mask: torch.Tensor | None
     dead: torch.Tensor | None
     causal: bool
     read: slice | torch.Tensor | None = None
 
-    def of(self, kept: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """[B, H, S, D] of all queries -> [B, H, rows, E] of these."""
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, self.rows], self._of(keys), self._of(values), attn_mask=self.mask,
+            is_causal=self.causal, scale=scale, enable_gqa=q.shape[1] != keys.shape[1],
+        )  # fmt: skip
+        return out if self.dead is None else out.masked_fill(self.dead, 0.0)
+
+    def _of(self, kept: torch.Tensor) -> torch.Tensor:
         """The keys or values [B, KV, T, D] that are read, [B, KV, R, D]."""
         if self.read is None:
             return kept
         if isinstance(self.read, slice):
             return kept[:, :, self.read]
         return kept.index_select(2, self.read)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """One window's parts in one step: ``given`` are the arguments that they were made from."""
+
+    step: Step | None
+    given: tuple[Any, ...]
+    parts: tuple[_Part, ...]
 
 
 class Attend:
@@ -89,13 +109,8 @@ class Attend:
         step = state.step
         if step is None or made is None or made.step is not step or not _same(made.given, given):
             made = self._masks[pattern] = _make(step, given, k_pos, valid, *pattern)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, made.of(keys), made.of(values), attn_mask=made.mask, is_causal=made.causal,
-            scale=scale, enable_gqa=q.shape[1] != keys.shape[1],
-        )  # fmt: skip
-        if made.dead is not None:
-            out = out.masked_fill(made.dead, 0.0)
-        return out.transpose(1, 2)
+        done = [part(q, keys, values, scale) for part in made.parts]
+        return (done[0] if len(done) == 1 else torch.cat(done, 2)).transpose(1, 2)
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
@@ -111,21 +126,27 @@ def _make(
     dilation: int,
     first: int,
 ) -> _Mask:
-    ok = allowed(given[0], k_pos, valid, True, window, dilation, first)
+    q_pos, most = given[0], TOGETHER if window is not None else given[0].shape[1]
+    parts = []
+    for start in range(0, q_pos.shape[1], most):
+        rows = slice(start, start + most)
+        ok = allowed(q_pos[:, rows], k_pos, valid, True, window, dilation, first)
+        parts.append(_part(rows, ok, window is not None))
+    return _Mask(step, given, tuple(parts))
+
+
+def _part(rows: slice, ok: torch.Tensor, windowed: bool) -> _Part:
     # The tests wait for the device, but once per step, not once per layer.
-    read = None if window is None else _readable(ok)
+    read = _readable(ok) if windowed else None
     if read is not None:
         ok = ok[..., read]
     if bool(ok.all()):
-        return _Mask(step, given, None, None, False, read)
-    if (
-        read is None
-        and ok.shape[-2] == ok.shape[-1]
-        and bool((ok == torch.ones_like(ok[:1]).tril()).all())
-    ):
-        return _Mask(step, given, None, None, True)
+        return _Part(rows, None, None, False, read)
+    square = ok.shape[-2] == ok.shape[-1]
+    if square and bool((ok == torch.ones_like(ok[:1]).tril()).all()):
+        return _Part(rows, None, None, True, read)
     dead = ~ok.any(-1, keepdim=True)
-    return _Mask(step, given, ok | dead, dead if bool(dead.any()) else None, False, read)
+    return _Part(rows, ok | dead, dead if bool(dead.any()) else None, False, read)
 
 
 def _readable(ok: torch.Tensor) -> slice | torch.Tensor | None:
