@@ -24,6 +24,7 @@ def predictions(plan: Plan, tokens: int, length: int) -> dict[str, Any]:
     windows = tokens // length if length else 0
     flops, stream = _forward(plan.source, windows, length) if windows else (0, 0)
     held, swept = _sweeps(plan, windows)
+    solving = 3 * _grams(plan) + _stacks(plan)
     # Deciding about blocks keeps the stream in up to five places, and looks at logits.
     logits = min(LOGITS, 8 * tokens * (plan.source.facts.get("vocab") or LOGITS))
     more = 3 * stream + logits if windows and any(s.forwards for s in plan.steps) else 0
@@ -32,7 +33,7 @@ def predictions(plan: Plan, tokens: int, length: int) -> dict[str, Any]:
         "bytes_before": plan.captured.weight_bytes(),
         "bytes_after": plan.program.weight_bytes(),
         "exact": plan.exact,
-        "ram_bound": max(widest + 3 * _grams(plan), widest + held) + 2 * stream + more,
+        "ram_bound": widest + max(solving, held) + 2 * stream + more,
         "calibration_flops": int(forwards * flops) + _measuring(plan, windows, length),
         "calibration_tokens": tokens,
     }
@@ -59,6 +60,12 @@ def _grams(plan: Plan) -> int:
                 by_block.setdefault(d.site.segment, {})[d.site.reads] = size
         out = max([out, *(sum(v.values()) for v in by_block.values())])
     return out
+
+
+def _stacks(plan: Plan) -> int:
+    """Bytes of the solved experts of one stacked weight, apart and joined: values and codes."""
+    found = (d.site for s in plan.stages for d in s.decisions.values() if d.site.stacked)
+    return max((12 * s.in_features * s.out_features for s in found), default=0)
 
 
 def _sweeps(plan: Plan, windows: int) -> tuple[int, float]:

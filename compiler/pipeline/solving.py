@@ -215,8 +215,8 @@ def rule_of(mask: Mask | None, sparse: Sparse | None = None) -> MaskRule | None:
     if mask is None:
         return None
     if mask.structured:
-        recovers = sparse is not None and sparse.kind == "csr"
-        return MaskRule("nm", mask.n, mask.m, recover=sparse.share if recovers else 0.0)
+        recover = sparse.share if sparse is not None and sparse.kind == "csr" else 0.0
+        return MaskRule("nm", mask.n, mask.m, recover=recover)
     return MaskRule("unstructured", sparsity=mask.sparsity)
 
 
