@@ -1,0 +1,230 @@
+"""Low rank: perplexity of the demo model by method, share and rank split; speed of a larger model.
+
+    python benchmarks/low_rank.py quality --out benchmarks/results/low_rank.json
+    python benchmarks/low_rank.py speed --out benchmarks/results/low_rank_speed.json
+
+Quality: the same share of the factored weights' parameters goes by every method; combinations with
+codes and zeros stand beside their parts, and every row tells the bytes of the block weights, so
+that rows of equal bytes can be compared. Nothing is tuned on the held-out text. Speed: one process
+times the whole model and its factored forms in turn, round after round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import width
+
+from llmc.compiler import api
+from llmc.compiler.analysis.blocks import is_block, segments_of
+from llmc.compiler.ir.graph import Program
+from llmc.compiler.pipeline.data import Tokenizer, read_stream
+from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate
+from llmc.compiler.runtime.executor import Runner
+from llmc.compiler.runtime.lowering import runner_for
+
+MODEL = width.MODEL
+AGAINST = "svdllm"
+
+# Each takes ``remove=`` as its first knob.
+METHODS = {
+    "svd": "svd:remove={0}",
+    "fwsvd": "fwsvd:remove={0}",
+    "asvd": "asvd:remove={0}",
+    "asvd, its own ranks": "asvd:remove={0},alloc=asvd",
+    "svdllm": "svdllm:remove={0}",
+    "svdllm, U updated": "svdllm:remove={0},update=closed",
+    "svdllm, sequential, U updated": "svdllm:remove={0},update=closed,sequential=true",
+    "svdllm, shared latents": "svdllm:remove={0},share=true",
+    "svdllm, global ranks": "svdllm:remove={0},alloc=global",
+    "svdllm, global ranks by measured loss": "svdllm:remove={0},alloc=global,weigh=loss",
+    "svdllm, global ranks, shared latents": "svdllm:remove={0},alloc=global,share=true",
+    "svdllm, global ranks, sequential, U updated": (
+        "svdllm:remove={0},alloc=global,update=closed,sequential=true"
+    ),
+}
+# What low rank adds to codes and zeros, and what they do alone.
+COMBINED = (
+    "w4", "w3", "lorc:rank=16,w4", "lorc:rank=16,w3", "lorc:rank=32,w3",
+    "svdllm:remove=0.1,alloc=global,w4", "svdllm:remove=0.2,alloc=global,w4",
+    "prune24", "prune24,w4", "lorc:rank=16,prune24", "lorc:rank=32,prune24",
+    "svdllm:remove=0.1,alloc=global,prune24", "svdllm:remove=0.4,alloc=global",
+)  # fmt: skip
+
+
+def recipes(shares: list[float]) -> Iterator[tuple[str, str]]:
+    """(name, passes) of every row but the dense one."""
+    for share in shares:
+        for name, text in METHODS.items():
+            yield f"{name}, {share:.0%}", text.format(f"{share:g}")
+    for text in COMBINED:
+        yield text, text
+
+
+def quality(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile and evaluate every row; written after each, so that it can go on."""
+    stream = read_stream(args.data, Tokenizer(MODEL))
+
+    def score(program: Program) -> Evaluation:
+        runner = Runner(program, resident="dense")
+        return evaluate(runner, stream, args.window, batch=8, limit=args.windows)
+
+    dense = api.capture(MODEL)
+    found = {"dense": score(dense)}
+    first = found["dense"].to_json()
+    kept = ("data", "sha256", "window", "windows", "tokens", "protocol")
+    head = {
+        "command": _command(), "protocol": {k: first[k] for k in kept},
+        "calibration": {"samples": args.samples, "length": args.length, "seed": 0},
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    known = _known(args.out, head)
+    rows = [_row("dense", "", found["dense"], dense, 0.0, [])]
+    for name, passes in recipes(args.shares):
+        if args.only and not any(word in passes for word in args.only):
+            continue
+        if passes in known:
+            rows.append(known[passes] | {"name": name})
+            found[name] = replace(found["dense"], nll=tuple(known[passes]["nll"]))
+            continue
+        began = time.process_time()
+        small = api.compile(MODEL, passes, calibration=args.calibration, samples=args.samples,
+                            length=args.length)  # fmt: skip
+        seconds = time.process_time() - began
+        found[name] = score(small.program)
+        assert small.solved is not None
+        steps = small.solved.structure
+        rows.append(_row(name, passes, found[name], small.program, seconds,
+                         steps[0]["records"] if steps else []))  # fmt: skip
+        print(f"{name}: {found[name].perplexity:.3f}", file=sys.stderr, flush=True)
+        _write(args.out, {**head, "rows": rows})
+    pairs = []
+    for share in args.shares:
+        names = [f"{name}, {share:.0%}" for name in METHODS]
+        base = f"{AGAINST}, {share:.0%}"
+        pairs += [
+            {"method": n, "against": base, **compare(found[n], found[base]).to_json()}
+            for n in names if n != base and n in found and base in found
+        ]  # fmt: skip
+    return {**head, "rows": rows, "pairs": pairs}
+
+
+def _known(path: Path | None, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows that an earlier run of the same protocol left, by their passes."""
+    if path is None or not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    same = all(data.get(k) == head[k] for k in ("protocol", "calibration"))
+    return {r["passes"]: r for r in data["rows"]} if same else {}
+
+
+def _row(
+    name: str, passes: str, e: Evaluation, program: Program, seconds: float, records: list[Any]
+) -> dict[str, Any]:
+    """One line of the table, with the ranks that were chosen and what was predicted of them."""
+    told = {r["site"]: r for r in records if r["site"] in ("all", "model")}
+    return {
+        "name": name, "passes": passes, "perplexity": e.perplexity,
+        "block_bytes": block_bytes(program), "bytes": program.weight_bytes(),
+        "compile_cpu_seconds": round(seconds, 1), "nll": list(e.nll),
+        "ranks": {r["site"]: r["rank"] for r in records if "rank" in r},
+        "dense": [r["site"] for r in records if "stays" in r],
+        "decided": told.get("all", {}), "loss": told.get("model", {}),
+    }  # fmt: skip
+
+
+def block_bytes(program: Program) -> int:
+    """Stored bytes of the parameters of repeated blocks."""
+    inside = {n for s in segments_of(program) if is_block(s.name) for n in s.nodes}
+    nodes = (n for n in program.graph.nodes if n.name in inside)
+    params = (program.param_of(n) for n in nodes)
+    return sum(p.bytes for p in params if p is not None and p.trained)
+
+
+def table(data: dict[str, Any]) -> str:
+    """The rows as Markdown: perplexity, and bytes of the blocks beside the dense ones."""
+    whole = data["rows"][0]["block_bytes"]
+    lines = ["| row | passes | perplexity | block bytes |", "|---|---|---:|---:|"]
+    for r in data["rows"]:
+        share = r["block_bytes"] / whole
+        lines.append(f"| {r['name']} | `{r['passes']}` | {r['perplexity']:.3f} | {share:.1%} |")
+    return "\n".join(lines)
+
+
+def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Prefill and decode of the whole model and its factored forms, in turn, on random weights."""
+    dense = width._llama(args)
+    programs = {0.0: dense}
+    for share in args.speed_shares:
+        programs[share] = api.compile(dense, f"svd:remove={share:g},randomised=true").program
+    runners = {s: runner_for(p, args.target, cached=True) for s, p in programs.items()}
+    tokens = torch.randint(0, args.vocab, (4096,), generator=torch.Generator().manual_seed(0))
+    times: dict[tuple[str, float], list[width.Clocks]] = {}
+    for turn in range(args.rounds + 1):
+        for kind, (batch, prompt, new) in width.SETTINGS.items():
+            for share, runner in runners.items():
+                found = width._timed(runner, tokens, batch, prompt, new)
+                if turn:  # the first turn warms up
+                    times.setdefault((kind, share), []).append(found)
+    rows = [width._speed_row(k, s, times, programs) for k in width.SETTINGS for s in runners]
+    for row in rows:
+        row["removed_share_of_factored_weights"] = row.pop("removed_share_of_block_parameters")
+    parameters = sum(torch.Size(p.shape).numel() for p in dense.params.values() if p.trained)
+    return {
+        "command": _command(), "parameters": parameters, "hidden": args.hidden,
+        "target": args.target, "threads": torch.get_num_threads(), "rounds": args.rounds,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _command() -> str:
+    given = [a for i, a in enumerate(sys.argv[1:]) if a != "--out" and sys.argv[i] != "--out"]
+    return "python benchmarks/low_rank.py " + " ".join(given)
+
+
+def _write(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Parse the command line and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("--data", default=str(MODEL / "text" / "heldout.txt"))
+    parser.add_argument("--calibration", default=str(MODEL / "text" / "calibration.txt"))
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--windows", type=int, help="only the first windows of the held-out text")
+    parser.add_argument("--only", nargs="*", help="only rows whose passes hold one of these words")
+    parser.add_argument("--target", default="reference", help="what runs the decode")
+    parser.add_argument("--speed-shares", type=float, nargs="*", default=[0.3, 0.5])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--inner", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    data = quality(args) if args.what == "quality" else measure_speed(args)
+    _write(args.out, data)
+    if args.what == "quality":
+        print(table(data))
+    elif args.out is None:
+        print(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    main()
