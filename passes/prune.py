@@ -48,7 +48,7 @@ class Prune(Protecting):
     source = "SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695; WRP; OBD (LeCun et al., 1989)"
     pattern = linear_weights
     preconditions = (*BLOCK_WEIGHT, Precondition("blocks_fit", _blocks_fit))
-    hits = (Example("llama_gqa"), Example("with_bias"))
+    hits = (Example("llama_gqa"), Example("with_bias"), Example("moe"))
     misses = (Example("tied_head", "param_read_once"), Example("odd_inputs", "blocks_fit"))
 
     solver: str = knob(
