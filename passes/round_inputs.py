@@ -12,6 +12,7 @@ from ..compiler.ir.ops.rounding import grid_top
 from ..compiler.ir.scheme import InputGrid
 from ..compiler.pipeline.analysis import linear_weights
 from ..compiler.pipeline.base import Example, Lossy, knob
+from ..compiler.pipeline.clipping import clip_knob, share_knob, static_grid
 from ..compiler.pipeline.inputs import encode_input
 from ..compiler.pipeline.sites import BLOCK_WEIGHT, Protecting
 
@@ -44,6 +45,8 @@ class RoundInputs(Protecting):
         choices=("token", "tensor", "static"),
     )
     act_group: int | None = knob(None, "channels that share a scale", lo=2, hi=65536)
+    act_clip: str = clip_knob()
+    act_percentile: float | None = share_knob()
     power: bool = knob(False, "scales are powers of two")
 
     def check(self) -> None:
@@ -51,11 +54,15 @@ class RoundInputs(Protecting):
             grid_top(self.kind, self.bits)
         except ModelError as e:
             raise UsageError(f"{self.called}:kind: {e.message}") from None
+        assert self._grid
 
     def facts(self, site: LinearSite) -> dict[str, Any]:
-        grid = InputGrid(self.bits, self.act, self.kind, self.act_group, self.power)
-        return {"input_grid": grid}
+        return {"input_grid": self._grid}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
-        grid = self.facts(site)["input_grid"]
-        return encode_input(program, site.node, grid, made_by=self.called)
+        return encode_input(program, site.node, self._grid, made_by=self.called)
+
+    @property
+    def _grid(self) -> InputGrid:
+        how = (self.act_group, self.power, self.act_clip, self.act_percentile)
+        return static_grid(self.called, self.bits, self.act, self.kind, *how)

@@ -173,7 +173,8 @@ class InputGrid:
 
     ``per``: one scale per ``token`` or per ``tensor`` as it comes, or ``static`` from calibration.
     ``kind``: ``int``, a small float by name, or ``pairs``. ``group``: channels that share a scale.
-    ``power``: scales are powers of two.
+    ``power``: scales are powers of two. ``clip``: where a static grid ends, at the largest value
+    (absmax), where it keeps ``percentile`` of the values, or where it costs least (mse).
     """
 
     bits: int
@@ -181,6 +182,8 @@ class InputGrid:
     kind: str = "int"
     group: int | None = None
     power: bool = False
+    clip: str = "absmax"
+    percentile: float = 0.0
 
     @property
     def static(self) -> bool:
@@ -191,6 +194,7 @@ class InputGrid:
         """A few characters for tables, e.g. ``a8 token``."""
         name = {"int": f"a{self.bits}", "pairs": f"a{self.bits} pairs"}.get(self.kind)
         text = f"{name or 'a-' + self.kind} {self.per}"
+        text += {"mse": " mse", "percentile": f" p{self.percentile:g}"}.get(self.clip, "")
         return text + (f" g{self.group}" if self.group else "") + " power" * self.power
 
 

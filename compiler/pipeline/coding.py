@@ -11,6 +11,7 @@ from ..ir.graph import Program
 from ..ir.scheme import Codes, InputGrid, Sparse
 from .analysis import linear_weights
 from .base import Example, Lossy, Precondition, knob
+from .clipping import clip_knob, share_knob, static_grid
 from .encode import encode_codes, encode_outliers
 from .inputs import encode_input
 from .sites import BLOCK_WEIGHT, Protecting
@@ -169,7 +170,14 @@ class RoundedCoding(GroupedCoding):
         choices=("token", "tensor", "static"),
     )
     act_group: int | None = knob(None, "channels of an input that share a scale", lo=2, hi=65536)
+    act_clip: str = clip_knob()
+    act_percentile: float | None = share_knob()
+
+    def check(self) -> None:
+        super().check()
+        self.rounded(8)
 
     def rounded(self, bits: int, kind: str = "int", power: bool = False) -> InputGrid:
         """The input grid with the pass's scales."""
-        return InputGrid(bits, self.act, kind, self.act_group, power)
+        how = (self.act_group, power, self.act_clip, self.act_percentile)
+        return static_grid(self.called, bits, self.act, kind, *how)

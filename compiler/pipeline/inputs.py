@@ -23,6 +23,8 @@ from ..ir.ops.pairs import USUAL
 from ..ir.ops.rounding import round_input, scale_of
 from ..ir.scheme import InputGrid, Scheme, Sparse
 from ..solvers import Solution
+from .clipping import clipped
+from .magnitudes import Magnitudes
 from .statistics import Collection
 
 ROUND = "llmc.round_input"
@@ -169,13 +171,15 @@ def outlier_columns(absmax: Tensor, sparse: Sparse) -> tuple[Tensor, tuple[str, 
 
 
 def static_scale(
-    absmax: Tensor, grid: InputGrid, columns: Tensor | None = None, absmean: Tensor | None = None
-) -> Tensor:
-    """fp32 [G]: the scale with which nothing that calibration saw is clipped.
+    absmax: Tensor, grid: InputGrid, columns: Tensor | None = None, absmean: Tensor | None = None,
+    seen: Magnitudes | None = None,
+) -> Tensor:  # fmt: skip
+    """fp32 [G]: the scale with which nothing that calibration saw is clipped, or what pays.
 
     Args:
         absmax: [n], per channel. columns: those that are rounded nowhere.
         absmean: [n], mean of |x|, for pairs: where usual values reach less than outliers.
+        seen: how large values are, where the grid does not end at the largest.
     """
     width = len(absmax) if grid.group is None else min(grid.group, len(absmax))
 
@@ -186,6 +190,8 @@ def static_scale(
     size = folded(absmax).amax(-1)
     if absmean is not None:
         size = torch.minimum(size, USUAL * folded(absmean).mean(-1))
+    if seen is not None:
+        size = clipped(seen, size, grid, columns)
     return scale_of(size, grid.kind, grid.bits, grid.power)
 
 
@@ -218,7 +224,8 @@ def reading(scheme: Scheme, stats: Collection, value: str) -> Reading:
         return Reading(columns, notes=notes)
     mean: Any = stats.get(value, "absmean") if grid.kind == "pairs" else None
     absmean = None if mean is None else mean.value
-    return Reading(columns, static_scale(absmax.value, grid, columns, absmean), notes)
+    seen: Any = None if grid.clip == "absmax" else stats.get(value, "magnitudes")
+    return Reading(columns, static_scale(absmax.value, grid, columns, absmean, seen), notes)
 
 
 def needs(scheme: Scheme) -> tuple[str, ...]:
@@ -228,6 +235,8 @@ def needs(scheme: Scheme) -> tuple[str, ...]:
     if not (split or static):
         return ()
     grid = scheme.input_grid
+    if static and grid is not None and grid.clip != "absmax":
+        return ("absmax", "magnitudes")
     return ("absmax", "absmean") if grid is not None and grid.kind == "pairs" else ("absmax",)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ir.errors import LlmcError, UsageError, nearest
+from .magnitudes import Magnitudes
 
 S = TypeVar("S", bound="Statistic")
 
@@ -288,7 +289,8 @@ def _have(value: Tensor | None) -> Tensor:
 
 
 KINDS: dict[str, type] = {
-    k.name: k for k in (AbsMax, AbsMean, Range, Sample, Moments, Gram, WideGram, Fisher)
+    k.name: k
+    for k in (AbsMax, AbsMean, Magnitudes, Range, Sample, Moments, Gram, WideGram, Fisher)
 }
 
 
