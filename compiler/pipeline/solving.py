@@ -22,6 +22,7 @@ from ..ir.scheme import Mask, Sparse
 from ..solvers import NO_HESSIAN, Factor, MaskRule, Solution, prepare, solve
 from ..solvers.grid import Fit
 from . import encode, inputs, rotating
+from .alternating import alternated
 from .equivalence import Edge, Equivalence, Move, Planned
 from .experts import Given, Solved, joined, solve_stack
 from .griding import grid_of, outliers
@@ -302,7 +303,16 @@ def _solve_one(
     began = time.perf_counter()
     given = _given(work, d)
     weight = given.weight if turn is None else turn.weight(given.weight)
-    solution = _answer(d, read, given._replace(weight=weight), factor)
+
+    def answer(rest: Tensor) -> Solution:
+        return _answer(d, read, given._replace(weight=rest), factor)
+
+    low, o = d.scheme.low_rank, d.options
+    if low is None or "rounds" not in o:
+        solution = answer(weight)
+    else:
+        how = (o["residual"], factor, read.columns, o["rounds"], o["start"])
+        solution = alternated(answer, weight, low, *how)
     record = _settled(work, d, weight, factor, read, turn, solution)
     return {**record, "tokens": tokens, "seconds": round(time.perf_counter() - began, 4)}
 
