@@ -34,9 +34,9 @@ def model(blind=False, **sizes):
     return program
 
 
-def compiled(text, program=None, **options):
+def compiled(text, program=None, ids=None, **options):
     plan = make_plan(program or model(), recipe.from_strings(text.split()))
-    return compile_plan(plan, tokens(), Options(**options))
+    return compile_plan(plan, tokens() if ids is None else ids, Options(**options))
 
 
 def records(done):
@@ -51,11 +51,12 @@ def weights(program):
     return {"gate_up": seen[node.args[3]], "down": seen[node.args[4]]}
 
 
-def reads(program):
+def reads(program, ids=None):
     """What each expert's two matrices read of the calibration tokens, from first principles."""
     (node,) = program.calls("llmc.experts")
     seen = {}
-    run(program, model_inputs(tokens()), observe=lambda n, v: seen.setdefault(n, v))
+    ids = tokens() if ids is None else ids
+    run(program, model_inputs(ids), observe=lambda n, v: seen.setdefault(n, v))
     x, index, _, both, _ = (seen[a] for a in node.args)
     out = {"gate_up": [], "down": []}
     for e in range(E):
@@ -64,6 +65,14 @@ def reads(program):
         out["gate_up"].append(mine)
         out["down"].append(torch.nn.functional.silu(gate) * up)
     return out
+
+
+def errors(made, dense, read):
+    """tr(D H Dᵀ) of each expert."""
+    return [
+        float(exact_rows((a - b).double().T, (x.T @ x).double()).sum())
+        for a, b, x in zip(made, dense, read, strict=True)
+    ]
 
 
 ROLES = pytest.mark.parametrize("role", ["gate_up", "down"])
@@ -99,13 +108,20 @@ def test_calibration_lowers_the_error_of_the_layer(role, text):
     other = "prune:solver=magnitude" if text == "prune" else other
     dense, read = weights(program)[role], reads(program)[role]
 
-    def error(name):
-        made = weights(compiled(name, program).program)[role]
-        rows = [exact_rows((a - b).double().T, (x.T @ x).double())
-                for a, b, x in zip(made, dense, read, strict=True)]  # fmt: skip
-        return float(sum(r.sum() for r in rows))
+    found, base = (errors(weights(compiled(t, program).program)[role], dense, read)
+                   for t in (text, other))  # fmt: skip
+    assert sum(found) < sum(base)
+    assert all(a <= b * (1 + 1e-6) for a, b in zip(found, base, strict=True))
 
-    assert error(text) < error(other)
+
+@ROLES
+def test_few_tokens_are_damped_and_never_make_an_expert_worse(role):
+    program, ids = model(), tokens(1, 3)
+    dense, read = weights(program)[role], reads(program, ids)[role]
+    assert max(map(len, read)) < dense.shape[-1]
+    found, base = (errors(weights(compiled(f"w3:solver={s}", program, ids).program)[role], dense,
+                          read) for s in ("gptq", "rtn"))  # fmt: skip
+    assert all(a <= b * (1 + 1e-6) for a, b in zip(found, base, strict=True))
 
 
 @ROLES
