@@ -218,8 +218,8 @@ def _kernels(artefact: Loaded, target: str) -> dict[str, Any] | None:
     for r in told["not_fused"]:
         missed.setdefault((r["predicate"], r["reason"]), []).append(r)
     for (predicate, reason), rows in missed.items():
-        first = f"{rows[0]['node']} {rows[0]['path']}".strip()
-        refused.rows.append((str(len(rows)), predicate, reason, first))
+        where = f"{rows[0]['node']} {rows[0]['path']}".strip()
+        refused.rows.append((str(len(rows)), predicate, reason, where))
     sources: dict[str, dict[str, Any]] = {}
     for r in told["fused"] if target == "triton" else []:
         problem = Problem(**r["problem"])

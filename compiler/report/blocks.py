@@ -29,8 +29,11 @@ class View:
     @property
     def bytes(self) -> tuple[int, int]:
         """Of the parameters read here, before and after."""
-        sides = ([c.before for c in self.lines], [c.after for c in self.lines])
-        return tuple(sum(r["bytes"] for r in s if r and r["op"] == "param") for s in sides)  # type: ignore[return-value]
+        before, after = (
+            sum(r["bytes"] for r in side if r is not None and r["op"] == "param")
+            for side in zip(*((c.before, c.after) for c in self.lines), strict=True)
+        )
+        return before, after
 
     @property
     def changed(self) -> int:

@@ -109,8 +109,8 @@ def _ordered(
                 place[n] for n in layer
             }  # fmt: skip
             layer.sort(key=lambda n: means[n])
-            for i, n in enumerate(layer):
-                place[n] = i - (len(layer) - 1) / 2
+            for at, n in enumerate(layer):
+                place[n] = at - (len(layer) - 1) / 2
     return tuple(tuple(n.name for n in layer) for layer in layers)
 
 

@@ -179,7 +179,8 @@ def _facts(subject: Subject, told: Mapping[str, Any]) -> list[tuple[str, str]]:
     a = subject.artefact
     facts, run = a.program.facts, a.run if isinstance(a.run, dict) else {}
     states = subject.states[-1] if subject.states else ("", "")
-    record = told.get("record") if isinstance(told.get("record"), dict) else {}
+    record: Any = told.get("record")
+    record = record if isinstance(record, dict) else {}
     out = [
         ("model", " ".join(str(facts[k]) for k in ("architecture", "model_type") if k in facts)),
         ("passes", str(record.get("passes", told.get("passes", "")))),

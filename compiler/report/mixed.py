@@ -85,7 +85,12 @@ def _facts(
     ]
     held = record.get("held_out")
     if isinstance(held, dict):
-        out.append(("judged on", ", ".join(f"{k} {v}" for k, v in held.items())))
+        out.append(
+            (
+                "judged on",
+                ", ".join(f"{v} {k}" if isinstance(v, int) else str(v) for k, v in held.items()),
+            )
+        )
     return [(k, v) for k, v in out if v]
 
 
@@ -102,7 +107,8 @@ def _frontiers(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) ->
                 f"{len(predicted)}", where="report.json, mixed",
             )  # fmt: skip
         places = zip(stored, predicted, strict=True)
-        points = [Point(8 * b / weights, loss) for b, loss in places]
+        # Without the places that lose nothing, so that the others can be told apart by logarithm.
+        points = [Point(8 * b / weights, loss) for b, loss in places if loss > 0]
         rises = [row["predicted"].get(measure) for row in table]
         if all(map(_is_number, rises)):
             bits = 8 * sum(row["bytes"] for row in table) / weights

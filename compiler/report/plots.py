@@ -17,6 +17,8 @@ from .markup import box, num, svg, tag, text
 Show = Callable[[float], str]
 _WIDE = 860.0
 _LEFT, _RIGHT, _TOP = 78.0, 16.0, 8.0
+# Where the name of a point may stand, above or below it.
+_OFFSETS = (-4, 13, 4, -16, 25, -28, 37, -40)
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ def bars(names: Sequence[str], values: Sequence[float | None], label: str, show:
     top = max((v for v in values if v is not None), default=0.0) or 1.0
     step = min(26.0, (_WIDE - _LEFT - _RIGHT) / max(len(names), 1))
     inside: list[object] = []
-    for value in (0.0, top):
-        y = _TOP + tall * (1 - value / top)
+    for mark in (0.0, top):
+        y = _TOP + tall * (1 - mark / top)
         inside += [_rule(_LEFT, y, _LEFT + step * len(names)),
-                   text(_LEFT - 6, y + 4, show(value), anchor="end")]  # fmt: skip
+                   text(_LEFT - 6, y + 4, show(mark), anchor="end")]  # fmt: skip
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         if value is not None:
             high = tall * max(value, 0) / top
@@ -218,9 +220,11 @@ def scatter(
                           class_=kind))  # fmt: skip
         if p.name:
             name = _short(p.name, 26)
-            spaces = [_Space(x + 8, y + d - 9, x + 8 + 6.4 * len(name), y + d + 3)
-                      for d in (-4, 13, 4, -16, 25, -28, 37)]  # fmt: skip
-            free = next((s for s in spaces if not any(map(s.meets, taken))), spaces[0])
-            taken.append(free)
-            inside.append(text(free.left, free.bottom - 3, name))
+            right = x + 8 + 6.4 * len(name)
+            spaces = [_Space(x + 8, y + d - 9, right, y + d + 3) for d in _OFFSETS]
+            inner = [s for s in spaces if s.top >= 0 and s.bottom <= height - bottom]
+            free = next((s for s in inner if not any(map(s.meets, taken))), None)
+            if free is not None:  # else the title and the table name it
+                taken.append(free)
+                inside.append(text(free.left, free.bottom - 3, name))
     return svg(width, height, label, *inside)
