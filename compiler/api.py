@@ -19,13 +19,17 @@ import torch
 from .ir.errors import GateError, UsageError, nearest
 from .ir.graph import Program
 from .model import Model, Resident
+from .pipeline.candidates import tabulate
 from .pipeline.compile import Compiled, compile_plan
-from .pipeline.data import Calibration, Source, Tokenizer
+from .pipeline.data import Calibration, Source, Tokenizer, held_out
 from .pipeline.data import calibration as draw
 from .pipeline.events import Listener, silent
 from .pipeline.measure import Options
+from .pipeline.mixing import Mixture, Slices, check_sensitivity
+from .pipeline.mixing import mix as run_mix
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe, from_file, from_mapping, from_strings
+from .pipeline.target import Target, read_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -159,7 +163,12 @@ def compile(
     propagate: str = "compressed",
     true_sequential: bool = False,
     batch: int = 8,
-    budget: int = 4 << 30,
+    budget_ram: int = 4 << 30,
+    bits: float | None = None,
+    size: str | None = None,
+    budget: str | None = None,
+    candidates: str | None = None,
+    sensitivity: str = "auto",
     target: str = "reference",
     tokenizer: str | Path | Tokenizer | None = None,
     inputs: Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | None = None,
@@ -177,6 +186,11 @@ def compile(
             [samples, length], or None for the built-in corpus.
         samples: windows, 128 by default (a tensor [samples, length] says it itself).
         length: tokens per window; by default min(2048, the model's context).
+        budget_ram: bytes for the Hessians of one wave.
+        bits, size, budget: choose a grid for each group of weights: so many stored bits per weight
+            (4.25), a share of the model (``"60%"``) or a perplexity (``"ppl+2%"``); one of them.
+        candidates: grids to choose from, ``"w3,w4,nf4,dense"``; else the widths of the recipe's.
+        sensitivity: what predicts losses: ``auto``, ``proxy``, ``fisher`` or ``loss``.
         target: what the result is lowered for: ``reference``, ``cpu`` or ``triton``.
         tokenizer: a folder with tokenizer.json, for a module that does not know its own.
         inputs: example inputs, for a module that is not of transformers; such a module takes passes
@@ -188,17 +202,25 @@ def compile(
     """
     wanted = read_recipe(passes, recipe)
     check_target(target)
+    aim = read_target(bits, size, budget)
+    check_sensitivity(sensitivity)
     if isinstance(calibration, torch.Tensor) and calibration.dim() == 2:
         samples = calibration.shape[0] if samples is None else samples
         length = calibration.shape[1] if length is None else length
     settings = Settings(
         DEFAULT_SAMPLES if samples is None else samples, length, seed, propagate,
-        true_sequential, batch, budget,
+        true_sequential, batch, budget_ram,
     )  # fmt: skip
     program = capture(source, inputs=inputs, trust_remote_code=trust_remote_code)
-    planned = make_plan(program, wanted)
     settings = settings.for_program(program)
     own = find_tokenizer(source, program, tokenizer)
+    mixture = None
+    if aim is not None:
+        mixture = mix(
+            program, wanted, aim, calibration, own, settings, candidates=candidates,
+            sensitivity=sensitivity, listener=progress or silent,
+        )  # fmt: skip
+    planned = make_plan(program, wanted) if mixture is None else mixture.plan(program)
     data = calibrate(planned, calibration, own, settings)
     return carry_out(
         planned, data, settings, tokenizer=own, target=target, strict=strict,
@@ -232,15 +254,48 @@ def calibrate(
     """
     if not needs_data(planned):
         return None
+    return _drawn(planned.source, source, tokenizer, settings)
+
+
+def _drawn(
+    program: Program, source: Source, tokenizer: Tokenizer | None, settings: Settings
+) -> Calibration:
     assert settings.length is not None
     data = draw(source, tokenizer, settings.samples, settings.length, settings.seed)
-    vocab, top = planned.source.facts.get("vocab"), int(data.tokens.max())
+    vocab, top = program.facts.get("vocab"), int(data.tokens.max())
     if isinstance(vocab, int) and top >= vocab:
         raise UsageError(
             f"calibration: expected tokens below {vocab}, found {top}",
             hint="was the text tokenised with another tokenizer?",
         )
     return data
+
+
+def mix(
+    program: Program,
+    recipe: Recipe,
+    target: Target,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    settings: Settings,
+    *,
+    candidates: str | None = None,
+    sensitivity: str = "auto",
+    listener: Listener = silent,
+) -> Mixture:
+    """Choose a grid for each group of weights, on calibration text (see :mod:`.pipeline.mixing`).
+
+    Raises:
+        UsageError: a target out of range, a recipe without a grid or with structural passes, or
+            wrong candidates. GateError: a perplexity that no choice reaches.
+    """
+    table = tabulate(program, recipe, candidates, f"--{target.kind}")
+    if target.kind != "budget":
+        target.bytes(table)
+    data = _drawn(program, source, tokenizer, settings)
+    tokens, held = held_out(source, tokenizer, data, max(1, settings.samples // 2))
+    slices = Slices(tokens, held.tokens, held.record)
+    return run_mix(program, table, target, slices, settings.options, sensitivity, listener)
 
 
 def carry_out(
@@ -284,6 +339,7 @@ def run_record(done: Compiled, data: Calibration | None, settings: Settings) -> 
         "passes": done.plan.recipe.text(),
         "calibration": None if data is None else data.record,
         "settings": kept,
+        **({} if done.plan.mixing is None else {"mixed": done.plan.mixing}),
     }
 
 

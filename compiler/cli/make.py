@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..ir.errors import ResourceError, UsageError
+from .mix import choose, mixing_options, target_of
 from .output import Out, examples, output_options, size
 from .progress import Solving, waiting
 
@@ -43,11 +44,14 @@ _SHARED = [
                  help="Memory for the Hessians of one wave."),
     click.option("--trust-remote-code", is_flag=True,
                  help="Run modelling code that lies in the model's folder."),
+    click.option("--calibration", type=click.Path(), default=None,
+                 help="Text (.txt, .jsonl) or tokens (.npy, .safetensors).  "
+                 "[default: the installed Python standard library]"),
 ]  # fmt: skip
 
 
 def _shared(command: F) -> F:
-    made: Any = command
+    made: Any = mixing_options(command)
     for option in reversed(_SHARED):
         made = option(made)
     return made
@@ -69,7 +73,7 @@ def _plan(model: str, given: dict[str, Any], out: Out) -> tuple[Plan, Settings]:
 
     passes = list(given["passes"]) or None
     recipe = api.read_recipe(passes, given["recipe"])
-    settings = _settings(given)
+    settings, target = _settings(given), target_of(given)
     with waiting(f"capturing {model}", out):
         program = api.capture(model, trust_remote_code=given["trust_remote_code"])
     unread = program.facts.get("unread") or []
@@ -77,7 +81,13 @@ def _plan(model: str, given: dict[str, Any], out: Out) -> tuple[Plan, Settings]:
         count = "1 tensor" if len(unread) == 1 else f"{len(unread)} tensors"
         out.note(f"{count} of the checkpoint without a place in the model, first {unread[0]!r}")
     settings = settings.for_program(program)
-    return make_plan(program, recipe), settings
+    mixture = None
+    if target is not None:
+        mixture = choose(
+            program, recipe, target, model, given["calibration"], settings, given, out
+        )  # fmt: skip
+    planned = make_plan(program, recipe) if mixture is None else mixture.plan(program)
+    return planned, settings
 
 
 def _plan_json(planned: Plan, settings: Settings) -> dict[str, Any]:
@@ -92,18 +102,23 @@ def _plan_json(planned: Plan, settings: Settings) -> dict[str, Any]:
     "llmc plan ./model --passes smooth,w4,prune24",
     "llmc plan ./model --passes prune24 --passes w4 -v",
     "llmc plan ./model --recipe recipe.yaml --json",
+    "llmc plan ./model --passes w4 --bits 4.25 --write-recipe mixed.yaml",
 ))  # fmt: skip
 @_shared
 @output_options
 def plan_command(model: str, out: Out, **given: Any) -> None:
-    """Say what compiling MODEL would do: order, sites, refusals, bytes. Loads no weight."""
+    """Say what compiling MODEL would do: order, sites, refusals, bytes.
+
+    Loads no weight, but with --bits, --size or --budget, which measure before they choose.
+    """
+    from ..report.mixing import mixing_lines
     from ..report.planned import plan_tables, totals
 
     planned, settings = _plan(model, given, out)
     data = _plan_json(planned, settings)
     for table in plan_tables(data, out.verbose):
         out.table(table)
-    for line in totals(data):
+    for line in [*totals(data), *mixing_lines(planned.mixing)]:
         out.text(line)
     out.data("plan", {"model": model, "plan": data})
 
@@ -113,18 +128,17 @@ def plan_command(model: str, out: Out, **given: Any) -> None:
     "llmc compile ./model --passes w4:group=64,solver=rtn -o out",
     "llmc compile ./model --passes prune24 --passes w4 --calibration text.txt -o out --force",
     "llmc compile ./model --recipe recipe.yaml -o out --json",
+    "llmc compile ./model --passes smooth,w4 --bits 4.0 -o out",
+    "llmc compile ./model --passes w4 --budget ppl+2% --candidates w3,w4,nf4,dense -o out",
 ))  # fmt: skip
 @_shared
 @click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path),
               help="The artefact folder to write.")  # fmt: skip
-@click.option("--calibration", type=click.Path(), default=None,
-              help="Text (.txt, .jsonl) or tokens (.npy, .safetensors).  "
-              "[default: the installed Python standard library]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing artefact.")
 @click.option("--strict", is_flag=True, help="A solve that fell back is an error (exit 4).")
 @output_options
 def compile_command(
-    model: str, folder: Path, calibration: str | None, force: bool, strict: bool, out: Out,
+    model: str, folder: Path, force: bool, strict: bool, out: Out,
     **given: Any,
 ) -> None:  # fmt: skip
     """Compress MODEL, a folder or a hub id, into an artefact.
@@ -139,7 +153,7 @@ def compile_command(
     data = _plan_json(planned, settings)
     check_disk(folder, data["predicted"]["bytes_after"])
     tokenizer = api.find_tokenizer(model, planned.source)
-    windows = api.calibrate(planned, calibration, tokenizer, settings)
+    windows = api.calibrate(planned, given["calibration"], tokenizer, settings)
     for table in plan_tables(data, out.verbose):
         out.table(table, err=True)
     for line in totals(data):
@@ -198,6 +212,7 @@ def check_disk(folder: Path, weights: int) -> None:
 
 def _result(made: Model, folder: Path, plan: dict[str, Any], out: Out) -> None:
     from ..report.data import result_table, summary
+    from ..report.mixing import mixing_lines
     from ..report.structure import record_tables, structure_table
 
     told = made.report
@@ -205,7 +220,7 @@ def _result(made: Model, folder: Path, plan: dict[str, Any], out: Out) -> None:
     for table in record_tables(told["structure"], out.verbose):
         out.table(table)
     out.table(result_table(told, out.verbose))
-    for line in summary(told):
+    for line in [*summary(told), *mixing_lines(told["record"].get("mixed"))]:
         out.text(line)
     out.text(f"wrote {folder}")
     out.data("compile", {"out": str(folder), "plan": plan, "report": told})

@@ -91,6 +91,9 @@ class Solving(Progress):
         elif event.kind == "block":
             self.at(self._started, data["segment"])
             self._started += 1
+        elif event.kind == "mix":
+            bits = f", {data['bits']:.3f} bits" if data["bits"] else ""
+            self.line(f"{self.title}: {data['by']}{bits}")
         elif event.kind == "structure":
             self.at(self._started, data["pass"])
             self._started += 1

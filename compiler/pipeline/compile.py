@@ -6,7 +6,7 @@ anew on the program that they decided.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -75,7 +75,7 @@ def compile_plan(
         return call.made.decide(context, sites)
 
     if plan.steps:
-        plan = lay_out(plan.captured, plan.recipe, decide)
+        plan = replace(lay_out(plan.captured, plan.recipe, decide), mixing=plan.mixing)
     solved = run_rounds(plan, tokens, options, listener)
     add_late(plan, decide)
     listener(Event("end", {"records": len(solved.records)}))

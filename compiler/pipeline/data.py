@@ -26,6 +26,9 @@ _FILE_CHARS = range(1_500, 60_000)
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__",
             "pydoc_data", "encodings", "config"}  # fmt: skip
 
+# Windows outside of calibration that are enough to judge by.
+SPARE = 4
+
 Source: TypeAlias = "str | Path | Sequence[str] | torch.Tensor | None"
 
 
@@ -184,8 +187,7 @@ def calibration(
             where=stream.name,
             hint="give more text or a shorter length",
         )
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, found - length + 1, (samples,), generator=generator)
+    starts = _starts(found, samples, length, seed)
     tokens = stream.tokens[starts[:, None] + torch.arange(length)]
     record = stream.to_json() | {
         "samples": samples, "length": length, "seed": seed, "drawn": "random token offsets",
@@ -292,3 +294,49 @@ def _stream_of_tokens(tokens: torch.Tensor, name: str, digest: str | None) -> St
     if flat.numel() and int(flat.min()) < 0:
         raise UsageError(f"expected tokens >= 0, found {int(flat.min())}", where=name)
     return Stream(flat, name, digest or hashlib.sha256(flat.numpy().tobytes()).hexdigest())
+
+
+def held_out(
+    source: Source, tokenizer: Tokenizer | None, drawn: Calibration, count: int
+) -> tuple[torch.Tensor, Calibration]:
+    """Windows to calibrate choices on, int64 [n, length], and others to judge them by.
+
+    These are ``count`` whole windows of the stream, evenly apart, that share no token with those
+    ``drawn``. Where fewer than :data:`SPARE` lie free, the last quarter of the drawn windows is
+    left out of choosing instead.
+    Raises:
+        UsageError: one window, which leaves none to judge by.
+    """
+    tokens, record = drawn.tokens, drawn.record
+    if "seed" in record:
+        free = _free(read_stream(source, tokenizer).tokens, record)
+        if len(free) >= min(count, SPARE):
+            picked = torch.arange(min(count, len(free))) * len(free) // min(count, len(free))
+            told = {"windows": len(picked), "from": "text between the calibration windows"}
+            return tokens, Calibration(free[picked], told)
+    if len(tokens) < 2:
+        raise UsageError(
+            "expected at least 2 calibration windows, one of them to judge choices by, found 1",
+            hint="give more --samples or more text",
+        )
+    left = max(1, len(tokens) // 4)
+    told = {"windows": left, "from": "the last calibration windows, left out of choosing"}
+    return tokens[:-left], Calibration(tokens[-left:], told)
+
+
+def _free(stream: torch.Tensor, record: dict[str, Any]) -> torch.Tensor:
+    """Whole windows of the stream between those that were drawn, int64 [n, length]."""
+    length, end = record["length"], 0
+    out = []
+    starts = _starts(len(stream), record["samples"], length, record["seed"])
+    for start in [*starts.sort().values.tolist(), len(stream)]:
+        while end + length <= start:
+            out.append(stream[end : end + length])
+            end += length
+        end = max(end, start + length)
+    return torch.stack(out) if out else stream.new_zeros(0, length)
+
+
+def _starts(found: int, samples: int, length: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, found - length + 1, (samples,), generator=generator)

@@ -12,9 +12,10 @@ class Event:
     """One thing that happened.
 
     Kinds: ``start`` and ``end`` of the run, ``structure`` (before a structural pass measures),
-    ``block`` (before a segment), ``site`` (a weight was solved: its record, and ``rows``, the relative
-    loss of each of its outputs), ``fold`` (a scale was migrated),
-    ``tick`` (one calibration batch ran, or ``where``, a segment, is being measured).
+    ``block`` (before a segment), ``site`` (a weight was solved: its record, and ``rows``, the
+    relative loss of each of its outputs), ``fold`` (a scale was migrated), ``mix`` (mixed precision
+    tries a choice: ``by`` what, stored ``bits`` per weight), ``tick`` (one calibration batch ran,
+    or ``where``, a segment, is being measured).
     """
 
     kind: str

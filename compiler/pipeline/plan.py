@@ -215,7 +215,7 @@ class Plan:
             "refusals": [r.to_json() for r in self.refusals],
             "predicted": self.predictions(tokens, length),
             "bits_per_weight": self.bits_per_weight(),
-            **({} if self.mixing is None else {"mixing": self.mixing}),
+            **({} if self.mixing is None else {"mixed": self.mixing}),
         }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ class Recipe:
 
     def text(self) -> str:
         """The canonical text: passes in applied order with every knob that is not its default."""
-        return " | ".join(",".join(_call_text(c) for c in stage) for stage in self.stages)
+        return " | ".join(",".join(call_text(c) for c in stage) for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
         """Stages with every knob's value, and the overrides."""
@@ -123,7 +123,7 @@ def _used(o: Override) -> dict[str, dict[str, dict[str, Any]]]:
     return {name: {other: dict(given)} for name, other, given in o.use}
 
 
-def _call_text(call: Call) -> str:
+def call_text(call: Call) -> str:
     knobs, preset = type(call.made).knobs(), call.preset
     shown = [
         f"{k}={str(v).lower()}"
