@@ -59,6 +59,10 @@ def run_rounds(
     return out
 
 
+Part = tuple[list[Migration], list[Decision]]
+"""Folds and solves that are measured together."""
+
+
 class _Round:
     """One stage over all segments."""
 
@@ -91,7 +95,7 @@ class _Round:
             dense = self._dense_outputs(segment, bool(solves))
             self._learn(segment, folds, solves)
             for wave in self._waves([m for m in folds if not is_learned(m)], solves):
-                self._wave(segment, *wave)
+                self._wave(segment, wave)
             self._advance(segment, dense)
             if self.learner is not None:
                 self.learner.advance(segment)
@@ -113,9 +117,7 @@ class _Round:
             self.listener(Event("fold", self.out.folds[-1]))
         settle(self.work, state, solves, record)
 
-    def _waves(
-        self, folds: list[Migration], solves: list[Decision]
-    ) -> Iterator[tuple[list[Migration], list[list[Decision]]]]:
+    def _waves(self, folds: list[Migration], solves: list[Decision]) -> Iterator[list[Part]]:
         """A block's waves, each in parts whose Hessians fit the budget; folds go with the first."""
         ordered = sorted(solves, key=lambda d: d.site.wave)
         waves = [solves]
@@ -124,40 +126,56 @@ class _Round:
         if not solves and not folds:
             return
         for i, wave in enumerate(waves):
-            yield (folds if i == 0 else []), list(self._fitting(wave)) or [[]]
+            yield list(self._fitting(folds if i == 0 else [], wave))
 
-    def _fitting(self, wave: list[Decision]) -> Iterator[list[Decision]]:
-        held: list[Decision] = []
+    def _fitting(self, folds: list[Migration], wave: list[Decision]) -> Iterator[Part]:
+        """Folds that need more than one part come before all that is solved."""
         values: dict[str, int] = {}
+        moved: list[Migration] = []
+        parted = False
+        for m in folds:
+            size = {m.site.value: _hessians(m)}
+            if moved and sum((values | size).values()) > self.options.budget:
+                yield moved, []
+                moved, values, parted = [], {}, True
+            moved.append(m)
+            values |= size
+        if parted or not wave:
+            yield moved, []
+            moved, values = [], {}
+        held: list[Decision] = []
         for d in (part for one in wave for part in experts.fitting(one, self.options.budget)):
             size, key = experts.hessians(d), experts.read_by(d)[0]
-            new = {**values, key: size}
-            if held and sum(new.values()) > self.options.budget:
-                yield held
-                held, new = [], {key: size}
+            new = {**values, key: max(size, values.get(key, 0))}
+            if (held or moved) and sum(new.values()) > self.options.budget:
+                yield moved, held
+                moved, held, new = [], [], {key: size}
             held.append(d)
             values = new
         if held:
-            yield held
+            yield moved, held
 
-    def _wave(self, segment: Segment, folds: list[Migration], parts: list[list[Decision]]) -> None:
+    def _wave(self, segment: Segment, parts: list[Part]) -> None:
         # Every part measures the block as it stood when the wave began, so that the budget
-        # changes memory and never the answer.
-        fetch: Fetch = self.work.fetch
+        # changes memory and never the answer: folds before any, solves behind all folds.
+        last = max((i for i, (folds, _) in enumerate(parts) if folds), default=0)
+        fetch: Fetch = self.work.frozen() if last else self.work.fetch
         self.given = dict(self.work.implementations)
-        for i, part in enumerate(parts):
+        for i, (folds, part) in enumerate(parts):
             stats, moved = Collection(), False
-            for m in folds if i == 0 else []:
+            for m in folds:
                 for need in m.call.made.needs:
                     stats.want(m.site.value, need)
             _want(stats, part)
             if stats.data:
                 self._collect(segment, stats, fetch)
-            for m in folds if i == 0 else []:
+            for m in folds:
                 record = fold(self.work, m, stats, self.planned)
                 moved = moved or "shifted" in record or _reach(m, part)
                 self.out.folds.append({**record, "round": self.index})
                 self.listener(Event("fold", record))
+            if i == last:
+                fetch = self.work.frozen() if len(parts) > 1 else self.work.fetch
             if moved:
                 # No statistic follows a shift but those that know the mean, and those of experts
                 # follow no scales: measure again.
@@ -165,8 +183,6 @@ class _Round:
                 _want(stats, part)
                 if stats.data:
                     self._collect(segment, stats, fetch)
-            if i == 0 and len(parts) > 1:
-                fetch = self.work.frozen()
             self._solve(part, stats)
 
     def _solve(self, part: list[Decision], stats: Collection) -> None:
@@ -227,6 +243,12 @@ def _want(stats: Collection, part: list[Decision]) -> None:
         for value in experts.read_by(d):
             for need in d.needs:
                 stats.want(value, need)
+
+
+def _hessians(m: Migration) -> int:
+    """Bytes of the Hessians that a fold reads."""
+    sizes = {"gram": 4, "gram64": 8}
+    return sum(sizes.get(need, 0) for need in m.call.made.needs) * m.site.channels**2
 
 
 def _reach(m: Migration, part: list[Decision]) -> bool:
