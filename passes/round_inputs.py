@@ -54,15 +54,14 @@ class RoundInputs(Protecting):
             grid_top(self.kind, self.bits)
         except ModelError as e:
             raise UsageError(f"{self.called}:kind: {e.message}") from None
-        assert self._grid
+        self._grid()
 
     def facts(self, site: LinearSite) -> dict[str, Any]:
-        return {"input_grid": self._grid}
+        return {"input_grid": self._grid()}
 
     def rewrite(self, program: Program, site: LinearSite) -> list[str]:
-        return encode_input(program, site.node, self._grid, made_by=self.called)
+        return encode_input(program, site.node, self._grid(), made_by=self.called)
 
-    @property
     def _grid(self) -> InputGrid:
         how = (self.act_group, self.power, self.act_clip, self.act_percentile)
         return static_grid(self.called, self.bits, self.act, self.kind, *how)

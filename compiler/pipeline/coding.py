@@ -166,7 +166,7 @@ class RoundedCoding(GroupedCoding):
     act: str = knob(
         "token",
         "scales of the inputs: one per token, one per tensor as it comes, or static from "
-        "calibration, which clips nothing that it saw",
+        "calibration",
         choices=("token", "tensor", "static"),
     )
     act_group: int | None = knob(None, "channels of an input that share a scale", lo=2, hi=65536)
