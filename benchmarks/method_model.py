@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from method_report import DENSE, UNIFORM
 from method_rows import CACHES, MIXED, Row
 
 from llmc.compiler import api
@@ -27,8 +28,6 @@ from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.stepwise import Stepwise
 
-DENSE = "dense"
-UNIFORM = ("w8", "w4", "w3", "w2")
 DIGITS = 6
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from method_rows import BESIDE, CACHES, INPUTS, KINDS, MIXED, MOVED, WEIGHTS
 
 DENSE = "dense"
+UNIFORM = ("w8", "w6", "w5", "w4", "w3", "w2")
 # Okabe and Ito's colours, which stay apart for all eyes; a marker each, for print.
 LOOKS = {
     WEIGHTS: ("#0072B2", "o"), MOVED: ("#E69F00", "^"), BESIDE: ("#009E73", "D"),
@@ -50,7 +52,7 @@ def _model(part: Mapping[str, Any]) -> list[str]:
         f"{head['samples']} windows of {head['length']} tokens of {head['calibration']}. Dense: "
         f"perplexity {dense['perplexity']:.3f} at {dense['bits_per_weight']:g} bits.", "",
         "Ratios are of perplexities; the one in brackets is p of a paired bootstrap. Uniform is the"
-        " grid `w8`, `w4`, `w3` or `w2` whose codes have as many bits. Loss is that of the layers, "
+        " grid `w2` to `w8` whose codes have as many bits. Loss is that of the layers, "
         "tr(D H Dᵀ) / tr(W H Wᵀ).", "",
     ]  # fmt: skip
     for kind in KINDS:
@@ -167,14 +169,14 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         "weights": [r for r in shown if not _rounds(r)],
         "weights and inputs": [r for r in shown if _rounds(r)],
     }
-    figure, axes = pyplot.subplots(1, 2, figsize=(15, 7.5), width_ratios=(3, 2), sharey=False)
-    for ax, (title, mine) in zip(axes, panels.items(), strict=True):
-        if mine:
-            _panel(ax, title, mine, dense)
+    panels = {title: mine for title, mine in panels.items() if mine}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(9 * len(panels), 8), squeeze=False)
+    for ax, (title, mine) in zip(axes[0], panels.items(), strict=True):
+        _panel(ax, title, mine, dense)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date and no version inside, so that equal numbers give equal files.
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
 
@@ -183,50 +185,65 @@ def _rounds(row: Mapping[str, Any]) -> bool:
     return row["kind"] == INPUTS or bool(row.get("rounds_inputs"))
 
 
+LEAST, MOST = 0.0005, 3.0
+"""Shares above the dense perplexity at which the plot ends; what lies beyond stands on its edge."""
+
+
 def _panel(ax: Any, title: str, rows: Sequence[Mapping[str, Any]], dense: float) -> None:
-    best = front(rows)
-    top = dense * 4
+    """One scatter: bits against the share by which perplexity exceeds the dense model's."""
+
+    def above(r: Mapping[str, Any]) -> float:
+        return min(max(r["perplexity"] / dense - 1, LEAST), MOST)
+
     for kind, (colour, marker) in LOOKS.items():
         mine = [r for r in rows if r["kind"] == kind]
-        inside = [r for r in mine if r["perplexity"] <= top]
-        size = 110 if marker == "*" else 36
         if mine:
-            ax.scatter([_bits(r) for r in inside], [r["perplexity"] for r in inside], s=size,
-                       c=colour, marker=marker, alpha=0.75, label=kind, linewidths=0)  # fmt: skip
-        for r in mine:
-            if r["perplexity"] > top:
-                ax.scatter([_bits(r)], [top * 0.985], s=30, c=colour, marker=6, alpha=0.75)
-    ax.step([_bits(r) for r in best], [min(r["perplexity"], top) for r in best], where="post",
-            color="0.35", linewidth=1, label="Pareto front")  # fmt: skip
-    ax.axhline(dense, color="0.5", linestyle="--", linewidth=1, label="dense")
-    ax.set_yscale("log")
-    ax.set_xscale("log", base=2)
-    ax.set_ylim(dense * 0.985, top)
-    _ticks(ax, rows, dense, top)
-    for i, r in enumerate(r for r in best if r["perplexity"] <= top):
-        below = 10 if i % 2 else 22
-        ax.annotate(
-            r["key"], (_bits(r), r["perplexity"]), xytext=(6, below), textcoords="offset points",
-            fontsize=7, rotation=28, color="0.15",
-            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5},
-        )  # fmt: skip
-    ax.set_title(title)
+            ax.scatter([_bits(r) for r in mine], [above(r) for r in mine], c=colour, label=kind,
+                       s=150 if marker == "*" else 40, marker=marker, alpha=0.75,
+                       linewidths=0)  # fmt: skip
+    uniform = sorted((r for r in rows if r["key"] in UNIFORM), key=_bits)
+    if uniform:
+        ax.plot([_bits(r) for r in uniform], [above(r) for r in uniform], color="0.6",
+                linewidth=1, linestyle=":", label="uniform, gptq")  # fmt: skip
+    best = front([r for r in rows if r["perplexity"] / dense - 1 < MOST])
+    ax.step([_bits(r) for r in best], [above(r) for r in best], where="post", color="0.25",
+            linewidth=1.2, label="Pareto front")  # fmt: skip
+    told, last = [], (0.0, 0.0)
+    for i, r in enumerate(best, 1):
+        here = (math.log(_bits(r)), math.log(above(r)))
+        crowded = abs(here[0] - last[0]) < 0.04 and abs(here[1] - last[1]) < 0.3
+        ax.annotate(str(i), (_bits(r), above(r)), xytext=(8, -9) if crowded else (-6, -12),
+                    textcoords="offset points", fontsize=9, fontweight="bold",
+                    ha="center")  # fmt: skip
+        told.append(f"{i:2d}  {r['key']}: {r['perplexity']:.3f} at {_bits(r):.2f}")
+        last = here
+    ax.text(0.98, 0.985, "\n".join(told), transform=ax.transAxes, va="top", ha="right",
+            fontsize=9, linespacing=1.35, multialignment="left")  # fmt: skip
+    ax.set_title(f"{title}; dense: {dense:.3f}")
     ax.set_xlabel("stored bits per weight, everything counted")
-    ax.set_ylabel("perplexity")
+    ax.set_ylabel("perplexity, and by how much it exceeds the dense model's")
     ax.grid(True, which="major", color="0.92")
-    ax.legend(loc="upper right", fontsize=8, frameon=False)
+    ax.set_axisbelow(True)
+    ax.legend(loc="lower left", fontsize=9, frameon=False)
+    _ticks(ax, rows, dense)
 
 
-def _ticks(ax: Any, rows: Sequence[Mapping[str, Any]], dense: float, top: float) -> None:
+def _ticks(ax: Any, rows: Sequence[Mapping[str, Any]], dense: float) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = (f(_bits(r) for r in rows) for f in (min, max))
-    ax.set_xlim(low * 0.93, high * 1.12)
-    bits = [b for b in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8) if low * 0.9 <= b <= high * 1.1]
-    values = [dense * f for f in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 4) if dense * f <= top]
+    ax.set(xscale="log", yscale="log", xlim=(low * 0.93, high * 1.1))
+    ax.set_ylim(LEAST * 0.8, MOST * 1.2)
+    bits = [b for b in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8) if low * 0.93 <= b <= high * 1.1]
+    shares = [LEAST, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, MOST]
+
+    def shown(share: float, _: object) -> str:
+        edge = {LEAST: "\u2264 ", MOST: "\u2265 "}.get(share, "")
+        return f"{edge}{dense * (1 + share):.2f}  (+{100 * share:g} %)"
+
     for axis, marks, text in (
         (ax.xaxis, bits, lambda v, _: f"{v:g}"),
-        (ax.yaxis, values, lambda v, _: f"{v:.2f}"),
+        (ax.yaxis, shares, shown),
     ):
         axis.set_major_locator(FixedLocator(marks))
         axis.set_major_formatter(FuncFormatter(text))
