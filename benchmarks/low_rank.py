@@ -164,7 +164,7 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     dense = width._llama(args)
     programs = {0.0: dense}
     for share in args.speed_shares:
-        programs[share] = api.compile(dense, f"svd:remove={share:g},randomised=true").program
+        programs[share] = api.compile(dense, f"svd:remove={share:g}").program
     runners = {s: runner_for(p, args.target, cached=True) for s, p in programs.items()}
     tokens = torch.randint(0, args.vocab, (4096,), generator=torch.Generator().manual_seed(0))
     times: dict[tuple[str, float], list[width.Clocks]] = {}

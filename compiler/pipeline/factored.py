@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..analysis.linears import LinearSite
 from ..ir.graph import Param, Program
+from ..ir.names import set_name
 from .compensate import free_name
 
 LEFT, RIGHT = "left", "right"
@@ -54,6 +55,10 @@ def factorise(
     latent = program.emit(
         "aten.linear.default", first.args[0], down, before=first, made_by=made_by, like=first
     )
+    taken, name = {n.name for n in order}, f"{first.name}_latent"
+    while name in taken:
+        name += "_"
+    set_name(latent, name)
     for site, node, left in zip(sites, nodes, lefts, strict=True):
         up = add(left, (site.out_features, rank), site, node)
         weight = node.args[1]

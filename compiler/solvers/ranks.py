@@ -80,26 +80,35 @@ def stored(parts: Sequence[Part], ranks: Mapping[str, int]) -> int:
 def uniform(parts: Sequence[Part], keep: float) -> Ranks:
     """The same share of the numbers of every part, up to one step, and no more than it in sum.
 
-    What rounding to steps has left over is handed to the next part.
+    Shares are rounded down, and what is left over goes to those that were cut down most.
     Raises:
         UsageError: even one step of each is more.
     """
-    out: Ranks = {}
-    spare = 0.0
-    for p in parts:
-        wanted = keep * p.dense + spare
-        # A share that is a whole number of directions up to rounding is that number.
-        steps = math.floor(wanted / (p.each * p.step) + 1e-9)
-        out[p.id] = min(max(steps * p.step, p.step), p.most)
-        spare = min(wanted - out[p.id] * p.each, keep * p.dense)
     total = sum(p.dense for p in parts)
-    took = sum(out[p.id] * p.each for p in parts)
-    if took > keep * total * (1 + 1e-9):
-        least = sum(p.step * p.each for p in parts) / total
+    # A share that is a whole number of directions up to rounding is that number.
+    budget = math.floor(keep * total * (1 + 1e-12) + 1e-6)
+    least = sum(p.step * p.each for p in parts)
+    if least > budget:
         raise UsageError(
-            f"expected a share of at most {math.floor(1000 * (1 - least)) / 1000:g} that goes, "
-            f"found {1 - keep:g}: not one step of {parts[0].step} directions would be left"
+            f"expected a share of at most {math.floor(1000 * (1 - least / total)) / 1000:g} that "
+            f"goes, found {1 - keep:g}: not one step of directions would be left everywhere"
         )
+    exact = {p.id: keep * p.dense / p.each for p in parts}
+    out = {
+        p.id: min(max(math.floor(exact[p.id] / p.step + 1e-9) * p.step, p.step), p.most)
+        for p in parts
+    }
+    spare = budget - sum(out[p.id] * p.each for p in parts)
+    while spare < 0:
+        # One step was more than the share of some: the others make up for it, widest first.
+        widest = max((p for p in parts if out[p.id] > p.step), key=lambda p: out[p.id])
+        out[widest.id] -= widest.step
+        spare += widest.step * widest.each
+    for p in sorted(parts, key=lambda p: (out[p.id] - exact[p.id]) / p.step):
+        cost = p.step * p.each
+        if cost <= spare and out[p.id] + p.step <= p.most and out[p.id] < exact[p.id]:
+            out[p.id] += p.step
+            spare -= cost
     return out
 
 

@@ -107,7 +107,8 @@ def test_a_shared_latent_is_computed_once_and_shows_in_the_diff():
     assert units[0] == ["block0/linear0", "block0/linear1", "block0/linear2"]
     assert [len(u) for u in units] == [3, 1, 2, 1] * 2
     added = [c.after for c in changes(done.plan.captured, done.program) if c.kind == "added"]
-    latents = [r for r in added if r["op"] != "param"]
+    latents = [r["name"] for r in added if r["op"] != "param"]
+    assert all(name.endswith("_latent") for name in latents)
     assert len(latents) == 8
     lone = compiled("svdllm:rank=4", program)
     assert done.program.weight_bytes() < lone.program.weight_bytes()
@@ -334,3 +335,12 @@ def test_calibration_is_asked_for_where_it_is_read():
     for text in ("svd", "svd:alloc=global,weigh=output"):
         plan = make_plan(zoo.build("llama_gqa"), recipe.from_strings([text]))
         assert compile_plan(plan, None).structure[0]["records"]
+
+
+def test_factors_may_be_factored_again():
+    """Two linears are plain linears: a second compile finds them, and names stay apart."""
+    once = compiled("svd:rank=6", zoo.decoder(hidden=32, inner=48, size=8)).program
+    twice = compiled("svd:rank=2", once)
+    assert len(twice.structure[0]["choice"]["ranks"]) > 14
+    assert torch.isfinite(logits(twice.program)).all()
+    assert twice.program.weight_bytes() < once.weight_bytes()

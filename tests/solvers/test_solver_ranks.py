@@ -62,9 +62,11 @@ def test_a_share_is_kept_to_one_step_in_sum(remove, step):
     ranks = uniform(parts, 1 - remove)
     took = sum(ranks[p.id] * p.each for p in parts)
     assert took <= (1 - remove) * total * (1 + 1e-9)
-    capped = all(ranks[p.id] == p.most for p in parts)
-    assert capped or took > (1 - remove) * total - 2 * step * max(p.each for p in parts)
     assert all(ranks[p.id] % step == 0 and step <= ranks[p.id] <= p.most for p in parts)
+    for p in parts:
+        exact = (1 - remove) * p.dense / p.each
+        if all((1 - remove) * q.dense >= step * q.each for q in parts):
+            assert abs(ranks[p.id] - min(exact, p.most)) < step
 
 
 @given(st.integers(0, 200), st.floats(0.05, 0.8))
