@@ -114,6 +114,31 @@ def measured_on(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return f"Measured on {q['data']} ({q['sha256'][:12]}), {q['windows']} windows of {q['window']}."
 
 
+def quality_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What an evaluation says besides perplexity: divergence, speed, exits, cache, memory."""
+
+    def value(*keys: str) -> float | None:
+        at: Any = found
+        for key in keys:
+            at = at.get(key) if isinstance(at, dict) else None
+        known = isinstance(at, (int, float)) and not isinstance(at, bool) and math.isfinite(at)
+        return float(at) if known else None
+
+    told = (
+        ("KL to the baseline", value("quality", "kl_to_baseline"), "{:.4g} nats per token"),
+        ("top-1 agreement", value("quality", "top1_agreement"), "{:.2%} with the baseline"),
+        ("decode", value("speed", "decode_tokens_per_second"), "{:.4g} tokens/s"),
+        ("prefill", value("speed", "prefill_tokens_per_second"), "{:.4g} tokens/s"),
+        ("layers per token", value("exits", "blocks_per_token"), "{:.2f}"),
+        ("KV cache", value("cache", "bytes_per_token"), "{:,.0f} bytes per token"),
+        ("peak memory", value("peak_rss_bytes"), "{}"),
+    )
+    return [
+        (name, size(at) if form == "{}" else form.format(at)) for name, at, form in told
+        if at is not None
+    ]  # fmt: skip
+
+
 def of_evaluation(found: Mapping[str, Any]) -> Measured:
     """A result that is known by its evaluation alone."""
     stored, quality = found["size"], found["quality"]

@@ -17,11 +17,11 @@ import jinja2
 from ..ir.graph import Program
 from .blocks import View, views
 from .checked import applied_of, told_of
-from .compare import Measured, comparison
+from .compare import Measured, comparison, quality_facts
 from .data import folds_table, result_table
 from .difference import Hunk, changes, hunks, totals
 from .flow import MOST, flow, picture
-from .layers import plots, weights_table, worst_table
+from .layers import plots, weights_table, with_seconds, worst_table
 from .mixed import mixed, with_sensitivity
 from .planned import refusals_table
 from .structure import record_tables, structure_table
@@ -110,7 +110,7 @@ def page(subject: Subject, others: Sequence[Measured] = (), data: str = "") -> s
     drawn = _drawn(subject)
     record = told.get("record")
     mixture = record.get("mixed") if isinstance(record, dict) else None
-    sites = with_sensitivity(told["sites"], mixture)
+    sites = with_seconds(with_sensitivity(told["sites"], mixture), subject.artefact.run)
     pictures, same = plots(sites)
     return _environment().get_template("report.html.j2").render(
         title=subject.name,
@@ -193,6 +193,8 @@ def _facts(subject: Subject, told: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.append(("calibration", f"{data.get('data')} ({str(data.get('sha256'))[:12]}), "
                     f"{data.get('samples')} × {data.get('length')} tokens, "
                     f"seed {data.get('seed')}"))  # fmt: skip
+    if subject.quality is not None:
+        out += quality_facts(subject.quality)
     command = run.get("command")
     if isinstance(command, list) and command:
         out.append(("command", shlex.join(["llmc", *map(str, command)])))

@@ -54,6 +54,7 @@ METRICS = (
     Metric("rank", "rank", "of the low-rank matrices beside the codes", lambda v: f"{v:.0f}"),
     Metric("rows_rtn", "rows rounded", "rows that fell back to plain rounding",
            lambda v: f"{v:.0f}", total=True),
+    Metric("seconds", "seconds", "that the solve took", _small, total=True),
     Metric("damp", "damping", "share of the mean diagonal added to XᵀX", _small, True),
 )  # fmt: skip
 
@@ -65,6 +66,18 @@ class Plot:
     metric: Metric
     heat: Markup
     strip: Markup
+
+
+def with_seconds(sites: Sequence[Site], run: Any) -> list[Site]:
+    """The sites, each with the seconds that run.json says its solves took; they lie apart from
+    the report, which does not change from run to run."""
+    times = run.get("times") if isinstance(run, dict) else None
+    solves = times.get("solves") if isinstance(times, dict) else None
+    took: dict[str, float] = {}
+    for row in solves if isinstance(solves, list) else ():
+        if isinstance(row, dict) and (seconds := value_of(row, "seconds")) is not None:
+            took[str(row.get("site"))] = took.get(str(row.get("site")), 0.0) + seconds
+    return [s | {"seconds": took[s["site"]]} if s["site"] in took else s for s in sites]
 
 
 def layer_of(site: Site) -> str:

@@ -77,8 +77,9 @@ def bars(names: Sequence[str], values: Sequence[float | None], label: str, show:
     inside: list[object] = []
     for mark in (0.0, top):
         y = _TOP + tall * (1 - mark / top)
+        told = "0" if mark == 0 else show(mark)
         inside += [_rule(_LEFT, y, _LEFT + step * len(names)),
-                   text(_LEFT - 6, y + 4, show(mark), anchor="end")]  # fmt: skip
+                   text(_LEFT - 6, y + 4, told, anchor="end")]  # fmt: skip
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         if value is not None:
             high = tall * max(value, 0) / top

@@ -65,7 +65,9 @@ def test_evaluations_and_others_are_compared(
 ) -> None:
     """An evaluation fills the perplexity; one of another model is a result of its own."""
     mine, other = tmp_path / "mine.json", tmp_path / "other.json"
-    mine.write_text(json.dumps(evaluation))
+    more = {"speed": {"decode_tokens_per_second": 7.5}, "exits": {"blocks_per_token": None},
+            "cache": "odd", "peak_rss_bytes": 2_000_000}  # fmt: skip
+    mine.write_text(json.dumps(evaluation | more))
     evaluation |= {"source": "elsewhere"}
     evaluation["quality"]["perplexity"] = 10.25
     evaluation["size"]["bits_per_linear_weight"] = 16.0
@@ -74,6 +76,9 @@ def test_evaluations_and_others_are_compared(
     assert done.code == 0, done.err
     source = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<b>12.5</b>" in source
+    assert "<dt>decode</dt><dd>7.5 tokens/s</dd>" in source
+    assert "<dt>peak memory</dt><dd>2 MB</dd>" in source
+    assert "layers per token" not in source
     section = source[source.index('<section id="comparison">') : source.index('id="passes"')]
     assert "elsewhere" in section
     assert section.count("<circle") == 2

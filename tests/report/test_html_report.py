@@ -13,6 +13,7 @@ import pytest
 
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.serial import to_json
+from llmc.compiler.report.layers import with_seconds
 from llmc.compiler.runtime import artefact
 
 SECTIONS = {"summary", "passes", "weights", "graph", "refusals", "settings"}
@@ -224,6 +225,16 @@ def test_many_layers_stay_small(
     assert "recovered: 2.00% everywhere" in page.text
     assert "mixed" in page.ids
     assert "Every weight (224)" in page.text
+
+
+def test_seconds_of_rounds_are_summed() -> None:
+    """Two solves of one weight took their sum; odd rows and a run without times say nothing."""
+    sites = [{"site": "a"}, {"site": "b"}]
+    solves = [{"site": "a", "seconds": 1.5}, {"site": "a", "seconds": 0.25}, {"site": "b"}, 3]
+    assert with_seconds(sites, {"times": {"solves": solves}}) == [
+        {"site": "a", "seconds": 1.75}, {"site": "b"},
+    ]  # fmt: skip
+    assert with_seconds(sites, {"times": []}) == sites
 
 
 @pytest.mark.slow
