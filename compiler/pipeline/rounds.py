@@ -134,12 +134,12 @@ class _Round:
         moved: list[Migration] = []
         parted = False
         for m in folds:
-            size = {m.site.value: _hessians(m)}
-            if moved and sum((values | size).values()) > self.options.budget:
+            own = {m.site.value: _hessians(m)}
+            if moved and sum((values | own).values()) > self.options.budget:
                 yield moved, []
                 moved, values, parted = [], {}, True
             moved.append(m)
-            values |= size
+            values |= own
         if parted or not wave:
             yield moved, []
             moved, values = [], {}
