@@ -149,7 +149,8 @@ class TensorTrain(TablePass):
     def apply(self, program: Program, choice: Choice) -> list[str]:
         sites, added = found_tables(program), list[str]()
         for name, told in choice.data["tables"].items():
-            layout = Layout(*(tuple(told[k]) for k in ("shape", "rows", "ranks")), told["ordered"])
+            shape, factors_of, ranks = (tuple(told[k]) for k in ("shape", "rows", "ranks"))
+            layout = Layout(shape, factors_of, ranks, told["ordered"])
             swap = Swap(program, sites[name], choice.tensors, self.called or "tt_embed")
             vocab = sites[name].vocab
             scale = swap.param("scale", (vocab,))

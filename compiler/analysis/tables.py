@@ -60,10 +60,11 @@ def table_sites(program: Program) -> list[TableSite | Refusal]:
         segment = home[node.name]
         i = count[segment] = count.get(segment, -1) + 1
         found = _site(program, node, table, f"{segment}/embedding{i}", segment)
-        if isinstance(found, tuple):
-            predicate, why, culprit = found
-            found = Refusal("tables", culprit.name, why, predicate, info(culprit).path)
-        out.append(found)
+        if isinstance(found, TableSite):
+            out.append(found)
+            continue
+        predicate, why, culprit = found
+        out.append(Refusal("tables", culprit.name, why, predicate, info(culprit).path))
     return out
 
 
