@@ -19,7 +19,7 @@ def low_rank(repo, monkeypatch):
 
 
 def test_every_row_is_a_recipe_that_saves_bytes(low_rank):
-    program = zoo.decoder(hidden=32, inner=64, size=8, blocks=1)
+    program = zoo.decoder(hidden=64, inner=96, size=16, blocks=1)
     rows = dict(low_rank.recipes([0.1, 0.3]))
     assert len(rows) == 2 * len(low_rank.METHODS) + len(low_rank.COMBINED)
     before = low_rank.block_bytes(program)
