@@ -202,9 +202,9 @@ class _Stream:
             readers.append((call.name, param, axis, self.bias_of(call)))
         gain = self.stored(node, 1, "gain")
         bias = self.stored(node, 2, "bias") if op_name(node) == _NORMS[1] else None
-        for call, _, _, _ in readers if bias is not None else ():
-            if op_name(self.program.node(call)) != LINEAR:
-                raise Fixed("bias_folds", f"{call} has no bias for that of {node.name}", node)
+        for reader, *_ in readers if bias is not None else ():
+            if op_name(self.program.node(reader)) != LINEAR:
+                raise Fixed("bias_folds", f"{reader} has no bias for that of {node.name}", node)
         offset = node.kwargs.get("offset", 0.0)
         assert isinstance(offset, (int, float))
         self.folds.append(Fold(node.name, gain, float(offset), bias, tuple(readers)))

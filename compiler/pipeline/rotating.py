@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.build import result_type
-from ..ir.errors import LlmcError, UsageError
+from ..ir.errors import LlmcError, ModelError, UsageError
 from ..ir.graph import Program, info, tensor_type
 from ..ir.ops import row_of
 from ..ir.ops.rotation import mix, rotate
@@ -118,9 +118,15 @@ def _shared(program: Program, x: fx.Node, dtype: torch.dtype, base: str) -> fx.N
 
 
 def already(program: Program) -> dict[str, frozenset[str]]:
-    """Which sides of a parameter are rotated for good, ``in`` or ``out``, by name."""
+    """Which sides of a parameter are rotated for good, ``in`` or ``out``, by name.
+
+    Raises:
+        ModelError: facts that say something else.
+    """
     known = program.facts.get(FACT, {})
-    return {name: frozenset(sides) for name, sides in known.items()}
+    if not isinstance(known, dict) or not all(isinstance(s, list) for s in known.values()):
+        raise ModelError(f"expected rotated sides by parameter among the facts, found {known!r}")
+    return {name: frozenset(map(str, sides)) for name, sides in known.items()}
 
 
 # ** tensors **

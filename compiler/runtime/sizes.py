@@ -168,6 +168,9 @@ def sizes(program: Program) -> Sizes:
             seen |= names
             weights += count
             stored += sum(program.params[n].bytes for n in names)
+    # Rotations around weights belong to them.
+    turns = {n for node in program.calls("llmc.rotate") for n in _sources(node.all_input_nodes[1:])}
+    stored += sum(program.params[n].bytes for n in turns - seen)
     total = program.weight_bytes()
     if program.exits is not None and program.exits.classifies:
         by_role["classifier"] = program.exits.bytes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmc.compiler.ir.errors import UsageError
+from llmc.compiler.ir.errors import ModelError, UsageError
 from llmc.compiler.ir.graph import Param
 from llmc.compiler.ir.interpret import run
 from llmc.compiler.ir.levels import levels
@@ -15,6 +15,7 @@ from llmc.compiler.pipeline.measure import model_inputs
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.pipeline.registry import all_passes
 from llmc.compiler.runtime.artefact import Contents, load, save
+from llmc.compiler.runtime.sizes import sizes
 from llmc.compiler.solvers import prepare, solve
 from llmc.compiler.solvers.tables import TableGrid
 
@@ -244,3 +245,17 @@ def test_a_param_of_another_name_is_not_shared():
     program = b.finish(b.call("aten.add.Tensor", *both))
     rotating.encode_rotation(program, both[1].name, BOTH, None, made_by="test")
     assert len(list(program.calls("llmc.rotate"))) == 2
+
+
+def test_stored_bits_hold_the_scales_of_both_sides():
+    done = compiled("quip")
+    turns = sum(p.bytes for n, p in done.program.params.items() if ".turn_" in n)
+    coded = sum(p.bytes for n, p in done.program.params.items() if ".codes" in n or ".scale" in n)
+    assert sizes(done.program).linear_bytes == turns + coded
+
+
+def test_broken_facts_are_named():
+    program = zoo.decoder(blocks=1)
+    program.facts["rotated"] = {"p1": "in"}
+    with pytest.raises(ModelError, match="rotated sides"):
+        make_plan(program, recipe.from_strings(["quip"]))
