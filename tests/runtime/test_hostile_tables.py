@@ -1,0 +1,125 @@
+"""Windows and tables of a broken or hostile artefact: refused at load or by verify, exit code 3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmc.compiler.analysis.blocks import apply_segments
+from llmc.compiler.ir.errors import ModelError
+from llmc.compiler.pipeline.compile import compile_plan
+from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.pipeline.recipe import from_strings
+from llmc.compiler.pipeline.zoo import decoder
+from llmc.compiler.runtime import files
+from llmc.compiler.runtime.artefact import Contents, load, save
+from llmc.compiler.runtime.manifest import File, Tensor, make_manifest
+from llmc.compiler.runtime.tensors import tensor_sha256
+from llmc.compiler.runtime.verify import verify
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = decoder(tied=True)
+    apply_segments(program)
+    passes = ["window:size=4,dilation=2,globals=1", "tt_embed:cores=2"]
+    out = tmp_path_factory.mktemp("made") / "out"
+    save(out, Contents(compile_plan(make_plan(program, from_strings(passes)), None).program))
+    return out
+
+
+@pytest.fixture
+def out(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "out"))
+
+
+def reseal(out: Path, changed: dict[str, torch.Tensor] | None = None) -> None:
+    """Make the manifest agree with the files again, as an attacker would."""
+    body = json.loads((out / "manifest.json").read_bytes())
+    listed = {
+        name: File(
+            sha256=files.file_sha256(out / name), size=(out / name).stat().st_size,
+            content=body["files"][name]["content"],
+        )
+        for name in files.all_files(out) if name != "manifest.json"
+    }  # fmt: skip
+    tensors = {n: Tensor(**t) for n, t in body["tensors"].items()}
+    for name, tensor in (changed or {}).items():
+        tensors[name] = Tensor(**{**body["tensors"][name], "sha256": tensor_sha256(tensor)})
+    (out / "manifest.json").write_bytes(
+        make_manifest(listed, tensors, passes=[], fallbacks=[], versions=body["versions"])
+    )
+
+
+def edit(out: Path, op: str, change: Change) -> None:
+    body = json.loads((out / "program.json").read_bytes())
+    found = [n for n in body["nodes"] if n.get("target") == op]
+    assert found
+    for node in found:
+        change(node)
+    (out / "program.json").write_bytes(files.canonical_json(body))
+    reseal(out)
+
+
+def test_the_original_is_sound(out: Path) -> None:
+    reseal(out)
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("llmc.attention", lambda n: n["kwargs"].update(window=0)),
+        ("llmc.attention", lambda n: n["kwargs"].update(dilation=0)),
+        ("llmc.attention", lambda n: n["kwargs"].update(dilation=1 << 50)),
+        ("llmc.attention", lambda n: n["kwargs"].update(first=-1)),
+        ("llmc.attention", lambda n: n["kwargs"].update(first="all")),
+        ("llmc.attention", lambda n: n["kwargs"].pop("window")),
+        ("llmc.tt_lookup", lambda n: n["kwargs"].update(rows=[])),
+        ("llmc.tt_lookup", lambda n: n["kwargs"].update(rows=[1 << 60, 2])),
+        ("llmc.tt_linear", lambda n: n["kwargs"].update(rows="xy")),
+        ("llmc.tt_linear", lambda n: n["kwargs"].pop("rows")),
+        ("llmc.tt_lookup", lambda n: n["args"].__setitem__(3, n["args"][3][::-1])),
+        ("llmc.tt_lookup", lambda n: n["args"].__setitem__(3, n["args"][3][:1])),
+        ("llmc.tt_lookup", lambda n: n["args"].__setitem__(3, 7)),
+        ("llmc.tt_lookup", lambda n: n["args"].__setitem__(1, n["args"][2])),
+        ("llmc.tt_linear", lambda n: n["args"].__setitem__(2, n["args"][1])),
+    ],
+)
+def test_calls_that_do_not_fit(out: Path, op: str, change: Change) -> None:
+    edit(out, op, change)
+    with pytest.raises(ModelError) as caught:
+        load(out)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    assert verify(out) != []
+
+
+@pytest.mark.parametrize(
+    ("end", "change", "told"),
+    [
+        ("_order", lambda t: t - 1, "distinct places"),
+        ("_order", lambda t: t * 0, "distinct places"),
+        ("_order", lambda t: t + 1000, "distinct places"),
+        ("_core0", lambda t: t * float("nan"), "finite"),
+        ("_scale", lambda t: t / 0, "finite"),
+    ],
+)
+def test_tensors_that_do_not_fit(out: Path, end: str, change: Any, told: str) -> None:
+    body = json.loads((out / "manifest.json").read_bytes())
+    name = next(n for n in body["tensors"] if n.endswith(end))
+    path = out / body["tensors"][name]["file"]
+    held = load_file(path)
+    held[name] = change(held[name])
+    save_file(held, path, metadata={"format": "pt"})
+    reseal(out, {name: held[name]})
+    assert any(told in f.message for f in verify(out))
