@@ -37,7 +37,7 @@ def nearest(values: Tensor, mids: Tensor) -> Tensor:
     mids: ``[k]``, shared by all, or ``[..., k, m]``, each column's own.
     """
     if mids.dim() == 1:
-        return torch.bucketize(values, mids)
+        return torch.bucketize(values.contiguous(), mids)
     if values.dim() == 1:
         return (values > mids).sum(0)
     index = torch.zeros(values.shape, dtype=torch.int64, device=values.device)

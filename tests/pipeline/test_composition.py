@@ -58,6 +58,9 @@ REFUSED = {
 }
 """What has no meaning together, and how the refusal begins."""
 
+MOVES = [n for n, made in all_passes().items() if made.stage in ("equivalence", "permute")]
+BEHIND = ["w4:group=8", "prune24,spqr", "w8a8:act=static,act_clip=mse", "prune24,nf4,lorc:rank=2"]
+
 
 @pytest.fixture(scope="module")
 def llama():
@@ -79,15 +82,25 @@ def _no_wait_for_the_disk():
 
 
 def test_the_table_of_refusals_speaks_of_what_is_there():
-    assert {name for name, _ in REFUSED} <= set(GRIDS)
-    assert {beside for _, beside in REFUSED} <= set(BESIDE)
+    assert {name for name, _ in REFUSED} <= {*GRIDS, *MOVES}
+    assert {beside for _, beside in REFUSED} <= {*BESIDE, *BEHIND}
 
 
 @pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("name", GRIDS)
 def test_it_composes_or_says_why_not(name, beside, llama, tokens, tmp_path):
     text = BESIDE[beside].format(name + SHORT.get(name, ""))
-    why = REFUSED.get((name, beside))
+    _tried(text, REFUSED.get((name, beside)), llama, tokens, tmp_path)
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_scales_goes_before_grids_and_masks(name, behind, llama, tokens, tmp_path):
+    text = f"{name}{SHORT.get(name, '')},{behind}"
+    _tried(text, REFUSED.get((name, behind)), llama, tokens, tmp_path)
+
+
+def _tried(text, why, llama, tokens, tmp_path):
     if why is not None:
         with pytest.raises(UsageError, match=why):
             make_plan(llama, recipe.from_strings([text]))
