@@ -15,12 +15,17 @@ from markupsafe import Markup
 from ..ir.errors import ModelError
 from .checked import rows
 from .layers import Site
+from .mixing import chosen_table, tries_table
 from .plots import Point, scatter
-from .text import Table, number, size
+from .text import Table, number
 
+_RECORD = {"target": str, "options": list, "measures": list, "held_out": dict, "dense": dict,
+           "by": str, "bits": float, "weights": int, "frontier": dict}  # fmt: skip
 _TABLE = {"group": str, "sites": list, "roles": list, "option": str, "bytes": int, "bits": float,
           "predicted": dict}  # fmt: skip
-_TRY = {"by": str, "bytes": int, "bits": float, "perplexity": float, "fits": bool, "chosen": bool}
+_TRY = {"by": str, "bytes": int, "bits": float, "perplexity": float, "rise": float, "fits": bool,
+        "chosen": bool}  # fmt: skip
+_WHERE = "report.json, mixed"
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,22 @@ def mixed(record: Any) -> Mixed | None:
     """
     if record is None:
         return None
-    where = "report.json, mixed"
-    if not isinstance(record, dict):
-        raise ModelError("expected an object, found something else", where=where)
-    table = rows(record.get("table"), _TABLE, where)
-    tries = rows(record.get("tries"), _TRY, where)
+    (checked,) = rows([record], _RECORD, _WHERE)
+    rows([checked["held_out"]], {"from": str, "windows": int}, _WHERE)
+    rows([checked["dense"]], {"perplexity": float}, _WHERE)
+    table = rows(record.get("table"), _TABLE, _WHERE)
+    tries = rows(record.get("tries"), _TRY, _WHERE)
+    told = [v for row in table for v in row["predicted"].values()]
+    told += [t.setdefault("predicted_rise", None) for t in tries]
+    odd = next((v for v in told if v is not None and not _is_number(v)), None)
+    measures = checked["measures"]
+    missing = any(m not in row["predicted"] for m in measures for row in table)
+    if odd is not None or missing or not measures:
+        raise ModelError(f"expected a predicted loss by each of {measures}, found {odd!r}",
+                         where=_WHERE)  # fmt: skip
     return Mixed(
-        _facts(record, table), list(_frontiers(record, table)), _tried(record, tries),
-        _tries_table(tries), _choice_table(table),
+        _facts(checked, table), list(_frontiers(checked, table)), _tried(tries),
+        tries_table(checked), chosen_table(checked, full=True),
     )  # fmt: skip
 
 
@@ -58,7 +71,7 @@ def with_sensitivity(sites: Sequence[Site], record: Any) -> list[Site]:
     if not isinstance(record, dict):
         return list(sites)
     told: dict[str, float] = {}
-    for row in rows(record.get("table"), _TABLE, "report.json, mixed"):
+    for row in rows(record.get("table"), _TABLE, _WHERE):
         found = next((v for v in row["predicted"].values() if _is_number(v)), None)
         if found is not None:
             told |= dict.fromkeys(map(str, row["sites"]), float(found))
@@ -75,36 +88,26 @@ def _facts(
     count: dict[str, int] = {}
     for row in table:
         count[row["option"]] = count.get(row["option"], 0) + 1
-    bits = record.get("bits")
-    out = [
-        ("asked", str(record.get("target", ""))),
-        ("reached", f"{number(bits if _is_number(bits) else None)} bits per weight"),
-        ("chosen by", str(record.get("by", ""))),
-        ("options", ", ".join(map(str, record.get("options", ())))),
+    held = record["held_out"]
+    return [
+        ("asked", record["target"]),
+        ("reached", f"{number(record['bits'])} bits per weight"),
+        ("chosen by", record["by"]),
+        ("options", ", ".join(map(str, record["options"]))),
         ("groups", ", ".join(f"{n} × {o}" for o, n in sorted(count.items()))),
+        ("judged on", f"{held['windows']} windows: {held['from']}"),
     ]
-    held = record.get("held_out")
-    if isinstance(held, dict):
-        out.append(
-            (
-                "judged on",
-                ", ".join(f"{v} {k}" if isinstance(v, int) else str(v) for k, v in held.items()),
-            )
-        )
-    return [(k, v) for k, v in out if v]
 
 
 def _frontiers(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> Any:
     """(measure, plot): the least predicted loss at each size, and where the choice lies."""
-    found, weights = record.get("frontier"), record.get("weights")
-    if not isinstance(found, dict) or not _is_number(weights) or not weights:
-        return
-    for measure, line in found.items():
+    weights = max(record["weights"], 1)
+    for measure, line in record["frontier"].items():
         stored, predicted = (_numbers(line, k) for k in ("bytes", "predicted"))
         if len(stored) != len(predicted):
             raise ModelError(
                 f"expected as many bytes as losses for {measure}, found {len(stored)} and "
-                f"{len(predicted)}", where="report.json, mixed",
+                f"{len(predicted)}", where=_WHERE,
             )  # fmt: skip
         places = zip(stored, predicted, strict=True)
         # Without the places that lose nothing, so that the others can be told apart by logarithm.
@@ -112,7 +115,7 @@ def _frontiers(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) ->
         rises = [row["predicted"].get(measure) for row in table]
         if all(map(_is_number, rises)):
             bits = 8 * sum(row["bytes"] for row in table) / weights
-            points.append(Point(bits, sum(rises), str(record.get("by", "chosen")), True))
+            points.append(Point(bits, sum(rises), record["by"], True))
         if len(points) > 1:
             yield measure, scatter(
                 points, ("bits per weight", f"loss predicted by {measure}"),
@@ -125,11 +128,11 @@ def _numbers(line: Any, key: str) -> list[float]:
     found = line.get(key) if isinstance(line, dict) else None
     if not isinstance(found, list) or not all(map(_is_number, found)):
         raise ModelError(f"expected a list of numbers for {key}, found something else",
-                         where="report.json, mixed")  # fmt: skip
+                         where=_WHERE)  # fmt: skip
     return found
 
 
-def _tried(record: Mapping[str, Any], tries: Sequence[Mapping[str, Any]]) -> Markup | None:
+def _tried(tries: Sequence[Mapping[str, Any]]) -> Markup | None:
     if len(tries) < 2:
         return None
     points = [Point(t["bits"], t["perplexity"], t["by"], t["chosen"]) for t in tries]
@@ -138,30 +141,3 @@ def _tried(record: Mapping[str, Any], tries: Sequence[Mapping[str, Any]]) -> Mar
         "perplexity on the held-out slice of everything that was compiled and judged",
         (lambda v: f"{v:g}", lambda v: f"{v:.4g}"), log=True,
     )  # fmt: skip
-
-
-def _tries_table(tries: Sequence[Mapping[str, Any]]) -> Table:
-    numbers = ("bits per weight", "bytes", "perplexity", "rise", "predicted rise")
-    table = Table("Compiled and judged on the held-out slice", ("by", *numbers, ""), right=numbers)
-    for t in tries:
-        rise, told = (v if _is_number(v := t.get(k)) else None for k in ("rise", "predicted_rise"))
-        note = "chosen" if t["chosen"] else "" if t["fits"] else "too large"
-        table.rows.append((
-            t["by"], number(t["bits"]), size(t["bytes"]), number(t["perplexity"], 5),
-            number(rise, 3), number(told, 3), note,
-        ))  # fmt: skip
-    return table
-
-
-def _choice_table(table: Sequence[Mapping[str, Any]]) -> Table:
-    measures = list(dict.fromkeys(m for row in table for m in row["predicted"]))
-    heads = [f"predicted by {m}" for m in measures]
-    out = Table("", ("group", "roles", "chosen", "bits", "bytes", *heads),
-                right=("bits", "bytes", *heads))  # fmt: skip
-    for row in table:
-        told = [row["predicted"].get(m) for m in measures]
-        out.rows.append((
-            row["group"], " ".join(map(str, row["roles"])), row["option"], number(row["bits"]),
-            size(row["bytes"]), *(number(v, 3) if _is_number(v) else "-" for v in told),
-        ))  # fmt: skip
-    return out

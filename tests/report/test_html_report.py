@@ -204,7 +204,8 @@ def layers(parts: dict[str, Any], count: int = 32) -> None:
     ]  # fmt: skip
     told["record"]["mixed"] = {
         "target": "--bits 4.25", "options": ["w3", "w4"], "weights": 64000, "bits": 4.25,
-        "by": "fisher", "table": rows, "tries": tries, "held_out": {"windows": 4},
+        "by": "fisher", "table": rows, "tries": tries, "measures": ["fisher", "proxy"],
+        "held_out": {"from": "elsewhere", "windows": 4}, "dense": {"perplexity": 20.0},
         "frontier": {"fisher": {"bytes": [i * 1000 for i in range(1, 65)],
                                 "predicted": [1 / i for i in range(1, 65)]}},
     }  # fmt: skip
@@ -263,7 +264,7 @@ def test_mixed_precision_shows_frontier_and_table(
     page = lawful(source)
     assert section.count('class="chosen"') == 2  # on the frontier and among the tries
     assert "frontier of fisher: the least predicted loss at each size" in section
-    assert "w4 everywhere 4.5 4 kB 26" in page.text
+    assert "w4 everywhere 4.500 4 kB 26.0000 0.1 - chosen" in page.text
     assert "The table that was chosen (32 groups)" in page.text
     assert "asked --bits 4.25" in page.text
 
@@ -275,6 +276,9 @@ def test_mixed_precision_shows_frontier_and_table(
         ("tries", [{"by": "w4"}], "expected int for bytes, found None"),
         ("frontier", {"fisher": {"bytes": [1], "predicted": []}}, "as many bytes as losses"),
         ("frontier", {"fisher": {"bytes": "text"}}, "expected a list of numbers for bytes"),
+        ("measures", ["other"], "expected a predicted loss by each of"),
+        ("measures", [], "expected a predicted loss by each of"),
+        ("dense", {}, "expected float for perplexity"),
     ],
 )
 def test_a_mixture_of_another_form_is_refused(
