@@ -219,8 +219,10 @@ def test_a_budget_takes_the_fewest_bytes_that_reach_it(program, slices):
 
 def test_a_budget_out_of_reach_names_the_best(program, slices):
     table = table_of(program, "prune24,w2:group=8", "w2,w3,dense")
-    with pytest.raises(GateError, match=r"--budget: expected perplexity .* reached .* bits"):
+    words = r"--budget: expected perplexity .* reached .* bits"
+    with pytest.raises(GateError, match=words) as found:
         mix(program, table, read_target(budget="ppl+0%"), slices, OPTIONS)
+    assert found.value.exit_code == 4
 
 
 def test_experts_are_chosen_for_too(slices):
