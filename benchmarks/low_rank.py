@@ -2,11 +2,13 @@
 
     python benchmarks/low_rank.py quality --out benchmarks/results/low_rank.json
     python benchmarks/low_rank.py speed --out benchmarks/results/low_rank_speed.json
+    python benchmarks/low_rank.py layer --out benchmarks/results/low_rank_layer.json
 
 Quality: the same share of the factored weights' parameters goes by every method; combinations with
 codes and zeros stand beside their parts, and every row tells the bytes of the block weights, so
 that rows of equal bytes can be compared. Nothing is tuned on the held-out text. Speed: one process
-times the whole model and its factored forms in turn, round after round.
+times the whole model and its factored forms in turn, round after round. Layer: seconds and memory
+of whitening and truncating one large weight by each solver, with the error of each.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from llmc.compiler.pipeline.data import Tokenizer, read_stream
 from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.lowering import runner_for
+from llmc.compiler.solvers.factor import factor, whitening
 
 MODEL = width.MODEL
 AGAINST = "svdllm"
@@ -39,13 +42,13 @@ METHODS = {
     "svd": "svd:remove={0}",
     "fwsvd": "fwsvd:remove={0}",
     "asvd": "asvd:remove={0}",
-    "asvd, its own ranks": "asvd:remove={0},alloc=asvd",
+    "asvd, its own ranks": "asvd:remove={0},alloc=asvd,samples=4",
     "svdllm": "svdllm:remove={0}",
     "svdllm, U updated": "svdllm:remove={0},update=closed",
     "svdllm, sequential, U updated": "svdllm:remove={0},update=closed,sequential=true",
     "svdllm, shared latents": "svdllm:remove={0},share=true",
     "svdllm, global ranks": "svdllm:remove={0},alloc=global",
-    "svdllm, global ranks by measured loss": "svdllm:remove={0},alloc=global,weigh=loss",
+    "svdllm, global ranks by measured loss": "svdllm:remove={0},alloc=global,weigh=loss,samples=4",
     "svdllm, global ranks, shared latents": "svdllm:remove={0},alloc=global,share=true",
     "svdllm, global ranks, sequential, U updated": (
         "svdllm:remove={0},alloc=global,update=closed,sequential=true"
@@ -185,6 +188,43 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measure_layer(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds, memory in copies of the weight in fp64, and error of one square weight's factors.
+
+    Memory is the peak of the process over what it held before the weight and XᵀX were made.
+    """
+    n, rows = args.size, []
+    for solver in ("auto", "randomised"):
+        g = torch.Generator().manual_seed(0)
+        held = _resident("VmRSS")
+        weight = torch.randn(n, n, generator=g) / n**0.5
+        gram = torch.zeros(n, n, dtype=torch.float64)
+        for _ in range(12):
+            x = torch.randn(n // 8, n, generator=g) * torch.arange(1, n + 1) ** -0.3
+            gram.addmm_(x.double().t(), x.double())
+        del x
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        began = time.perf_counter(), time.process_time()
+        root = whitening(gram)
+        del gram
+        made = factor(weight, root, 2 * n // 5, solver=solver)
+        rows.append({
+            "solver": made.solver, "size": n, "rank": made.rank, "metric": root.kind,
+            "wall_seconds": time.perf_counter() - began[0],
+            "cpu_seconds": time.process_time() - began[1],
+            "copies": (_resident("VmHWM") - held) / (8 * n * n),
+            "error": made.error / made.whole**0.5,
+        })  # fmt: skip
+        del root, made
+    return {"command": _command(), "threads": torch.get_num_threads(), "rows": rows}
+
+
+def _resident(field: str) -> int:
+    """Bytes that Linux tells of this process: VmRSS now, VmHWM at most since the last reset."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def _command() -> str:
     given = [a for i, a in enumerate(sys.argv[1:]) if a != "--out" and sys.argv[i] != "--out"]
     return "python benchmarks/low_rank.py " + " ".join(given)
@@ -199,7 +239,7 @@ def _write(path: Path | None, data: dict[str, Any]) -> None:
 def main() -> None:
     """Parse the command line and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("quality", "speed"))
+    parser.add_argument("what", choices=("quality", "speed", "layer"))
     parser.add_argument("--data", default=str(MODEL / "text" / "heldout.txt"))
     parser.add_argument("--calibration", default=str(MODEL / "text" / "calibration.txt"))
     parser.add_argument("--shares", type=float, nargs="*", default=[0.1, 0.2, 0.3])
@@ -210,6 +250,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="only rows whose passes hold one of these words")
     parser.add_argument("--target", default="reference", help="what runs the decode")
     parser.add_argument("--speed-shares", type=float, nargs="*", default=[0.3, 0.5])
+    parser.add_argument("--size", type=int, default=4096, help="of the layer")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--inner", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=8)
@@ -218,7 +259,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    data = quality(args) if args.what == "quality" else measure_speed(args)
+    what = {"quality": quality, "speed": measure_speed, "layer": measure_layer}
+    data = what[args.what](args)
     _write(args.out, data)
     if args.what == "quality":
         print(table(data))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from method_notes import NOTES
 from method_rows import BESIDE, CACHES, INPUTS, KINDS, MIXED, MOVED, WEIGHTS
 
 DENSE = "dense"
@@ -16,9 +17,6 @@ LOOKS = {
     WEIGHTS: ("#0072B2", "o"), MOVED: ("#E69F00", "^"), BESIDE: ("#009E73", "D"),
     MIXED: ("#D55E00", "*"), INPUTS: ("#CC79A7", "s"),
 }  # fmt: skip
-
-NOTES: dict[str, str] = {}
-"""By recipe: why a method does worse here than its paper says."""
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -30,9 +28,8 @@ def markdown(data: Mapping[str, Any]) -> str:
         out += _layer(data["layer"])
     if "cost" in data:
         out += _cost(data["cost"])
-    told = [f"- `{key}`: {text}" for key, text in NOTES.items()]
-    if told:
-        out += ["## Where a method does worse than its paper says", "", *told, ""]
+    told = [f"- `{key}` {text}" for key, text in NOTES.items()]
+    out += ["## Where a method does worse than its paper says", "", *told, ""]
     return "\n".join(out)
 
 
