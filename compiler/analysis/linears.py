@@ -63,6 +63,8 @@ class ExpertSite:
     """One ``llmc.experts`` call: per-expert weights ``gate_up`` [E, 2I, H] and ``down`` [E, H, I].
 
     ``reads``, ``index`` and ``weight`` name the tokens, the chosen experts and their weights.
+    ``into`` and ``back`` are rows and columns of one expert's two weights, (2I, H) and (H, I), or
+    less where they are cores between ``shared`` factors, whose names are in it.
     """
 
     id: str
@@ -71,25 +73,30 @@ class ExpertSite:
     down: str
     segment: str
     experts: int
-    hidden: int
-    inner: int
+    into: tuple[int, int]
+    back: tuple[int, int]
     reads: str
     index: str
     weight: str
     wave: int
+    shared: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "experts"
 
     @property
     def weights(self) -> tuple[LinearSite, LinearSite]:
         """Both weights as sites; what an expert reads is called ``<node>.<role>.<expert>``."""
-        e, h, i = self.experts, self.hidden, self.inner
-        sizes = (("gate_up", self.gate_up, h, 2 * i), ("down", self.down, i, h))
+        e = self.experts
+        sizes = (("gate_up", self.gate_up, self.into), ("down", self.down, self.back))
         first, second = (
             LinearSite(
                 f"{self.id}.{role}", self.node, param, None, self.segment, inputs, e * rows,
                 f"{self.node}.{role}", role, f"{self.id}.{role}", self.wave + at,
                 slot=3 + at, experts=e,
             )
-            for at, (role, param, inputs, rows) in enumerate(sizes)
+            for at, (role, param, (rows, inputs)) in enumerate(sizes)
         )  # fmt: skip
         return first, second
 
@@ -128,6 +135,7 @@ def linear_sites(program: Program) -> list[LinearSite | ExpertSite | Refusal]:
             if not isinstance(found, Refusal):
                 waves[node] = wave + (2 if isinstance(found, ExpertSite) else 1)
             out.append(found)
+            out += look.inside(node) if kind == "experts" else []
     return out
 
 
@@ -187,11 +195,19 @@ class _Look:
         assert isinstance(x, fx.Node)
         assert isinstance(index, fx.Node)
         assert isinstance(weight, fx.Node)
-        e, h, i = found[1].shape
+        (e, *into), (_, *back) = (p.shape for p in found)
+        shared = (a.name for a in node.args[5:7] if isinstance(a, fx.Node))
         return ExpertSite(
-            place.id, node.name, found[0].name, found[1].name, place.segment, e, h, i,
-            x.name, index.name, weight.name, place.wave,
+            place.id, node.name, found[0].name, found[1].name, place.segment, e,
+            (into[0], into[1]), (back[0], back[1]), x.name, index.name, weight.name, place.wave,
+            tuple(shared),
         )  # fmt: skip
+
+    def inside(self, node: fx.Node) -> list[Refusal]:
+        """What experts share between their two weights is no linear's."""
+        why = "is read by all experts inside of their call, not by a linear"
+        shared = (a for a in node.args[5:7] if isinstance(a, fx.Node))
+        return [self.refuse(node, "weight_of_linear", f"{a.name} {why}", node.name) for a in shared]
 
     def refuse(self, node: fx.Node, predicate: str, reason: str, culprit: str) -> Refusal:
         path = info(self.by_name[culprit]).path

@@ -131,7 +131,7 @@ def _matrices(node: fx.Node) -> list[tuple[int, list[fx.Node]]]:
         assert isinstance(columns, int)
         return [(int(tensor_type(codes).shape[0]) * columns, parts)]
     if name == "llmc.experts":
-        weights = [a for a in node.args[3:5] if isinstance(a, fx.Node)]
+        weights = [a for a in node.args[3:7] if isinstance(a, fx.Node)]
         return [(int(numel(tensor_type(w).shape)), [w]) for w in weights]
     return []
 

@@ -63,7 +63,7 @@ def test_router_and_experts() -> None:
     (experts,) = [s for s in sites if isinstance(s, ExpertSite)]
     assert router.role == "router"
     assert experts.id == "block0/experts0"
-    assert (experts.experts, experts.inner, experts.hidden) == (3, INNER, H)
+    assert (experts.experts, experts.into, experts.back) == (3, (2 * INNER, H), (H, INNER))
     assert experts.reads == router.reads
     assert experts.wave == router.wave + 1
 

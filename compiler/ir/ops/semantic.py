@@ -162,67 +162,82 @@ def _act_type(x: TensorType, up: TensorType | None = None, *, act: str) -> Tenso
 
 def experts(
     x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor,
-    down: torch.Tensor, *, act: str,
-    seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    down: torch.Tensor, left: torch.Tensor | None = None, right: torch.Tensor | None = None, *,
+    act: str, seen: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Σ_k weight[t, k] · down_e(act(gate_e x) · up_e x), e = index[t, k].
+    """Σ_k weight[t, k] · down_e(right(act(gate_e x) · up_e x)), e = index[t, k].
 
     Args:
         x: [T, H]; index: int [T, k]; weight: [T, k].
-        gate_up: [E, 2I, H], gate rows first; down: [E, H, I].
+        gate_up: [E, 2I, H], gate rows first; down: [E, O, I], mostly O = H.
+        left: [2I, r], what all experts multiply gate_up [E, r, H] by from the left; right: [s, I],
+            what all read through before down [E, O, s]; None: nothing is shared.
         seen: called with each expert that is chosen, what it reads and what its down reads.
     """
-    out = torch.zeros_like(x)
+    linear = torch.nn.functional.linear
+    out = x.new_zeros(x.shape[0], down.shape[1])
     for e in range(gate_up.shape[0]):
         token, slot = torch.where(index == e)
         if token.numel() == 0:
             continue
-        gate, up = torch.nn.functional.linear(x[token], gate_up[e]).chunk(2, -1)
+        both = linear(x[token], gate_up[e])
+        gate, up = (both if left is None else linear(both, left)).chunk(2, -1)
         inner = _ACTS[act](gate) * up
+        inner = inner if right is None else linear(inner, right)
         if seen is not None:
             seen(e, x[token], inner)
-        y = torch.nn.functional.linear(inner, down[e])
+        y = linear(inner, down[e])
         out = out.index_add(0, token, y * weight[token, slot].to(y.dtype).unsqueeze(-1))
     return out
 
 
 def _experts_type(
     x: TensorType, index: TensorType, weight: TensorType, gate_up: TensorType, down: TensorType,
-    *, act: str,
+    left: TensorType | None = None, right: TensorType | None = None, *, act: str,
 ) -> TensorType:  # fmt: skip
     if x.rank != 2 or gate_up.rank != 3 or down.rank != 3:
         raise ModelError(
             f"expected x[T, H] and expert weights of rank 3, found {x}, {gate_up}, {down}"
         )
-    if not (same(gate_up.shape[2], x.shape[1]) and same(down.shape[1], x.shape[1])):
+    if not (same(gate_up.shape[2], x.shape[1]) and same(gate_up.shape[0], down.shape[0])):
         raise ModelError(f"expected expert weights that fit {x}, found {gate_up}, {down}")
-    if not same(gate_up.shape[1], 2 * down.shape[2]):
-        raise ModelError(f"expected gate_up with 2·{down.shape[2]} rows, found {gate_up}")
-    return _act_type(x, act=act)
+    rows, columns = gate_up.shape[1], down.shape[2]
+    if left is not None:
+        if left.rank != 2 or not same(left.shape[1], rows):
+            raise ModelError(f"expected a left factor [2I, {rows}], found {left}")
+        rows = left.shape[0]
+    if right is not None:
+        if right.rank != 2 or not same(right.shape[0], columns):
+            raise ModelError(f"expected a right factor [{columns}, I], found {right}")
+        columns = right.shape[1]
+    if not same(rows, 2 * columns):
+        raise ModelError(f"expected gate and up with 2·{columns} rows together, found {rows}")
+    _act_type(x, act=act)
+    return x.with_shape(x.shape[0], down.shape[1])
 
 
 def _experts_ties(out: TensorType, *types: Any, **attrs: Any) -> list[Tie]:
-    return [
+    left, right = (*types[5:], None, None)[:2]
+    ties = [
         Tie("same", ((0, 0), (1, 0), (2, 0)), (0,)),
         Tie("contract", ((0, 1), (3, 2))),
         Tie("same", ((4, 1),), (1,)),
         Tie("same", ((3, 0), (4, 0))),
         Tie("pick", ((3, 0),), offset=1),
-        Tie("twice", ((4, 2), (3, 1))),
         Tie("mix", ((1, 1), (2, 1))),
     ]
+    if left is None and right is None:
+        return [*ties, Tie("twice", ((4, 2), (3, 1)))]
+    shared = [(i, a) for i, t in ((5, left), (6, right)) if t is not None for a in (0, 1)]
+    return [*ties, Tie("mix", ((3, 1), (4, 2), *shared))]
 
 
 def _experts_flops(
-    out: TensorType,
-    x: TensorType,
-    index: TensorType,
-    w: Any,
-    gate_up: TensorType,
-    down: TensorType,
-    **a: Any,
-) -> Dim:
-    per_pair = 2 * numel(gate_up.shape[1:]) + 2 * numel(down.shape[1:])
+    out: TensorType, x: TensorType, index: TensorType, w: Any, gate_up: TensorType,
+    down: TensorType, *shared: TensorType | None, **a: Any,
+) -> Dim:  # fmt: skip
+    one = numel(gate_up.shape[1:]) + numel(down.shape[1:])
+    per_pair = 2 * (one + sum(numel(t.shape) for t in shared if t is not None))
     return numel(index.shape) * per_pair
 
 
@@ -295,21 +310,21 @@ llmc_op(
 )
 llmc_op(
     "experts",
-    "(Tensor x, Tensor index, Tensor weight, Tensor gate_up, Tensor down, *, str act) -> Tensor",
+    "(Tensor x, Tensor index, Tensor weight, Tensor gate_up, Tensor down, Tensor? left=None, "
+    "Tensor? right=None, *, str act) -> Tensor",
     _experts_type,
     experts,
     ties=_experts_ties,
     flops=_experts_flops,
     samples=lambda: [
         (
-            (
-                _randn(3, 4),
-                torch.tensor([[0, 1], [1, 2], [2, 0]]),
-                _randn(3, 2),
-                _randn(3, 6, 4),
-                _randn(3, 4, 3),
-            ),
+            (_randn(3, 4), torch.tensor([[0, 1], [1, 2], [2, 0]]), _randn(3, 2), *weights),
             {"act": "silu"},
+        )
+        for weights in (
+            (_randn(3, 6, 4), _randn(3, 4, 3)),
+            (_randn(3, 2, 4), _randn(3, 5, 2), _randn(6, 2), _randn(2, 3)),
+            (_randn(3, 6, 4), _randn(3, 4, 2), None, _randn(2, 3)),
         )
     ],
 )
