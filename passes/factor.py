@@ -305,8 +305,11 @@ class Factor(Structural, Protecting):
         dense = sum(p.bytes(None) for p in parts.values())
         tried = {}
         for name, p in parts.items():
-            ranks = (split.uniform([p], s)[name] for s in rank_search.shares(budget / dense))
-            tried[name] = sorted({*ranks})
+            tried[name] = sorted({
+                split.uniform([p], share)[name]
+                for share in rank_search.shares(budget / dense)
+                if share * p.dense >= p.step * p.each
+            })  # fmt: skip
         losses, before = rank_search.sensitivities(work, tried, context.data[: self.samples])
         ranks, level = split.below(list(parts.values()), losses, budget)
         told = {"site": "all", "threshold": level, "dense_loss": before,
