@@ -92,7 +92,8 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     known = _known(args.out, head)
     rows = [_row("dense", "", found["dense"], dense, 0.0, [])]
     for name, passes in recipes(args.shares):
-        if args.only and not any(word in passes for word in args.only):
+        wanted = not args.only or any(word in passes for word in args.only)
+        if not wanted or any(word in passes for word in args.skip):
             continue
         if passes in known:
             rows.append(known[passes] | {"name": name})
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, help="only the first windows of the held-out text")
     parser.add_argument("--only", nargs="*", help="only rows whose passes hold one of these words")
+    parser.add_argument("--skip", nargs="*", default=[], help="no rows whose passes hold one")
     parser.add_argument("--target", default="reference", help="what runs the decode")
     parser.add_argument("--speed-shares", type=float, nargs="*", default=[0.3, 0.5])
     parser.add_argument("--size", type=int, default=4096, help="of the layer")
