@@ -205,13 +205,15 @@ def _panel(ax: Any, title: str, rows: Sequence[Mapping[str, Any]], dense: float)
     best = front([r for r in rows if r["perplexity"] / dense - 1 < MOST])
     ax.step([_bits(r) for r in best], [above(r) for r in best], where="post", color="0.25",
             linewidth=1.2, label="Pareto front")  # fmt: skip
-    told, last = [], (0.0, 0.0)
+    told, last, crowd = [], (0.0, 0.0), 0
     for i, r in enumerate(best, 1):
         here = (math.log(_bits(r)), math.log(above(r)))
-        crowded = abs(here[0] - last[0]) < 0.04 and abs(here[1] - last[1]) < 0.3
-        ax.annotate(str(i), (_bits(r), above(r)), xytext=(8, -9) if crowded else (-6, -12),
-                    textcoords="offset points", fontsize=9, fontweight="bold",
-                    ha="center")  # fmt: skip
+        # Numbers of points that lie close go to different sides.
+        near = abs(here[0] - last[0]) < 0.06 and abs(here[1] - last[1]) < 0.3
+        crowd = crowd + 1 if near else 0
+        place = ((-6, -13), (11, -8), (-13, 2), (14, 3))[crowd % 4]
+        ax.annotate(str(i), (_bits(r), above(r)), xytext=place, textcoords="offset points",
+                    fontsize=9, fontweight="bold", ha="center")  # fmt: skip
         told.append(f"{i:2d}  {r['key']}: {r['perplexity']:.3f} at {_bits(r):.2f}")
         last = here
     ax.text(0.98, 0.985, "\n".join(told), transform=ax.transAxes, va="top", ha="right",
