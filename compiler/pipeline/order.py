@@ -46,6 +46,11 @@ STAGES: tuple[tuple[str, str, str], ...] = (
         "masked and put on grids",
     ),
     (
+        "experts",
+        "factors of experts",
+        "experts are factored behind single weights, which leave the linears between alone",
+    ),
+    (
         "permute",
         "orders of channels",
         "channels are put in order before anything is measured that groups them",
@@ -72,7 +77,7 @@ STAGES: tuple[tuple[str, str, str], ...] = (
     ("exit", "exits", "exits are calibrated last, on the model that will take them"),
 )
 # Stages that change shapes or topology, before anything is written into a weight.
-SHAPES = ("depth", "attention", "heads", "latents", "width", "embedding", "factor")
+SHAPES = ("depth", "attention", "heads", "latents", "width", "embedding", "factor", "experts")
 STALE = (
     "what changes shapes, or what tokens read, makes the scales, zeros and codes that are there "
     "stale"
