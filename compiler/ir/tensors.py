@@ -284,8 +284,8 @@ def _rounding(program: Program) -> None:
 def _turns(program: Program) -> None:
     """A rotation loses nothing: integers are signs, floats finite and not 0."""
     for p in packed_calls(program):
-        t = p.tensors.get("turn")
-        if t is None:
+        t = p.tensors.get("turn", p.tensors.get("scale"))
+        if t is None or row_of(p.node).name != "llmc.rotate":
             continue
         size = t.abs() if t.is_floating_point() else (t.to(torch.int64).abs() == 1).float()
         if not bool(torch.isfinite(size).all()) or float(size.min()) <= 0:

@@ -83,11 +83,14 @@ def test_the_shape_rule_refuses(x, scale, why):
         row("llmc.rotate").infer(TensorType(*x), TensorType(*scale))
 
 
-def stored(tensor):
+def stored(tensor, named=False):
     b = zoo.Builder()
     x = b.call("aten.mul.Tensor", b.param(3, 8), b.param(3, 8))
     param = Param("p.turn_in", tuple(tensor.shape), tensor.dtype, keep=True)
-    return b.finish(b.call("llmc.rotate", x, b.program.add_param(param, tensor, before=b.end)))
+    scale = b.program.add_param(param, tensor, before=b.end)
+    return b.finish(
+        b.call("llmc.rotate", x, scale=scale) if named else b.call("llmc.rotate", x, scale)
+    )
 
 
 def test_stored_scales_are_checked():
@@ -99,3 +102,5 @@ def test_stored_scales_are_checked():
     for tensor in (*broken, good.half() * float("nan")):
         with pytest.raises(VerifierError, match="signs or scales"):
             verify_tensors(stored(tensor))
+    with pytest.raises(VerifierError, match="signs or scales"):
+        verify_tensors(stored(good.half() * 0, named=True))
