@@ -115,6 +115,7 @@ def _nodes(
 
 
 def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) -> None:
+    from ..report.mixing import mixing_lines, mixing_tables
     from ..report.text import Table, size
     from ..runtime.sizes import sizes
 
@@ -143,6 +144,8 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
                 f"data     {data['data']} ({data['sha256'][:12]}), {data['samples']} x "
                 f"{data['length']} tokens, seed {data['seed']}"
             )
+        for line in mixing_lines(about["record"].get("mixed")):
+            out.text(f"mixed    {line}")
     out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
     if program.exits is not None:
         about["exits"] = program.exits.to_json() | {"threshold": program.exits.threshold}
@@ -172,6 +175,8 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
         steps = artefact.report["structure"]
         out.table(structure_table(steps))
         for table in record_tables(steps, out.verbose):
+            out.table(table)
+        for table in mixing_tables(about["record"].get("mixed"), out.verbose):
             out.table(table)
         about["structure"] = steps
         out.table(result_table(artefact.report, out.verbose))

@@ -46,7 +46,7 @@ def mixing_options(command: F) -> F:
     made: Any = command
     for option in reversed(_OPTIONS):
         made = option(made)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def target_of(given: dict[str, Any]) -> Target | None:

@@ -46,6 +46,13 @@ def test_compile_shows_what_was_tried_and_chosen(made: tuple[Any, Path, Path]) -
     assert report["totals"]["bytes_after"] == mixed["model_bytes"]
 
 
+def test_inspect_shows_the_table(llmc: Call, made: tuple[Any, Path, Path]) -> None:
+    done = llmc("inspect", made[1])
+    assert done.code == 0
+    assert "mixed    --bits 4.5: " in done.out
+    assert "Mixed precision for --bits 4.5" in done.out
+
+
 def test_the_written_recipe_gives_the_same_content(
     llmc: Call, tiny: Path, small_run: list[object], made: tuple[Any, Path, Path], tmp_path: Path
 ) -> None:
