@@ -98,10 +98,16 @@ class Task:
             self.fit = fits_t(
                 self.wt, self.grid, keep=_gridded(self._first), importance=h, unit=self.unit
             )
-        elif self.grid is not None and self.grid.whole:
+        elif self.grid is not None and self.grid.whole and not self._fitted_late:
             # What a sweep will drop is not known yet; scores of the dense weights foretell it.
             expected = self._static("wanda" if self.mask_solver == "sparsegpt" else None)
             self._fit_whole(self.wt, expected)
+
+    @property
+    def _fitted_late(self) -> bool:
+        """Whether a sweep for the mask alone moves the weights before any is rounded."""
+        masked = self.mask is not None or self.keep is not None
+        return masked and self.mask_solver == "sparsegpt" and self.grid_solver == "rtn"
 
     @property
     def _first(self) -> Support | None:
