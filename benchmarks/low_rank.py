@@ -56,7 +56,8 @@ METHODS = {
 }
 # What low rank adds to codes and zeros, and what they do alone.
 COMBINED = (
-    "w4", "w3", "lorc:rank=16,w4", "lorc:rank=16,w3", "lorc:rank=32,w3",
+    "w5", "w4", "w3", "lowrank_residual:rank=16,w4", "lowrank_residual:rank=32,w3",
+    "lowrank_residual:rank=32,prune24", "lorc:rank=16,w4", "lorc:rank=16,w3", "lorc:rank=32,w3",
     "svdllm:remove=0.1,alloc=global,w4", "svdllm:remove=0.2,alloc=global,w4",
     "prune24", "prune24,w4", "lorc:rank=16,prune24", "lorc:rank=32,prune24",
     "svdllm:remove=0.1,alloc=global,prune24", "svdllm:remove=0.4,alloc=global",

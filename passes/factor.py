@@ -39,10 +39,7 @@ def _dense(analysis: Analysis) -> Iterator[LinearSite | Refusal]:
     """Pattern: every matrix that multiplies a value, x @ Wᵀ."""
     for site in analysis.linears:
         if isinstance(site, ExpertSite):
-            why = (
-                f"{site.experts} stacked experts are one call of three-dimensional weights, not a "
-                "linear each; factors for them are not built yet"
-            )
+            why = f"{site.experts} stacked experts are one call, whose weights tucker factors"
             yield Refusal("svd", site.node, why, "not_experts", analysis.path(site.node))
         else:
             yield site

@@ -25,7 +25,7 @@ def test_every_row_is_a_recipe_that_saves_bytes(low_rank):
     before = low_rank.block_bytes(program)
     for passes in dict.fromkeys(rows.values()):
         plan = make_plan(program, from_strings([passes]))
-        if "lorc" not in passes:
+        if "lorc" not in passes and "residual" not in passes:
             assert low_rank.block_bytes(plan.program) < before, passes
 
 
