@@ -152,6 +152,20 @@ class Factor(Structural, Protecting):
         more = float(self.update == "closed") + float(self.sequential)
         return walks * (1 + (self.alloc != "uniform")) + more
 
+    def held(self, sites: list[Any]) -> int:
+        """Grams of one block's inputs, and the solve of the largest weight, all in fp64."""
+        grams: dict[str, dict[str, int]] = {}
+        stacks: dict[Any, int] = {}
+        for s in sites:
+            grams.setdefault(s.segment, {})[s.reads] = s.in_features**2
+            key = (s.segment, s.reads) if self.share else s.id
+            stacks[key] = stacks.get(key, 0) + s.in_features * s.out_features
+        each = (self.metric == "gram") + 3 * (self.update == "closed")
+        block = each * max(sum(values.values()) for values in grams.values())
+        widest = max(s.in_features**2 for s in sites)
+        swept = sum(stacks.values()) if self.metric == "fisher" else 0
+        return 8 * (block + widest + 5 * max(stacks.values())) + 4 * swept
+
     # ** places **
 
     def sites(self, analysis: Analysis) -> tuple[list[LinearSite], list[Refusal]]:

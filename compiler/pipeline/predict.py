@@ -24,6 +24,7 @@ def predictions(plan: Plan, tokens: int, length: int) -> dict[str, Any]:
     windows = tokens // length if length else 0
     flops, stream = _forward(plan.source, windows, length) if windows else (0, 0)
     held, swept = _sweeps(plan, windows)
+    deciding = [s.held for s in plan.steps]
     solving = 3 * _grams(plan) + _stacks(plan)
     # Deciding about blocks keeps the stream in up to five places, and looks at logits.
     logits = min(LOGITS, 8 * tokens * (plan.source.facts.get("vocab") or LOGITS))
@@ -33,7 +34,7 @@ def predictions(plan: Plan, tokens: int, length: int) -> dict[str, Any]:
         "bytes_before": plan.captured.weight_bytes(),
         "bytes_after": plan.program.weight_bytes(),
         "exact": plan.exact,
-        "ram_bound": widest + max(solving, held) + 2 * stream + more,
+        "ram_bound": widest + max(solving, held, *deciding) + 2 * stream + more,
         "calibration_flops": int(forwards * flops) + _measuring(plan, windows, length),
         "calibration_tokens": tokens,
     }

@@ -44,6 +44,7 @@ class Step:
     resized: tuple[str, ...]
     covers: tuple[tuple[str, str, int, int], ...]
     forwards: float
+    held: int = 0
 
     def to_json(self, *, full: bool = False) -> dict[str, Any]:
         """The step as data; ``full`` adds what was decided and the rows of its measurement."""
@@ -106,7 +107,7 @@ def take(
     covers = tuple((s.id, kind_of(s), analysis.block_of(s.segment), blocks) for s in found)
     step = Step(
         call, stage, len(sites), choice, amounts(program), amounts(new), tuple(resized), covers,
-        made.forwards(sites),
+        made.forwards(sites), made.held(sites),
     )  # fmt: skip
     return Taken(new, step, refusals)
 

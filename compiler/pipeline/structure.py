@@ -83,6 +83,10 @@ class Structural(Pass):
         """How many forwards of the whole model over the calibration data ``decide`` takes."""
         return float(self.calibrated())
 
+    def held(self, sites: list[Any]) -> int:
+        """Bytes that ``decide`` holds at most beside the weights and values of one segment."""
+        return 0
+
     def predict(self, analysis: Analysis, sites: list[Any]) -> Choice:
         """A choice of the sizes that ``decide`` gives, or a bound; no tensor is loaded.
 

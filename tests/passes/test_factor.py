@@ -344,3 +344,15 @@ def test_factors_may_be_factored_again():
     assert len(twice.structure[0]["choice"]["ranks"]) > 14
     assert torch.isfinite(logits(twice.program)).all()
     assert twice.program.weight_bytes() < once.weight_bytes()
+
+
+def test_the_planned_memory_counts_what_factoring_holds():
+    program = zoo.build("llama_gqa")
+    bounds = [
+        make_plan(program, recipe.from_strings([text])).predictions(72, 12)["ram_bound"]
+        for text in ("svd", "svdllm", "svdllm:update=closed")
+    ]
+    # Grams of 16, 16, 16 and 24 inputs in one block, three more of each for the update.
+    gram = 8 * (3 * 16**2 + 24**2)
+    assert bounds[2] - bounds[1] == 3 * gram
+    assert bounds[1] >= bounds[0] + gram
