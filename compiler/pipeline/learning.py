@@ -21,7 +21,7 @@ from ..analysis.migrate import migrated
 from ..ir.graph import Segment
 from ..ir.interpret import Fetch, run_nodes
 from ..solvers import Grid
-from ..solvers.grid import rtn_t
+from ..solvers.grid import fits_t, rtn_t
 from ..solvers.learned import learned_fit, rounded, through
 from .equivalence import Equivalence
 from .griding import grid_of
@@ -29,8 +29,8 @@ from .measure import Env, Options, Walk, batches
 from .plan import Decision, Migration, Stage
 from .solving import Work
 
-START = 4.0
-"""Where the logits of the learned shares start: a share of 0.982."""
+LEAST, MOST = 0.05, 0.982
+"""Shares that training begins within; the paper starts all at the upper end (a logit of 4)."""
 RATES = {"clip": 1e-2, "scale": 5e-3}
 
 
@@ -139,6 +139,9 @@ class _Block:
                 if v
             ]
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            found = judged(state)
+            if found < lowest:
+                lowest, best = found, state.copy()
             for _ in range(learner.epochs):
                 for i in range(count):
                     record["skipped"] += not self._step(state, optimizer, i, targets[i])
@@ -151,14 +154,21 @@ class _Block:
         state = State()
         for d in self.solves:
             if d.trained:
-                spans = self.grids[d.site.param].spans(d.site.in_features)
-                shape = (2, len(spans), d.site.out_features)
-                state.clips[d.site.param] = torch.full(shape, START, device=self.work.device)
+                state.clips[d.site.param] = self._searched(d.site.param)
         for m in self.folds:
             state.scales[m.site.id] = torch.zeros(m.site.n_scales, device=self.work.device)
         for leaf in (*state.clips.values(), *state.scales.values()):
             leaf.requires_grad_()
         return state
+
+    def _searched(self, param: str) -> Tensor:
+        """Logits [2, G, m] of the shares of each range that cost least: what training begins at."""
+        grid = self.grids[param]
+        wt = self.work.weight(param).flatten(0, -2).t()
+        whole, best = (fits_t(wt, replace(grid, clip=clip)).scale for clip in ("absmax", "mse"))
+        # A share at its end has no gradient left to move it.
+        share = (best / whole).clamp(LEAST, MOST)
+        return torch.logit(share).expand(2, *share.shape).clone()
 
     def _step(self, state: State, optimizer: Any, i: int, target: dict[fx.Node, Tensor]) -> bool:
         """One window; False where its loss or a gradient was not finite and nothing moved."""
