@@ -19,7 +19,7 @@ from ..compiler.pipeline.stacks import factorise, part_name, roots, stacks, stor
 from ..compiler.pipeline.structure import Choice, Context, Structural
 from ..compiler.solvers.factor import Root
 from ..compiler.solvers.ranks import step_of
-from ..compiler.solvers.tucker import SWEEPS, Sizes, cheapest, even, kept, stack
+from ..compiler.solvers.tucker import SWEEPS, Sizes, cheapest, check_ranks, even, kept, stack
 
 
 def _experts(analysis: Analysis) -> Iterator[ExpertSite | Refusal]:
@@ -126,12 +126,10 @@ class Tucker(Structural, Protecting):
             if self._sizes(site):
                 out.append(site)
                 continue
-            why = "; ".join(self._idle(n, s) for n, (_, s) in stacks(site).items())
+            shapes = ("x".join(map(str, s)) for _, s in stacks(site).values())
+            why = f"ranks {self.ranks} save nothing of {' and '.join(shapes)}"
             refused.append(Refusal("tucker", site.node, why, "saves", analysis.path(site.node)))
         return out, refused
-
-    def _idle(self, name: str, shape: tuple[int, int, int]) -> str:
-        return f"ranks {self.ranks} save nothing of {name} {'x'.join(map(str, shape))}"
 
     def _fit(self, found: list[ExpertSite]) -> None:
         """Raises UsageError for ranks that no stack has."""
@@ -162,11 +160,10 @@ class Tucker(Structural, Protecting):
                                      hint="remove less, or give multiple=1") from None  # fmt: skip
                 continue
             r, s = (min(k, n) for k, n in zip(pair, shape[1:], strict=True))
-            if r > q * s or s > q * r or q > r * s:
-                raise UsageError(
-                    "tucker:ranks: expected none above the product of the others, found "
-                    f"{q}x{r}x{s}", where=f"{site.id}.{name}",
-                )  # fmt: skip
+            try:
+                check_ranks(shape, (q, r, s))
+            except UsageError as e:
+                raise UsageError(f"tucker:{e.message}", where=f"{site.id}.{name}") from None
             made = Sizes(shape, (q, r, s))
             if made.numbers < made.dense:
                 out[name] = made

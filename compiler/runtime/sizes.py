@@ -94,7 +94,7 @@ def _argument_name(node: fx.Node, position: int) -> str:
     if schema is None or position >= len(schema.arguments):
         return "operand"
     name: str = schema.arguments[position].name
-    return "operand" if name in ("self", "other", "input") else name
+    return "operand" if name in ("self", "other", "input", "mat2") else name
 
 
 def _head(program: Program) -> list[fx.Node]:

@@ -61,13 +61,11 @@ def tucker(tensor: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> Tucker
 
     sweeps: at most so many of HOOI; 0: HOSVD alone.
     Raises:
-        UsageError: a rank above its size or above the product of the others, or below 1.
+        UsageError: a rank above its size, or less and above the product of the others, or below 1.
         ModelError: a number that is not finite.
     """
     check_ranks(tensor.shape, ranks)
-    if not bool(torch.isfinite(tensor).all()):
-        raise ModelError("expected finite numbers to decompose, found NaN or Inf")
-    wide = tensor.double()
+    wide = _finite(tensor).double()
     cut = [i for i, (n, k) in enumerate(zip(wide.shape, ranks, strict=True)) if k < n]
     found: dict[int, Tensor] = {i: leading(wide, i)[:, : ranks[i]] for i in cut}
     whole = float(wide.square().sum())
@@ -88,16 +86,22 @@ def tucker(tensor: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> Tucker
     return Tucker(_core(wide, found), factors, whole, tuple(history))
 
 
+def _finite(tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError("expected finite numbers to decompose, found NaN or Inf")
+    return tensor
+
+
 def check_ranks(sizes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Raises UsageError where a core of these ranks is not one of that tensor, or has idle axes."""
+    """Raises UsageError for ranks above a size, or that leave a factor directions without a use."""
     whole = prod(ranks)
     fits = len(ranks) == len(sizes) and all(
-        1 <= k <= n and k * k <= whole for n, k in zip(sizes, ranks, strict=True)
+        1 <= k <= n and (k == n or k * k <= whole) for n, k in zip(sizes, ranks, strict=True)
     )
     if not fits:
         raise UsageError(
-            f"ranks: expected up to {list(sizes)}, none above the product of the others, "
-            f"found {list(ranks)}"
+            f"ranks: expected up to {list(sizes)}, and less than that up to the product of the "
+            f"others, found {list(ranks)}"
         )
 
 
@@ -257,10 +261,14 @@ def kept(weight: Tensor, root: Root, q: int) -> Tensor:
 
     In the bases of the HOSVD what a core keeps is the sum of its squares, so all pairs are sums of
     one table.
+    Raises:
+        ModelError: a number that is not finite.
     """
     _, r, c = weight.shape
-    there = root.times(weight.double().flatten(0, 1)).unflatten(0, weight.shape[:2])
-    whole = tucker(there, (q, r, there.shape[2]), 0).core if q < len(there) else there
+    there = root.times(_finite(weight).flatten(0, 1)).unflatten(0, weight.shape[:2])
+    whole = there
+    if q < len(there):
+        whole = _times(there, 0, leading(there, 0)[:, :q].t())
     bases = {i: leading(whole, i) for i in (1, 2)}
     table = _core(whole, bases).square().sum(0).cumsum(0).cumsum(1)
     out = table.new_zeros(r + 1, c + 1)
@@ -306,10 +314,11 @@ def _menu(stack: tuple[int, int, int], q: int, steps: tuple[int, int], most: int
     r, s = (t.flatten() for t in torch.meshgrid(r, s, indexing="ij"))
     numbers = q * r * s + (r < rows) * r * rows + (s < columns) * s * columns
     numbers = numbers + (count * q if q < count else 0)
-    # A rank above the product of the others tells nothing more.
-    real = (r <= q * s) & (s <= q * r)
+    # A factor of more directions than the product of the others has nothing for them.
+    real = ((r <= q * s) | (r == rows)) & ((s <= q * r) | (s == columns))
     fits = real & (numbers <= most)
     if not bool(fits.any()):
         least = int(numbers[real].min())
-        raise UsageError(f"expected room for {least} numbers, found {most}")
+        dense = count * rows * columns
+        raise UsageError(f"expected room for {least} of {dense} numbers, found {most}")
     return _Menu(stack, q, r[fits], s[fits], numbers[fits])
