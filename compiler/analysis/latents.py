@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from ..ir.dims import same
-from ..ir.errors import ModelError
+from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, tensor_type
 from ..ir.ops.base import row_of
 from .flow import LINEAR
@@ -75,6 +75,26 @@ def check_latents(program: Program) -> None:
         else:
             continue
         raise ModelError(f"expected keys that a latent makes: {why}", where=f"node {name}")
+
+
+def renew_latents(program: Program, by: str) -> None:
+    """Let records of latents say what a rewrite by pass ``by`` left of them, in place.
+
+    Raises:
+        UsageError: what a cache was to keep is no linear's plain input any more.
+    """
+    nodes = {n.name: n for n in program.calls("llmc.attention")}
+    for name, scheme in program.caches.items():
+        if scheme.kind != "latent" or name not in nodes:
+            continue
+        found = latent_of(nodes[name])
+        if isinstance(found, str):
+            raise UsageError(
+                f"expected {by} to leave the matrix that makes keys of kept latents a plain "
+                f"linear: {found}", where=f"node {name}",
+                hint="let a recipe skip that weight, or keep_keys=1 of kv_rank",
+            )  # fmt: skip
+        program.caches[name] = replace(scheme, rank=found.rank)
 
 
 _VIEWS = ("aten.reshape.default", "aten.view.default")

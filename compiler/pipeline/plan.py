@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+from ..analysis.latents import renew_latents
 from ..analysis.linears import LinearSite
 from ..analysis.migrate import MigrationSite
 from ..ir.errors import GateError, UsageError
@@ -308,6 +309,7 @@ def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
             here += 1
             _state(plan, stage, own, site)
             rewrote += own.made.rewrite(final, site)
+        renew_latents(final, call.name)
         refresh_segments(final)
         if checks_on():
             verify(final)

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from ..analysis.blocks import apply_segments, is_block
+from ..analysis.latents import renew_latents
 from ..ir.errors import GateError
 from ..ir.graph import Program
 from ..ir.refusal import Refusal
@@ -95,6 +96,7 @@ def take(
     choice = choose(call, analysis, sites)
     new = program.clone()
     resized = made.apply(new, choice)
+    renew_latents(new, call.name)
     if made.stage in LATE:
         refresh_segments(new)
     else:

@@ -28,8 +28,8 @@ _CACHED = "llmc.cached_attention"
 
 
 def _kept(node: fx.Node) -> list[Any]:
-    """What goes into its state: keys, values, positions, validity, and the keys' angles."""
-    return [*node.args[1:5], *[None] * (5 - len(node.args)), *node.args[7:9]]
+    """What goes into its state: keys, values, positions, validity; what turns or makes keys."""
+    return [*node.args[1:5], *[None] * (5 - len(node.args)), *node.args[7:11]]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ class Block:
 def _keep(
     k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None = None,
     cos: torch.Tensor | None = None, sin: torch.Tensor | None = None,
+    up: torch.Tensor | None = None, up_bias: torch.Tensor | None = None,
     *, state: KVState, interleaved: bool = False,
 ) -> None:  # fmt: skip
     """Keep keys and values of tokens that nobody attends from here."""
-    state.append(k, v, pos, valid, None if cos is None or sin is None else (cos, sin, interleaved))
+    turn = None if cos is None or sin is None else (cos, sin, interleaved)
+    state.append(k, v, pos, valid, turn, None if up is None else (up, up_bias))
 
 
 @dataclass

@@ -12,14 +12,17 @@ import torch
 
 import llmc
 from llmc.compiler import api
+from llmc.compiler.analysis.depth import leave_out
 from llmc.compiler.analysis.heads import found_sites
 from llmc.compiler.analysis.latents import check_latents, latent_of
 from llmc.compiler.ir.caches import CacheScheme
 from llmc.compiler.ir.errors import GateError, ModelError, UsageError
+from llmc.compiler.ir.exits import Exits, set_exits
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.ir.verifier import verify
 from llmc.compiler.runtime.cache import add_cache
 from llmc.compiler.runtime.executor import Runner
+from llmc.compiler.runtime.lowering import runner_for
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -143,6 +146,41 @@ def test_meets_other_passes_and_the_artefact(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), want, rtol=1e-4, atol=1e-4)
     with pytest.raises(GateError, match="kept as latent already"):
         api.compile(program, "kv_rank:multiple=1,kv8", calibration=TOKENS)
+
+
+@pytest.mark.parametrize("then", ["prune_width", "svdllm", "quip:sides=in"])
+def test_latents_that_later_passes_narrow_are_read_back(then: str, tmp_path: Path) -> None:
+    """The record follows the graph: the artefact loads, and its cache gives what it gave."""
+    made = api.compile(captured("llama"), f"kv_rank:multiple=1,{then}", calibration=TOKENS)
+    check_latents(made.program)
+    made.save(tmp_path / "a")
+    back = llmc.load(tmp_path / "a").program
+    want = logits(made.program, TOKENS)
+    assert torch.equal(logits(back, TOKENS), want)
+    cached = Runner(add_cache(back))
+    cache = cached.start(3)
+    pieces = [cached.forward(t, cache=cache) for t in TOKENS.split(4, 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("then", ["quip", "w4:group=8,lorc:rank=2"])
+def test_what_adds_to_keys_behind_a_latent_is_refused(then: str) -> None:
+    with pytest.raises(UsageError, match="leave the matrix that makes keys of kept latents"):
+        api.plan(captured("llama"), f"kv_rank:multiple=1,{then}")
+
+
+def test_a_token_that_leaves_early_keeps_latents() -> None:
+    """All leave behind the first block: logits are those of a model without the second."""
+    made = api.compile(captured("llama"), "kv_rank:multiple=1,metric=weights").program
+    short = made.clone()
+    leave_out(short, ["block1"])
+    set_exits(made, Exits("softmax", ("block0",), -1.0))
+    runner = runner_for(made, cached=True)
+    cache = runner.start(3)
+    steps = [runner.forward(t, cache=cache) for t in TOKENS.split(1, 1)]
+    want = logits(short, TOKENS)[:, 1:]
+    torch.testing.assert_close(torch.cat(steps, 1)[:, 1:], want, rtol=1e-4, atol=1e-4)
+    assert {s.length for s in cache.states.values()} == {TOKENS.shape[1]}
 
 
 def test_refuses_what_it_cannot_narrow() -> None:
