@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -141,7 +142,7 @@ def factorise(
     def call(op: str, *args: object, before: fx.Node) -> fx.Node:
         return program.emit(op, *args, before=before, made_by=made_by, like=node)
 
-    def core(name: str) -> object:
+    def core(name: str) -> Any:
         if (name, "mix") not in nodes:
             return nodes.get((name, "core"), dense[name])
         mixed = call("aten.mm.default", nodes[name, "mix"], nodes[name, "core"], before=node)
@@ -154,7 +155,7 @@ def factorise(
         x = call(linear, x, enters, before=node)
     inside = [nodes.get(("gate_up", "left")), nodes.get(("down", "right"))]
     shared = inside if inside[1] is not None else [a for a in inside if a is not None]
-    node.args = (x, *node.args[1:3], core("gate_up"), core("down"), *shared)  # type: ignore[assignment]
+    node.args = (x, *node.args[1:3], core("gate_up"), core("down"), *shared)
     node.meta["llmc"] = replace(info(node), type=infer(node), made_by=made_by)
     leaves = nodes.get(("down", "left"))
     if leaves is not None:

@@ -16,7 +16,7 @@ and 1324 (HOOI); whitening as in :mod:`.factor`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -222,7 +222,9 @@ def stack(weight: Tensor, root: Root, ranks: tuple[int, int, int], sweeps: int =
     q, r, s = ranks
     seen = min(s, there.shape[2]) if sizes.cut[2] else there.shape[2]
     # A metric that sees few directions of the inputs tells few of the others too.
-    found = tucker(there, (min(q, r * seen), min(r, q * seen), min(seen, q * r)), sweeps)
+    most = (r * seen, q * seen)
+    q, r = (min(k, m) if cut else k for k, m, cut in zip((q, r), most, sizes.cut, strict=False))
+    found = tucker(there, (q, r, seen), sweeps)
     core, outer = weight.double(), dict[int, Tensor]()
     for axis in (i for i in (0, 1) if sizes.cut[i]):
         outer[axis] = _filled(core, axis, found.factors[axis], ranks[axis])
@@ -230,15 +232,11 @@ def stack(weight: Tensor, root: Root, ranks: tuple[int, int, int], sweeps: int =
     right, notes = None, root.notes
     if sizes.cut[2]:
         made = factor(core.flatten(0, 1), root, ranks[2])
-        core, right, notes = (
-            made.factors.left.unflatten(0, ranks[:2]),
-            made.factors.right,
-            made.notes,
-        )
+        rows_of, right = made.factors
+        core, notes = rows_of.unflatten(0, ranks[:2]), made.notes
     mix, left = (outer.get(i) for i in (0, 1))
     out = Stack(core, mix, left, right, 0.0, found.whole, found.history, notes)
-    lost = root.loss(rows - out.dense().flatten(0, 1))
-    return Stack(core, mix, left, right, lost, found.whole, found.history, notes)
+    return replace(out, dropped=root.loss(rows - out.dense().flatten(0, 1)))
 
 
 def even(stack: tuple[int, int, int], q: int, steps: tuple[int, int], most: int) -> Sizes:
