@@ -20,24 +20,11 @@ from ..ir.graph import Program, info, tensor_type
 from ..ir.ops import row_of
 from ..ir.types import total_bytes
 from .cache import Cache, Kept
+from .steps import Step, outside, run_steps
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 # A constant this small (rotary tables, reshaped gains) is computed once whatever the policy.
 _SMALL = 1 << 16
-
-
-@dataclass
-class Step:
-    """One call: ``base`` with the values of ``fill`` put in, dead values dropped after."""
-
-    call: Callable[..., Any]
-    base: list[Any]
-    fill: tuple[tuple[int, Any], ...]
-    kwargs: dict[str, Any]
-    kwfill: tuple[tuple[str, Any], ...]
-    out: int
-    dead: tuple[int, ...]
-    name: str
 
 
 @dataclass(frozen=True)
@@ -264,23 +251,6 @@ class Runner:
         return Memory(weights, computed, self.program.weight_bytes())
 
 
-def run_steps(steps: Sequence[Step], env: list[Any]) -> None:
-    """Run steps in order over an environment of slots."""
-    for step in steps:
-        args = step.base.copy()
-        for at, what in step.fill:
-            args[at] = env[what] if type(what) is int else what.read(env)
-        if step.kwfill:
-            kwargs = step.kwargs.copy()
-            for key, what in step.kwfill:
-                kwargs[key] = env[what] if type(what) is int else what.read(env)
-            env[step.out] = step.call(*args, **kwargs)
-        else:
-            env[step.out] = step.call(*args, **step.kwargs)
-        for slot in step.dead:
-            env[slot] = None
-
-
 def _logits(out: Any) -> Any:
     """The first value of the program's output, which by convention is the logits."""
     return out[0] if isinstance(out, (tuple, list)) else out
@@ -364,8 +334,12 @@ class Constants:
         call = self._implementations.get(node.name, row_of(node).reference)
         args = fx.map_arg(node.args, self._compute)
         kwargs = {k: self._device if k == "device" else v for k, v in node.kwargs.items()}
-        with torch.no_grad():
-            return call(*args, **fx.map_arg(kwargs, self._compute))
+        named = fx.map_arg(kwargs, self._compute)
+        try:
+            with torch.no_grad():
+                return call(*args, **named)
+        except IndexError as e:
+            raise outside(node.name, e) from e
 
     def used(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes by parameter and by folded node of all that steps read; views count once."""

@@ -22,7 +22,8 @@ from ..ir.graph import Program
 from ..ir.ops import row_of
 from ..ir.refusal import Refusal
 from .cache import Cache, KVState, Rows
-from .executor import Constants, Runner, Step, run_steps
+from .executor import Constants, Runner
+from .steps import Step, run_steps
 
 _CACHED = "llmc.cached_attention"
 

@@ -20,6 +20,7 @@ from llmc.compiler.pipeline.recipe import from_strings
 from llmc.compiler.pipeline.zoo import decoder
 from llmc.compiler.runtime import files
 from llmc.compiler.runtime.artefact import Contents, load, save
+from llmc.compiler.runtime.lowering import runner_for
 from llmc.compiler.runtime.manifest import File, Tensor, make_manifest
 from llmc.compiler.runtime.tensors import tensor_sha256
 from llmc.compiler.runtime.verify import verify
@@ -115,6 +116,38 @@ def test_calls_that_do_not_fit(out: Path, op: str, change: Change) -> None:
     ],
 )
 def test_tensors_that_do_not_fit(out: Path, end: str, change: Any, told: str) -> None:
+    spoil(out, end, change)
+    assert any(told in f.message for f in verify(out))
+
+
+def test_places_outside_of_the_table_are_refused_when_they_are_read(out: Path) -> None:
+    """Where nobody verified: one line and exit code 3 instead of an IndexError."""
+    spoil(out, "_order", lambda t: t + 1000)
+    runner = runner_for(load(out).program)
+    with pytest.raises(ModelError, match="expected tokens and stored indices in range") as caught:
+        runner.forward(torch.tensor([[1]]))
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_tokens_outside_of_a_factored_table(out: Path, token: int) -> None:
+    with pytest.raises(ModelError, match="in range"):
+        runner_for(load(out).program).forward(torch.tensor([[token]]))
+
+
+def test_a_mask_with_more_bits_than_values(tmp_path: Path) -> None:
+    program = decoder()
+    apply_segments(program)
+    plan = make_plan(program, from_strings(["prune:sparsity=0.5,solver=magnitude"]))
+    save(tmp_path / "out", Contents(compile_plan(plan, None).program))
+    spoil(tmp_path / "out", ".bitmap", lambda t: t.fill_(-1))
+    with pytest.raises(ModelError, match="values for the bits of a mask"):
+        runner_for(load(tmp_path / "out").program).forward(torch.tensor([[1]]))
+
+
+def spoil(out: Path, end: str, change: Any) -> None:
+    """Change the first tensor whose name ends so, sealed as an attacker would."""
     body = json.loads((out / "manifest.json").read_bytes())
     name = next(n for n in body["tensors"] if n.endswith(end))
     path = out / body["tensors"][name]["file"]
@@ -122,4 +155,3 @@ def test_tensors_that_do_not_fit(out: Path, end: str, change: Any, told: str) ->
     held[name] = change(held[name])
     save_file(held, path, metadata={"format": "pt"})
     reseal(out, {name: held[name]})
-    assert any(told in f.message for f in verify(out))

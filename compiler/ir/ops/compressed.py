@@ -134,9 +134,17 @@ def _expand_bitmap_type(values: TensorType, bitmap: TensorType, *, columns: int)
 
 
 def _expand_bitmap(values: torch.Tensor, bitmap: torch.Tensor, *, columns: int) -> torch.Tensor:
-    """Flat kept values [nnz], row-major, and one bit per weight -> [..., N, K]."""
+    """Flat kept values [nnz], row-major, and one bit per weight -> [..., N, K].
+
+    Raises:
+        IndexError: fewer values than bits.
+    """
     mask = packing.unpack(bitmap, 1, columns).bool()
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    try:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    except RuntimeError as e:
+        # Torch counts the bits anyway, so nothing is counted here before.
+        raise IndexError(f"{len(values)} values for the bits of a mask: {e}") from e
 
 
 def _bitmap_ties(out: TensorType, *types: Any, **attrs: Any) -> list[Tie]:

@@ -90,7 +90,9 @@ def tt_lookup(
         ids: int [...]; scale: [V]; order: int32 [V] or None; cores, rows: see the module.
     """
     flat = ids.flatten()
-    out = _decode(_places(flat, order).long(), cores, rows) * scale[flat][:, None]
+    # A selection, unlike an index, takes no token below 0 for one from the end.
+    sizes = scale.index_select(0, flat)[:, None]
+    out = _decode(_places(flat, order).long(), cores, rows) * sizes
     return out.to(scale.dtype).reshape(*ids.shape, -1)
 
 
