@@ -208,7 +208,7 @@ def factor(
     if solver == "svd":
         dropped = float(tail(values)[min(rank, len(values))])
     else:
-        dropped = root.loss(weight.double() - pair.product)
+        dropped = root.loss(pair.product.neg_().add_(weight))
     return Factored(pair, values, dropped, whole, solver, notes)
 
 
