@@ -162,6 +162,7 @@ class RoundedCoding(GroupedCoding):
     """Base of passes that round what a weight reads too, once for all weights that read it."""
 
     needs = ("gram", "absmax")
+    misses = (*Coding.misses, Example("moe", "read_plain"))
 
     act: str = knob(
         "token",
