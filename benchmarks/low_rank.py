@@ -110,7 +110,9 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(_row(name, passes, found[name], small.program, seconds,
                          steps[0]["records"] if steps else []))  # fmt: skip
         print(f"{name}: {found[name].perplexity:.3f}", file=sys.stderr, flush=True)
-        _write(args.out, {**head, "rows": rows})
+        done = {r["passes"] for r in rows}
+        later = [r for p, r in known.items() if p not in done]
+        _write(args.out, {**head, "rows": rows + later})
     pairs = []
     for share in args.shares:
         names = [f"{name}, {share:.0%}" for name in METHODS]

@@ -320,9 +320,12 @@ class Factor(Structural, Protecting):
                 split.uniform([p], share)[name]
                 for share in rank_search.shares(budget / dense)
                 if share * p.dense >= p.step * p.each
-            })  # fmt: skip
+            }) or [p.most]  # fmt: skip
         losses, before = rank_search.sensitivities(work, tried, context.data[: self.samples])
-        ranks, level = split.below(list(parts.values()), losses, budget)
+        try:
+            ranks, level = split.below(list(parts.values()), losses, budget)
+        except UsageError as e:
+            raise UsageError(f"{self.called}:alloc: {e.message}", hint="remove less") from None
         told = {"site": "all", "threshold": level, "dense_loss": before,
                 "bytes_of": split.stored(list(parts.values()), ranks)}  # fmt: skip
         return ranks, told
