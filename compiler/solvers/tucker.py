@@ -3,8 +3,8 @@
 T [n₁, …, n_N] ≈ core ×₁ U₁ … ×_N U_N, U_i [n_i, k_i] with orthonormal columns; an axis that keeps
 its whole size has no factor. HOSVD takes the leading left directions of each unfolding, and its
 error is at most √N times the least there is, N the axes that are cut. HOOI takes them in turn of
-what the other factors leave, which never raises the error. As the factors are orthonormal the core
-is what they keep: error² = ‖T‖² - ‖core‖², exactly.
+what the other factors leave, or steps towards them, which never raises the error. As the factors
+are orthonormal the core is what they keep: error² = ‖T‖² - ‖core‖², exactly.
 
 Stacked weights [E, R, C] become W_e ≈ left · core_e · right, left and right shared by all: the
 axes of rows and of columns are cut, and with ``mix`` that of the matrices too.
@@ -25,8 +25,10 @@ from torch import Tensor
 from ..ir.errors import ModelError, UsageError
 from .factor import EXACT, Root, factor
 
-SWEEPS, SETTLED = 25, 1e-9
+SWEEPS, SETTLED = 10, 1e-5
 """At most so many sweeps; fewer once one lowers the error by less than this share of ‖T‖²."""
+POWERS = 2
+"""Steps of orthogonal iteration in a sweep where an unfolding is large."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def tucker(tensor: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> Tucker
         before = dict(found)
         for i in cut:
             rest = _core(wide, {j: u for j, u in found.items() if j != i})
-            found[i] = leading(rest, i)[:, : ranks[i]]
+            found[i] = _turned(rest, i, found[i])
         lost = _lost(wide, _core(wide, found), found)
         if lost >= history[-1]:
             found = before  # what is left to gain is rounding
@@ -117,6 +119,20 @@ def leading(tensor: Tensor, axis: int) -> Tensor:
         return torch.linalg.eigh(unfolded @ unfolded.t()).eigenvectors.flip(1)
     vectors = torch.linalg.eigh(unfolded.t() @ unfolded).eigenvectors.flip(1)
     return torch.linalg.qr(unfolded @ vectors).Q
+
+
+def _turned(tensor: Tensor, axis: int, known: Tensor) -> Tensor:
+    """As many leading directions along an axis as are known, or nearer to them than those are.
+
+    Of a large unfolding A each step takes U to an orthonormal basis of A Aᵀ U, which never lowers
+    what U keeps, ‖Uᵀ A‖.
+    """
+    unfolded = tensor.movedim(axis, 0).flatten(1)
+    if min(unfolded.shape) <= EXACT:
+        return leading(tensor, axis)[:, : known.shape[1]]
+    for _ in range(POWERS):
+        known = torch.linalg.qr(unfolded @ (unfolded.t() @ known)).Q
+    return known
 
 
 def _times(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:

@@ -114,10 +114,10 @@ def test_a_matrix_is_its_svd():
 def test_large_unfoldings_go_by_their_gram(monkeypatch, shape):
     a = decaying(*shape)
     ranks = fitting(shape, (2, 3, 3))
-    want = tucker(a, ranks)
+    want = tucker(a, ranks, 0)
     directions = leading(a, 0)[:, :2]
     monkeypatch.setattr(solver, "EXACT", 1)
-    made = tucker(a, ranks)
+    made = tucker(a, ranks, 0)
     assert made.dropped == pytest.approx(want.dropped, rel=1e-8)
     again = leading(a, 0)[:, :2]
     torch.testing.assert_close(again @ again.t(), directions @ directions.t(), atol=1e-7, rtol=1e-7)
@@ -247,3 +247,15 @@ def test_no_other_even_pair_is_fuller():
 def test_too_few_numbers():
     with pytest.raises(UsageError, match="expected room for 24 of 384 numbers, found 23"):
         even((4, 12, 8), 4, (1, 1), 23)
+
+
+def test_sweeps_over_large_unfoldings_step_towards_the_same(monkeypatch):
+    a = decaying(5, 14, 12) + 0.05 * random(5, 14, 12)
+    want = tucker(a, (5, 4, 3))
+    monkeypatch.setattr(solver, "EXACT", 1)
+    made = tucker(a, (5, 4, 3))
+    assert all(b <= a for a, b in zip(made.history, made.history[1:], strict=False))
+    assert len(made.history) > 1
+    assert made.dropped == pytest.approx(want.dropped, rel=1e-3)
+    for u in made.factors[1:]:
+        torch.testing.assert_close(u.t() @ u, torch.eye(u.shape[1], dtype=u.dtype))
