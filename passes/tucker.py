@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -114,6 +115,16 @@ class Tucker(Structural, Protecting):
 
     def forwards(self, sites: list[Any]) -> float:
         return float(self.calibrated())
+
+    def held(self, sites: list[ExpertSite]) -> int:
+        """Grams of one block's two values, and the solve of the largest stack, all in fp64."""
+        shapes = [shape for s in sites for _, shape in stacks(s).values()]
+        grams: dict[str, int] = {}
+        for s in sites:
+            both = s.into[1] ** 2 + s.back[1] ** 2
+            grams[s.segment] = grams.get(s.segment, 0) + both * self.calibrated()
+        side = max(max(r, c) for _, r, c in shapes)
+        return 8 * (max(grams.values()) + 3 * side**2 + 8 * max(map(prod, shapes)))
 
     # ** places **
 

@@ -70,7 +70,7 @@ def tucker(tensor: Tensor, ranks: Sequence[int], sweeps: int = SWEEPS) -> Tucker
     wide = _finite(tensor).double()
     cut = [i for i, (n, k) in enumerate(zip(wide.shape, ranks, strict=True)) if k < n]
     found: dict[int, Tensor] = {i: leading(wide, i)[:, : ranks[i]] for i in cut}
-    whole = float(wide.square().sum())
+    whole = float(torch.linalg.vector_norm(wide)) ** 2
     history = [_lost(wide, _core(wide, found), found)]
     for _ in range(sweeps if len(cut) > 1 else 0):
         before = dict(found)
@@ -114,6 +114,9 @@ def leading(tensor: Tensor, axis: int) -> Tensor:
     """
     unfolded = tensor.movedim(axis, 0).flatten(1)
     if min(unfolded.shape) <= EXACT:
+        if unfolded.shape[0] < unfolded.shape[1]:
+            # A = Rᵀ Qᵀ has the left directions of Rᵀ; Q, as large as A, is not made.
+            unfolded = torch.linalg.qr(unfolded.t(), mode="r").R.t()
         return torch.linalg.svd(unfolded, full_matrices=False).U
     if unfolded.shape[0] <= unfolded.shape[1]:
         return torch.linalg.eigh(unfolded @ unfolded.t()).eigenvectors.flip(1)
@@ -161,7 +164,7 @@ def _lost(tensor: Tensor, core: Tensor, factors: dict[int, Tensor]) -> float:
     """Squared error, from the difference: that of two norms would be rounding where it is small."""
     for axis, u in factors.items():
         core = _times(core, axis, u)
-    return float((tensor - core).square().sum())
+    return float(torch.linalg.vector_norm(tensor - core)) ** 2
 
 
 # ** stacked weights **
@@ -241,7 +244,8 @@ def stack(weight: Tensor, root: Root, ranks: tuple[int, int, int], sweeps: int =
     most = (r * seen, q * seen)
     q, r = (min(k, m) if cut else k for k, m, cut in zip((q, r), most, sizes.cut, strict=False))
     found = tucker(there, (q, r, seen), sweeps)
-    core, outer = weight.double(), dict[int, Tensor]()
+    del there
+    core, outer = rows.unflatten(0, sizes.stack[:2]), dict[int, Tensor]()
     for axis in (i for i in (0, 1) if sizes.cut[i]):
         outer[axis] = _filled(core, axis, found.factors[axis], ranks[axis])
         core = _times(core, axis, outer[axis].t())

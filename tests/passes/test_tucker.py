@@ -304,3 +304,14 @@ def test_parts_of_other_shapes_do_not_load() -> None:
     node.args = tuple(args)
     with pytest.raises(VerifierError):
         verify(done.program)
+
+
+def test_the_planned_memory_counts_what_deciding_holds() -> None:
+    program = zoo.build("moe")
+    blind, aware = (
+        make_plan(program, recipe.from_strings([f"tucker:metric={m}"])).steps[0]
+        for m in ("weights", "activations")
+    )
+    assert aware.held - blind.held == 8 * (16**2 + 24**2)
+    assert blind.held >= 8 * 8 * (4 * 48 * 16)
+    assert (blind.forwards, aware.forwards) == (0, 1)
