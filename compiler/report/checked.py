@@ -17,7 +17,24 @@ _TOLD: dict[str, dict[str, type]] = {
               "smallest": float, "largest": float},
     "fallbacks": {"site": str},
 }  # fmt: skip
+_LARGE = 1e100
 _SIZES = {"blocks": int, "bytes": int, "parameters": int}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn: finite, and far from where floats end."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGE
+
+
+def texts(found: Any, where: str) -> list[str]:
+    """A list of texts.
+
+    Raises:
+        ModelError: anything else.
+    """
+    if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
+        raise ModelError(f"expected a list of texts, found {found!r}"[:200], where=where)
+    return found
 
 
 def rows(found: Any, wanted: Mapping[str, type], where: str) -> list[dict[str, Any]]:
@@ -31,8 +48,8 @@ def rows(found: Any, wanted: Mapping[str, type], where: str) -> list[dict[str, A
     for row in found:
         for key, kind in wanted.items():
             value = row.get(key)
-            fits = isinstance(value, (int, float) if kind is float else kind)
-            if not fits or (isinstance(value, bool) and kind is not bool):
+            fits = is_number(value) if kind in (int, float) else isinstance(value, kind)
+            if not fits or (kind is int and not isinstance(value, int)):
                 raise ModelError(f"expected {kind.__name__} for {key}, found {value!r}",
                                  where=where)  # fmt: skip
     return found
@@ -50,11 +67,12 @@ def told_of(report: Any) -> dict[str, Any]:
         out[name] = rows(found.get(name, []), wanted, f"report.json, {name}")
     for row in out["sites"]:
         row.setdefault("ends", None)
+        texts(row.get("fallbacks") or [], "report.json, sites")
         shape = row["shape"]
         if not all(isinstance(n, int) for n in shape) or len(shape) not in (2, 3):
             raise ModelError(f"expected two or three sizes, found {shape!r}", where="report.json")
         for key in ("loss", "ends", "zeros", "tokens", "damp"):
-            if not isinstance(row.get(key), (int, float, type(None))):
+            if row.get(key) is not None and not is_number(row[key]):
                 raise ModelError(f"expected a number for {key}, found {row[key]!r}",
                                  where="report.json, sites")  # fmt: skip
     for row in out["structure"]:

@@ -213,9 +213,10 @@ def _facts(subject: Subject, told: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _steps(subject: Subject, told: Mapping[str, Any]) -> list[Step]:
     """The pipeline in applied order."""
     plan = subject.artefact.plan if isinstance(subject.artefact.plan, dict) else {}
+    order = plan.get("order")
     why = {
-        (r.get("pass"), r.get("stage")): str(r.get("why", ""))
-        for r in plan.get("order", []) if isinstance(r, dict)
+        (str(r.get("pass")), str(r.get("stage"))): str(r.get("why", ""))
+        for r in (order if isinstance(order, list) else []) if isinstance(r, dict)
     }  # fmt: skip
     applied = applied_of(subject.artefact.manifest.passes, len(subject.graphs))
     out = []
@@ -227,7 +228,7 @@ def _steps(subject: Subject, told: Mapping[str, Any]) -> list[Step]:
         out.append(Step(
             name, str(stage + 1), _knobs(given),
             _knobs({k: v for k, v in knobs.items() if k not in given}),
-            str(row.get("effect", "")), why.get((name, stage), ""), row["sites"],
+            str(row.get("effect", "")), why.get((name, str(stage)), ""), row["sites"],
             len(row["folds"]),
             sum(r["by"] == name for r in told["refusals"]), totals(found),
             tuple((a or "none", b or "none") for a, b in zip(was, now, strict=True) if a != b),

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from .checked import is_number
 from .plots import bars, heat
 from .text import Table, number, size
 
@@ -88,9 +89,7 @@ def layer_of(site: Site) -> str:
 def value_of(site: Site, field: str) -> float | None:
     """A finite number, or None: a field may be absent, null or no number."""
     found = site.get(field)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
-        return None
-    return float(found)
+    return float(found) if is_number(found) else None
 
 
 def plots(sites: Sequence[Site]) -> tuple[list[Plot], list[str]]:

@@ -5,7 +5,6 @@ The record is the one of :func:`..pipeline.mixing.mix`: options, bytes and predi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..ir.errors import ModelError
-from .checked import rows
+from .checked import is_number, rows, texts
 from .layers import Site
 from .mixing import chosen_table, tries_table
 from .plots import Point, scatter
@@ -54,8 +53,10 @@ def mixed(record: Any) -> Mixed | None:
     tries = rows(record.get("tries"), _TRY, _WHERE)
     told = [v for row in table for v in row["predicted"].values()]
     told += [t.setdefault("predicted_rise", None) for t in tries]
-    odd = next((v for v in told if v is not None and not _is_number(v)), None)
-    measures = checked["measures"]
+    odd = next((v for v in told if v is not None and not is_number(v)), None)
+    measures = texts(checked["measures"], _WHERE)
+    for row in table:
+        texts(row["roles"], _WHERE)
     missing = any(m not in row["predicted"] for m in measures for row in table)
     if odd is not None or missing or not measures:
         raise ModelError(f"expected a predicted loss by each of {measures}, found {odd!r}",
@@ -72,14 +73,10 @@ def with_sensitivity(sites: Sequence[Site], record: Any) -> list[Site]:
         return list(sites)
     told: dict[str, float] = {}
     for row in rows(record.get("table"), _TABLE, _WHERE):
-        found = next((v for v in row["predicted"].values() if _is_number(v)), None)
+        found = next((v for v in row["predicted"].values() if is_number(v)), None)
         if found is not None:
             told |= dict.fromkeys(map(str, row["sites"]), float(found))
     return [s | {"sensitivity": told[s["site"]]} if s["site"] in told else s for s in sites]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _facts(
@@ -113,7 +110,7 @@ def _frontiers(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) ->
         # Without the places that lose nothing, so that the others can be told apart by logarithm.
         points = [Point(8 * b / weights, loss) for b, loss in places if loss > 0]
         rises = [row["predicted"].get(measure) for row in table]
-        if all(map(_is_number, rises)):
+        if all(map(is_number, rises)):
             bits = 8 * sum(row["bytes"] for row in table) / weights
             points.append(Point(bits, sum(rises), record["by"], True))
         if len(points) > 1:
@@ -126,7 +123,7 @@ def _frontiers(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) ->
 
 def _numbers(line: Any, key: str) -> list[float]:
     found = line.get(key) if isinstance(line, dict) else None
-    if not isinstance(found, list) or not all(map(_is_number, found)):
+    if not isinstance(found, list) or not all(map(is_number, found)):
         raise ModelError(f"expected a list of numbers for {key}, found something else",
                          where=_WHERE)  # fmt: skip
     return found

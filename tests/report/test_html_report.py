@@ -148,18 +148,20 @@ def test_strings_are_escaped(
         (("report", "refusals"), ["text"], "expected a list of objects"),
         (("report", "folds"), [{"site": "a"}], "expected str for pass, found None"),
         (("report", "structure"), [7], "expected a list of objects"),
+        (("report", "sites", 0, "fallbacks"), 3, "expected a list of texts, found 3"),
+        (("report", "sites", 0, "loss"), 1e308, "expected a number for loss"),
         (("passes",), [{"pass": "w4"}], "expected int for stage, found None"),
         (("graphs",), [], "expected a graph before and after each of 1 passes, found 0"),
     ],
 )
 def test_records_of_another_form_are_refused(
     made: Callable[[str], Path], report: Callable[..., str], tmp_path: Path,
-    where: tuple[str, ...], value: Any, said: str,
+    where: tuple[str | int, ...], value: Any, said: str,
 ) -> None:  # fmt: skip
     """A record that llmc does not write is named, not met as a crash."""
 
     def put(parts: dict[str, Any]) -> None:
-        into = parts
+        into: Any = parts
         for key in where[:-1]:
             into = into[key]
         into[where[-1]] = value
@@ -277,6 +279,10 @@ def test_mixed_precision_shows_frontier_and_table(
         ("frontier", {"fisher": {"bytes": [1], "predicted": []}}, "as many bytes as losses"),
         ("frontier", {"fisher": {"bytes": "text"}}, "expected a list of numbers for bytes"),
         ("measures", ["other"], "expected a predicted loss by each of"),
+        ("measures", [[]], "expected a list of texts"),
+        ("bits", 1e308, "expected float for bits"),
+        ("weights", 10**400, "expected int for weights"),
+        ("frontier", {"fisher": {"bytes": [1e308, 1], "predicted": [1, 2]}}, "list of numbers"),
         ("measures", [], "expected a predicted loss by each of"),
         ("dense", {}, "expected float for perplexity"),
     ],
