@@ -229,7 +229,7 @@ class Factor(Structural, Protecting):
         ]  # fmt: skip
         choice = Choice(_data(found, ranks), tensors)
         rows += [told] if told else []
-        return Choice(choice.data, tensors, rows + self.losses(context, choice))
+        return Choice(choice.data, tensors, rows + self.told_losses(context, choice))
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
         sites = {s.id: s for s in Analysis(program).linears if isinstance(s, LinearSite)}

@@ -90,7 +90,7 @@ class LowRankEmbed(TablePass):
                 "loss": made.dropped / whole if whole > 0 else 0.0, "loss_unweighed": float(lost),
                 "solver": made.solver, "fallbacks": list(made.notes),
             }  # fmt: skip
-        choice.records.extend(self.losses(context, choice))
+        choice.records.extend(self.told_losses(context, choice))
         return choice
 
     def apply(self, program: Program, choice: Choice) -> list[str]:

@@ -235,7 +235,7 @@ class PruneWidth(Structural):
             )  # fmt: skip
         choice = Choice(self._data(program, sites, keep), tensors)
         records = [_record(g, scores[g.id].values, keep[g.id]) for g in sites]
-        return Choice(choice.data, tensors, records + self.losses(context, choice))
+        return Choice(choice.data, tensors, records + self.told_losses(context, choice))
 
     def apply(self, program: Program, choice: Choice) -> list[str]:
         groups = {g.id: g for g in Analysis(program).groups}

@@ -143,7 +143,7 @@ class TensorTrain(TablePass):
             record |= lost
             named = {part_name(context.program, site.param, k): t for k, t in parts.items()}
             choice.tensors.update(named)
-        choice.records.extend(self.losses(context, choice))
+        choice.records.extend(self.told_losses(context, choice))
         return choice
 
     def apply(self, program: Program, choice: Choice) -> list[str]:

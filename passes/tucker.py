@@ -222,7 +222,7 @@ class Tucker(Structural, Protecting):
                     "sweeps": len(made.history) - 1, "fallbacks": list(made.notes),
                 })  # fmt: skip
         choice = Choice(_data(found), tensors)
-        return Choice(choice.data, tensors, records + self.losses(context, choice))
+        return Choice(choice.data, tensors, records + self.told_losses(context, choice))
 
     def _measured(self, weight: Tensor, root: Root, start: Sizes) -> Sizes:
         """The ranks of least error in the numbers of those that the shape alone gives."""

@@ -111,7 +111,7 @@ class Structural(Pass):
         """
         raise LlmcError(f"expected {type(self).__name__} to have a rewrite, found none")
 
-    def losses(self, context: Context, choice: Choice) -> list[dict[str, Any]]:
+    def told_losses(self, context: Context, choice: Choice) -> list[dict[str, Any]]:
         """A row with the model's loss on a few calibration windows before and after the rewrite.
 
         None where there are no tokens, or the program gives no logits over them.

@@ -155,7 +155,7 @@ def with_table(program: Program) -> Program:
     logits = program.output.args[0]
     assert isinstance(logits, fx.Node)
     table = program.param_node("p0")
-    with_mean = {"before": program.output, "made_by": "zoo"}
+    with_mean: dict[str, Any] = {"before": program.output, "made_by": "zoo"}
     mean = program.emit("aten.mean.dim", table, [0, 1], **with_mean)
     program.output.args = (program.emit("aten.add.Tensor", logits, mean, **with_mean),)
     return program

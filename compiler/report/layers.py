@@ -89,7 +89,7 @@ def layer_of(site: Site) -> str:
 def value_of(site: Site, field: str) -> float | None:
     """A finite number, or None: a field may be absent, null or no number."""
     found = site.get(field)
-    return float(found) if is_number(found) else None
+    return float(found) if found is not None and is_number(found) else None
 
 
 def plots(sites: Sequence[Site]) -> tuple[list[Plot], list[str]]:

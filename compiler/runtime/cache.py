@@ -51,14 +51,14 @@ def add_cache(program: Program) -> Program:
             q_pos = _positions(out)
         name = f"kv{i}"
         attrs: dict[str, Any] = {a: node.kwargs[a] for a in _ATTRIBUTES if a in node.kwargs}
-        scheme, more = out.caches.pop(node.name, None), list[fx.Node | None]()
+        scheme, rest = out.caches.pop(node.name, None), tuple[fx.Node | None, ...]()
         if scheme is not None and scheme.kind == "latent":
-            k, *more = _latent(out, node, attrs)
+            k, rest = _latent(out, node, attrs)
         elif scheme is not None and scheme.turned:
-            k, *more = _before_rotation(node, attrs)
+            k, rest = _before_rotation(node, attrs)
         cached = out.emit(
             "llmc.cached_attention", q, k, v, q_pos, argument(node, 5, "k_valid"), None,
-            argument(node, 7, "sinks"), *more, before=node, made_by=_BY, like=node, state=name,
+            argument(node, 7, "sinks"), *rest, before=node, made_by=_BY, like=node, state=name,
             **attrs,
         )  # fmt: skip
         node.replace_all_uses_with(cached)
@@ -72,7 +72,9 @@ def add_cache(program: Program) -> Program:
     return out
 
 
-def _before_rotation(node: fx.Node, attrs: dict[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _before_rotation(
+    node: fx.Node, attrs: dict[str, Any]
+) -> tuple[fx.Node, tuple[fx.Node, fx.Node]]:
     """Keys, cosines and sines of a rotation that moves behind the state."""
     found = rotation_of(node)
     if not isinstance(found, Rotation):
@@ -80,12 +82,12 @@ def _before_rotation(node: fx.Node, attrs: dict[str, Any]) -> tuple[fx.Node, fx.
         raise ModelError(f"expected keys that can be kept before their rotation: {why}",
                          where=f"node {node.name}")  # fmt: skip
     attrs["interleaved"] = found.interleaved
-    return found.keys, found.cos, found.sin
+    return found.keys, (found.cos, found.sin)
 
 
 def _latent(
     program: Program, node: fx.Node, attrs: dict[str, Any]
-) -> tuple[fx.Node, fx.Node | None, fx.Node | None, fx.Node, fx.Node | None]:
+) -> tuple[fx.Node, tuple[fx.Node | None, ...]]:
     """What keys are made of, [B, 1, S, R], and what makes them: rotation, matrix, bias."""
     found = latent_of(node)
     if isinstance(found, str):
@@ -94,9 +96,9 @@ def _latent(
         "aten.unsqueeze.default", found.value, 1, before=node, made_by=_BY, like=node
     )
     if found.turn is None:
-        return kept, None, None, found.weight, found.bias
+        return kept, (None, None, found.weight, found.bias)
     attrs["interleaved"] = found.turn.interleaved
-    return kept, found.turn.cos, found.turn.sin, found.weight, found.bias
+    return kept, (found.turn.cos, found.turn.sin, found.weight, found.bias)
 
 
 def _positions(program: Program) -> fx.Node:

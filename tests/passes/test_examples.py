@@ -20,7 +20,12 @@ from llmc.compiler.pipeline.structure import Structural
 PASSES = all_passes()
 HITS = [(n, e) for n, p in PASSES.items() for e in p.hits if n != "prune48"]
 # A few random tokens prove no agreement that anybody would ask for.
-KNOBS = {"early_exit": ":agreement=0.05,error=0.5", "lorc": ":rank=2,w3", "window": ":size=4"}
+KNOBS = {
+    "early_exit": ":agreement=0.05,error=0.5",
+    "lorc": ":rank=2,w3",
+    "lowrank_residual": ":rank=2,w3",
+    "window": ":size=4",
+}
 MISSES = [
     (next(iter(p.variants)), e) for p in sorted(set(PASSES.values()), key=str) for e in p.misses
 ]
