@@ -48,7 +48,8 @@ def open_headers(source: str, trust_remote_code: bool = False) -> tuple[Program,
               help="Nodes that meet FIELD=VALUE,...; also != ~ > >= < <=, and input.FIELD for what "
               "a node reads.")  # fmt: skip
 @click.option("--picture", default=None, metavar="FILE",
-              help="Draw the data flow of what is shown: FILE.svg, or FILE.dot for Graphviz.")  # fmt: skip
+              help="Draw the data flow of what is shown: FILE.svg, or FILE.dot for "
+              "Graphviz.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True,
               help="Run modelling code that lies in the model's folder.")  # fmt: skip
 @output_options

@@ -100,9 +100,7 @@ class Coding(Protecting):
         sparse, grid, made = self.beside(site), self.reads(site), []
         columns = sparse if sparse is not None and sparse.kind == "columns" else None
         if sparse is not None and columns is None:
-            made += encode_outliers(
-                program, site.node, sparse, made_by=self.called, slot=site.slot
-            )
+            made += encode_outliers(program, site.node, sparse, made_by=self.called, slot=site.slot)
         made += encode_codes(
             program, site.node, self.codes(site), made_by=self.called, slot=site.slot
         )

@@ -21,9 +21,7 @@ from ..solvers.pairs import PairGrid
 from ..solvers.tables import QuantileGrid, TableGrid
 
 
-def grid_of(
-    codes: Codes | None, options: dict[str, Any], mask: Mask | None = None
-) -> Grid | None:
+def grid_of(codes: Codes | None, options: dict[str, Any], mask: Mask | None = None) -> Grid | None:
     """The solver's grid for a scheme's codes; None without any.
 
     options: ``clip`` and ``percentile`` of grids that have scales. mask: where it scatters zeros, a

@@ -17,7 +17,7 @@ from ..analysis.groups import Group
 from ..analysis.heads import AttentionSite, Rows, units_of
 from ..ir.errors import ModelError
 from ..ir.graph import Program
-from ..solvers.heads import Heads, Maps, Shared, metric, share
+from ..solvers.heads import Heads, Maps, metric, share
 from .statistics import Collection, Gram, Moments
 
 NEEDS = ("gram", "moments")

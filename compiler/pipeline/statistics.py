@@ -289,8 +289,7 @@ def _have(value: Tensor | None) -> Tensor:
 
 
 KINDS: dict[str, type] = {
-    k.name: k
-    for k in (AbsMax, AbsMean, Magnitudes, Range, Sample, Moments, Gram, WideGram, Fisher)
+    k.name: k for k in (AbsMax, AbsMean, Magnitudes, Range, Sample, Moments, Gram, WideGram, Fisher)
 }
 
 

@@ -56,9 +56,7 @@ def test_an_infinite_threshold_keeps_all_on_the_grid():
     assert all(r["outliers"] == 0 for r in a.records)
 
 
-@pytest.mark.parametrize(
-    "text", ["prune24,spqr", "smooth,spqr", "spqr,lorc:rank=2", "a8,spqr"]
-)
+@pytest.mark.parametrize("text", ["prune24,spqr", "smooth,spqr", "spqr,lorc:rank=2", "a8,spqr"])
 def test_it_composes(text):
     done = compile_plan(planned(text), tokens())
     verify(done.program)
