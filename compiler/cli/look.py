@@ -116,11 +116,16 @@ def _nodes(
 
 
 def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) -> None:
+    from ..report.checked import mixture_of, told_of
     from ..report.mixing import mixing_lines, mixing_tables
     from ..report.text import Table, size
     from ..runtime.sizes import sizes
 
     total = sizes(program)
+    told = {} if artefact is None else told_of(artefact.report)
+    record = told.get("record")
+    record = record if isinstance(record, dict) else {}
+    mixture = mixture_of(record.get("mixed"))
     about: dict[str, Any] = {
         "source": source,
         "inputs": {n.name: str(n.meta["llmc"].type) for n in program.inputs},
@@ -135,17 +140,17 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
         m = artefact.manifest
         about |= {"content_hash": m.content_hash, "passes": m.passes, "versions": m.versions,
                   "fallbacks": m.fallbacks, "graphs": list(artefact.graphs),
-                  "record": artefact.report.get("record", {})}  # fmt: skip
-        out.text(f"passes   {about['record'].get('passes', '')}")
+                  "record": record}  # fmt: skip
+        out.text(f"passes   {record.get('passes', '')}")
         out.text(f"content  {m.content_hash}")
         out.text(f"graphs   {' '.join(artefact.graphs)}")
-        data = about["record"].get("calibration")
-        if data:
+        data = record.get("calibration")
+        if isinstance(data, dict):
             out.text(
-                f"data     {data['data']} ({data['sha256'][:12]}), {data['samples']} x "
-                f"{data['length']} tokens, seed {data['seed']}"
+                f"data     {data.get('data')} ({str(data.get('sha256'))[:12]}), "
+                f"{data.get('samples')} x {data.get('length')} tokens, seed {data.get('seed')}"
             )
-        for line in mixing_lines(about["record"].get("mixed")):
+        for line in mixing_lines(mixture):
             out.text(f"mixed    {line}")
     out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
     if program.exits is not None:
@@ -173,17 +178,17 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
         from ..report.data import folds_table, result_table
         from ..report.structure import record_tables, structure_table
 
-        steps = artefact.report["structure"]
+        steps = told["structure"]
         out.table(structure_table(steps))
         for table in record_tables(steps, out.verbose):
             out.table(table)
-        for table in mixing_tables(about["record"].get("mixed"), out.verbose):
+        for table in mixing_tables(mixture, out.verbose):
             out.table(table)
         about["structure"] = steps
-        out.table(result_table(artefact.report, out.verbose))
+        out.table(result_table(told, out.verbose))
         if out.verbose:
-            out.table(folds_table(artefact.report["folds"]))
-        about["sites"] = artefact.report["sites"]
+            out.table(folds_table(told["folds"]))
+        about["sites"] = told["sites"]
         about["schemes"] = artefact.schemes
     out.data("inspect", about)
 

@@ -17,6 +17,15 @@ _TOLD: dict[str, dict[str, type]] = {
               "smallest": float, "largest": float},
     "fallbacks": {"site": str},
 }  # fmt: skip
+MIXED = "report.json, mixed"
+_MIXTURE = {"target": str, "options": list, "measures": list, "held_out": dict, "dense": dict,
+            "by": str, "bits": float, "weights": int, "frontier": dict, "model_bytes": int,
+            "model_share": float}  # fmt: skip
+GROUP = {"group": str, "sites": list, "roles": list, "option": str, "bytes": int, "bits": float,
+         "predicted": dict}  # fmt: skip
+"""Fields of a group of a mixture."""
+_TRY = {"by": str, "bytes": int, "bits": float, "perplexity": float, "rise": float, "fits": bool,
+        "chosen": bool}  # fmt: skip
 _LARGE = 1e100
 _SIZES = {"blocks": int, "bytes": int, "parameters": int}
 
@@ -94,3 +103,32 @@ def applied_of(passes: Any, graphs: int) -> list[dict[str, Any]]:
             where="manifest.json",
         )
     return found
+
+
+def mixture_of(record: Any) -> dict[str, Any] | None:
+    """How mixed precision chose, checked; None where it did not.
+
+    Raises:
+        ModelError: the record is not of the form that compiling writes.
+    """
+    if record is None:
+        return None
+    (checked,) = rows([record], _MIXTURE, MIXED)
+    rows([checked["held_out"]], {"from": str, "windows": int}, MIXED)
+    rows([checked["dense"]], {"perplexity": float}, MIXED)
+    table = rows(record.get("table"), GROUP, MIXED)
+    tries = rows(record.get("tries"), _TRY, MIXED)
+    told = [v for row in table for v in row["predicted"].values()]
+    told += [t.setdefault("predicted_rise", None) for t in tries]
+    odd = next((v for v in told if v is not None and not is_number(v)), None)
+    measures = texts(checked["measures"], MIXED)
+    for row in table:
+        texts(row["roles"], MIXED)
+        if row["bits"] <= 0 or row["bytes"] <= 0:
+            raise ModelError(f"expected bits and bytes above 0 of {row['group']}, found others",
+                             where=MIXED)  # fmt: skip
+    missing = any(m not in row["predicted"] for m in measures for row in table)
+    if odd is not None or missing or not measures:
+        raise ModelError(f"expected a predicted loss by each of {measures}, found {odd!r}",
+                         where=MIXED)  # fmt: skip
+    return checked

@@ -12,19 +12,11 @@ from typing import Any
 from markupsafe import Markup
 
 from ..ir.errors import ModelError
-from .checked import is_number, rows, texts
+from .checked import GROUP, MIXED, is_number, mixture_of, rows
 from .layers import Site
 from .mixing import chosen_table, tries_table
 from .plots import Point, scatter
 from .text import Table, number
-
-_RECORD = {"target": str, "options": list, "measures": list, "held_out": dict, "dense": dict,
-           "by": str, "bits": float, "weights": int, "frontier": dict}  # fmt: skip
-_TABLE = {"group": str, "sites": list, "roles": list, "option": str, "bytes": int, "bits": float,
-          "predicted": dict}  # fmt: skip
-_TRY = {"by": str, "bytes": int, "bits": float, "perplexity": float, "rise": float, "fits": bool,
-        "chosen": bool}  # fmt: skip
-_WHERE = "report.json, mixed"
 
 
 @dataclass(frozen=True)
@@ -44,23 +36,10 @@ def mixed(record: Any) -> Mixed | None:
     Raises:
         ModelError: the record is not of the form that compiling writes.
     """
-    if record is None:
+    checked = mixture_of(record)
+    if checked is None:
         return None
-    (checked,) = rows([record], _RECORD, _WHERE)
-    rows([checked["held_out"]], {"from": str, "windows": int}, _WHERE)
-    rows([checked["dense"]], {"perplexity": float}, _WHERE)
-    table = rows(record.get("table"), _TABLE, _WHERE)
-    tries = rows(record.get("tries"), _TRY, _WHERE)
-    told = [v for row in table for v in row["predicted"].values()]
-    told += [t.setdefault("predicted_rise", None) for t in tries]
-    odd = next((v for v in told if v is not None and not is_number(v)), None)
-    measures = texts(checked["measures"], _WHERE)
-    for row in table:
-        texts(row["roles"], _WHERE)
-    missing = any(m not in row["predicted"] for m in measures for row in table)
-    if odd is not None or missing or not measures:
-        raise ModelError(f"expected a predicted loss by each of {measures}, found {odd!r}",
-                         where=_WHERE)  # fmt: skip
+    table, tries = checked["table"], checked["tries"]
     return Mixed(
         _facts(checked, table), list(_frontiers(checked, table)), _tried(tries),
         tries_table(checked), chosen_table(checked, full=True),
@@ -72,7 +51,7 @@ def with_sensitivity(sites: Sequence[Site], record: Any) -> list[Site]:
     if not isinstance(record, dict):
         return list(sites)
     told: dict[str, float] = {}
-    for row in rows(record.get("table"), _TABLE, _WHERE):
+    for row in rows(record.get("table"), GROUP, MIXED):
         found = next((v for v in row["predicted"].values() if is_number(v)), None)
         if found is not None:
             told |= dict.fromkeys(map(str, row["sites"]), float(found))
@@ -104,7 +83,7 @@ def _frontiers(record: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) ->
         if len(stored) != len(predicted):
             raise ModelError(
                 f"expected as many bytes as losses for {measure}, found {len(stored)} and "
-                f"{len(predicted)}", where=_WHERE,
+                f"{len(predicted)}", where=MIXED,
             )  # fmt: skip
         places = zip(stored, predicted, strict=True)
         # Without the places that lose nothing, so that the others can be told apart by logarithm.
@@ -125,7 +104,7 @@ def _numbers(line: Any, key: str) -> list[float]:
     found = line.get(key) if isinstance(line, dict) else None
     if not isinstance(found, list) or not all(map(is_number, found)):
         raise ModelError(f"expected a list of numbers for {key}, found something else",
-                         where=_WHERE)  # fmt: skip
+                         where=MIXED)  # fmt: skip
     return found
 
 

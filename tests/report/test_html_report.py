@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from llmc.compiler.cli.look import inspect_command
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.serial import to_json
 from llmc.compiler.report.layers import with_seconds
@@ -206,6 +208,7 @@ def layers(parts: dict[str, Any], count: int = 32) -> None:
     ]  # fmt: skip
     told["record"]["mixed"] = {
         "target": "--bits 4.25", "options": ["w3", "w4"], "weights": 64000, "bits": 4.25,
+        "model_bytes": 40_000, "model_share": 0.3,
         "by": "fisher", "table": rows, "tries": tries, "measures": ["fisher", "proxy"],
         "held_out": {"from": "elsewhere", "windows": 4}, "dense": {"perplexity": 20.0},
         "frontier": {"fisher": {"bytes": [i * 1000 for i in range(1, 65)],
@@ -326,3 +329,24 @@ def test_evaluations_give_a_front(
     assert "dense 1 MB 32 20 best of its size" in text
     assert text.count("best of its size") == 3  # all but a8,w8, which w4 beats on both axes
     assert "comparison" in page.ids
+
+
+@pytest.mark.parametrize("mixed", [{}, 3, {"measures": []}, "bits"])
+def test_inspect_refuses_a_mixture_of_another_form(
+    made: Callable[[str], Path], tmp_path: Path, mixed: Any
+) -> None:
+    """What a terminal shows of it is checked as the page's is: exit code 3."""
+
+    def put(parts: dict[str, Any]) -> None:
+        layers(parts, 2)
+        parts["report"]["structure"] = []
+        if mixed == "bits":
+            parts["report"]["record"]["mixed"]["table"][0]["bits"] = 0
+        else:
+            parts["report"]["record"]["mixed"] = mixed
+
+    found = CliRunner().invoke(
+        inspect_command, [str(again(made("w4:group=16"), tmp_path / "odd", put))]
+    )
+    assert isinstance(found.exception, ModelError)
+    assert found.exception.exit_code == 3
