@@ -6,7 +6,7 @@ import torch
 import llmc
 from llmc.compiler.runtime.executor import Runner
 
-JOINT = "smooth,w4:group=16,prune24"
+JOINT = "smooth,w4:group=8,prune24"
 SHAPES = {"mqa": {"num_key_value_heads": 1}, "tied": {"tie_word_embeddings": True}}
 
 
@@ -37,7 +37,7 @@ def test_joint_solve_saves_and_reloads_bit_for_bit(arch, build, tmp_path):
     small.save(tmp_path / "a")
     assert torch.equal(llmc.load(tmp_path / "a")(ids[:2]), small(ids[:2]))
     assert small.records
-    assert {r["scheme"] for r in small.records} <= {"scaled 2:4 w4 g16", "2:4 w4 g16"}
+    assert {r["scheme"] for r in small.records} <= {"scaled 2:4 w4 g8", "2:4 w4 g8"}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from llmc.compiler.ir.dims import BATCH, SEQ, same
 from llmc.compiler.ir.errors import ModelError
@@ -218,7 +219,7 @@ LLMC = [
 def test_fake_kernel_gives_the_shape_of_the_real_one(row: OpRow, args: Any, kwargs: Any) -> None:
     real = row.target(*args, **kwargs)
     with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, list(args))
         fake = row.target(*fakes, **kwargs)
     assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 

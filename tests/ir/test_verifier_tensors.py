@@ -137,8 +137,9 @@ def test_broken_sparse_rows_are_refused(
 
 
 def test_every_tensor_rule_is_broken_once() -> None:
-    # Empty levels are broken in test_levels, input grids in test_rounding, trains in test_train.
-    broken = {r for r, _, _ in TENSORS + SPARSE} | {"words", "count", "level", "rounding", "train"}
+    # Levels: test_levels; input grids: test_rounding; trains: test_train; turns: test_rotation.
+    elsewhere = {"words", "count", "level", "rounding", "train", "turns"}
+    broken = {r for r, _, _ in TENSORS + SPARSE} | elsewhere
     assert {name for name, _ in TENSOR_RULES} == broken
 
 
