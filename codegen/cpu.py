@@ -185,7 +185,9 @@ def choose(problem: Problem) -> tuple[CpuKernel | None, str]:
 def implementation(
     kernel: CpuKernel, problem: Problem, given: Mapping[str, Any] | None = None
 ) -> Callable[..., torch.Tensor]:
-    """`llmc.fused_linear` over tensors that `kernel.pack` made; takes no residual and no gain.
+    """`llmc.fused_linear` over tensors that `kernel.pack` made, low rank beside it included.
+
+    It takes no residual and no gain.
 
     given: what the kernel knows of its input's grid.
     """
@@ -198,16 +200,21 @@ def implementation(
         zero: torch.Tensor | None = None,
         meta: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
-        *rest: Any,
+        residual: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        left: torch.Tensor | None = None,
+        right: torch.Tensor | None = None,
         **attrs: Any,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, problem.K)
-        rows = (rows if kernel.wide else rows.to(torch.bfloat16)).contiguous()
+        given = x.reshape(-1, problem.K)
+        rows = (given if kernel.wide else given.to(torch.bfloat16)).contiguous()
         if not len(rows):
             return x.new_empty(*x.shape[:-1], problem.N)
         y = kernel.call(problem, rows, codes, scale, **known).to(x.dtype)
         if bias is not None:
             y = y + bias
+        if left is not None and right is not None:
+            y = torch.addmm(y, torch.nn.functional.linear(given, right), left.t())
         return y.reshape(*x.shape[:-1], problem.N)
 
     return call

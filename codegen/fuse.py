@@ -2,10 +2,11 @@
 
     rms_norm(x; gain, eps) -> linear(., expand_nm(dequantize(codes, scale, zero), meta), b) -> + r
 
-becomes fused_linear(x, codes, scale, zero, meta, b, r, gain). The law is the op row's reference; it
-differs from the chain only in the order of roundings. Sparse entries that add_csr puts beside the
-decoded weight become a path of their own, csr_linear, behind the fused node. What is not fused is a
-refusal with its node.
+becomes fused_linear(x, codes, scale, zero, meta, b, r, gain), and with + linear(linear(., B), A)
+behind it fused_linear(…, A, B) where the target has a kernel for that. The law is the op row's
+reference; it differs from the chain only in the order of roundings. Sparse entries that add_csr
+puts beside the decoded weight become a path of their own, csr_linear, behind the fused node. What
+is not fused is a refusal with its node.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ MAKER = "fuse"
 class Candidate:
     """A linear over a decoded weight: its nodes and the problem that a kernel must serve.
 
-    ``side`` is the call that puts sparse entries beside the weight.
+    ``side`` is the call that puts sparse entries beside the weight, ``low`` the product of low rank
+    that is added to the result.
     """
 
     linear: fx.Node
@@ -40,6 +42,26 @@ class Candidate:
     meta: fx.Node | None
     problem: Problem
     side: fx.Node | None = None
+    low: LowPath | None = None
+
+    @property
+    def result(self) -> fx.Node:
+        """The last call that it stands for."""
+        return self.linear if self.low is None else self.low.total
+
+
+@dataclass(frozen=True)
+class LowPath:
+    """total = linear(x, W) + part, part = linear(few, left), few = linear(x, right).
+
+    Nothing else reads the part or the few.
+    """
+
+    total: fx.Node
+    part: fx.Node
+    few: fx.Node
+    left: fx.Node
+    right: fx.Node
 
 
 @dataclass(frozen=True)
@@ -94,11 +116,22 @@ def find(program: Program, accept: Accept) -> tuple[list[Candidate], list[Refusa
     """Every `aten.linear` as a candidate or a refusal, in graph order."""
     found: list[Candidate] = []
     refused: list[Refusal] = []
+    joined: set[fx.Node] = set()
     for linear in program.calls("aten.linear.default"):
+        if linear in joined:
+            continue
         answer = _candidate(program, linear)
         if isinstance(answer, Refusal):
             refused.append(answer)
             continue
+        low = _low_path(linear)
+        if low is not None:
+            rank = int(tensor_type(low.left).shape[1])
+            whole = replace(answer, problem=replace(answer.problem, rank=rank), low=low)
+            if accept(whole.problem) is None:
+                found.append(whole)
+                joined |= {low.part, low.few}
+                continue
         why = accept(answer.problem)
         if why is None:
             found.append(answer)
@@ -180,6 +213,26 @@ def _candidate(program: Program, linear: fx.Node) -> Candidate | Refusal:
     )  # fmt: skip
 
 
+def _low_path(linear: fx.Node) -> LowPath | None:
+    """The product of low rank that is added to a linear's result, made of the same input."""
+    total = next(iter(linear.users), None)
+    if total is None or len(linear.users) != 1 or not _is(total, "aten.add.Tensor"):
+        return None
+    if len(total.args) != 2 or total.kwargs or total.args[0] is not linear:
+        return None
+    part = total.args[1]
+    few = part.args[0] if isinstance(part, fx.Node) and _is(part, "aten.linear.default") else None
+    if not isinstance(few, fx.Node) or not _is(few, "aten.linear.default"):
+        return None
+    assert isinstance(part, fx.Node)
+    alone = len(part.users) == len(few.users) == 1 and few.args[0] is linear.args[0]
+    plain = all(_argument(n, 2, "bias") is None for n in (part, few))
+    left, right = part.args[1], few.args[1]
+    if not (alone and plain and isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    return LowPath(total, part, few, left, right)
+
+
 def _rounded(x: fx.Node) -> str:
     """The grid that a linear's input was put on, in words."""
     if not _is(x, "llmc.round_input"):
@@ -200,16 +253,16 @@ def _residuals(
     taken: dict[fx.Node, fx.Node] = {}
     found = {}
     for candidate in sorted(candidates, key=lambda c: order[c.linear], reverse=True):
-        linear = candidate.linear
-        if len(linear.users) != 1:
+        linear, result = candidate.linear, candidate.result
+        if len(result.users) != 1:
             continue
-        add = next(iter(linear.users))
+        add = next(iter(result.users))
         if not _is(add, "aten.add.Tensor") or len(add.args) != 2 or add.kwargs or add in taken:
             continue
-        other = add.args[1] if add.args[0] is linear else add.args[0]
-        if not isinstance(other, fx.Node) or other is linear:
+        other = add.args[1] if add.args[0] is result else add.args[0]
+        if not isinstance(other, fx.Node) or other is result:
             continue
-        if same_type(info(other).type, info(linear).type):
+        if same_type(info(other).type, info(result).type):
             taken[add] = linear
             found[linear] = add
     return found
@@ -281,14 +334,17 @@ def _rewrite(
     if gain is not None:
         eps = float(str(x.kwargs["eps"]))
         x = x.args[0]
-    root, other = linear, None
+    root, other, low = candidate.result, None, candidate.low
+    if low is not None:
+        parts += ["aten.linear.default", "aten.linear.default", "aten.add.Tensor"]
     if add is not None:
         # Read now: the other addend may have been a linear that was fused a moment ago.
-        root, other = add, add.args[1] if add.args[0] is linear else add.args[0]
+        root, other = add, add.args[1] if add.args[0] is root else add.args[0]
         parts.append("aten.add.Tensor")
     made = program.emit(
         "llmc.fused_linear", x, candidate.codes, candidate.scale, candidate.zero, candidate.meta,
-        _argument(linear, 2, "bias"), other, gain, bits=problem.bits, group=problem.group,
+        _argument(linear, 2, "bias"), other, gain,
+        *(() if low is None else (low.left, low.right)), bits=problem.bits, group=problem.group,
         columns=problem.K, n=problem.n, m=problem.m, eps=eps,
         before=root, made_by=MAKER, like=linear,
     )  # fmt: skip

@@ -41,6 +41,7 @@ class Problem:
         x_dtype, scale_dtype: "fp16", "bf16" or "fp32".
         asym: a zero point is stored. bias, residual, norm: which side inputs exist.
         rounded: the grid that x is on already, e.g. "int8 token"; "" where it is on none.
+        rank: of the product beside the codes; 0 where there is none.
     """
 
     N: int
@@ -56,6 +57,7 @@ class Problem:
     residual: bool = False
     norm: bool = False
     rounded: str = ""
+    rank: int = 0
 
     @property
     def columns(self) -> int:
@@ -281,6 +283,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "x_dtype": _FLOATS,
     "scale_dtype": ("fp16", "bf16"),
     **dict.fromkeys(("asym", "bias", "residual", "norm"), (False, True)),
+    "rank": (0,),
 }
 
 W4A16 = KernelRow(

@@ -93,7 +93,7 @@ def _lower_cpu(program: Program) -> Lowered:
         note = kernel.note
         if problem.m:
             note += f"; {problem.n}:{problem.m} spread to dense codes"
-        traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K)
+        traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K) * (1 + problem.rank)
         _place(lowered, fused, kernel.name, codes, scale, traffic, note)
         given = _input_grid(program, fused)
         lowered.implementations[fused.node] = cpu.implementation(kernel, problem, given)

@@ -10,9 +10,15 @@ import torch
 from lowering_programs import Maker, Weight, hidden, mlp
 
 from llmc.codegen.fuse import FusePlan, fuse
+from llmc.codegen.targets import lower
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.ir.interpret import run
 from llmc.compiler.ir.verifier import verify
+from llmc.compiler.pipeline import recipe, zoo
+from llmc.compiler.pipeline.compile import compile_plan
+from llmc.compiler.pipeline.measure import model_inputs
+from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.runtime.executor import Runner
 
 W = Weight(64, 64)
 
@@ -198,3 +204,44 @@ def test_sparse_entries_become_a_path_of_their_own() -> None:
     assert not list(program.calls("llmc.add_csr"))
     assert len(list(program.calls("llmc.rms_norm"))) == 1
     assert "which is not fused whole" in plan.refused[0].reason
+
+
+def with_low_rank(text: str) -> Program:
+    """A compiled decoder whose linears have low rank beside their codes."""
+    program = zoo.decoder(hidden=64, inner=64, heads=4)
+    tokens = torch.randint(0, 20, (4, 8), generator=torch.Generator().manual_seed(0))
+    return compile_plan(make_plan(program, recipe.from_strings([text])), tokens).program
+
+
+@pytest.mark.parametrize("text", ["w4:group=32,lorc:rank=4", "w8:group=row,lorc:rank=3",
+                                  "prune24,w4:group=32,lowrank_residual:rank=2",
+                                  "w4:group=32,lorc:rank=4,factor_bits=8"])  # fmt: skip
+def test_low_rank_beside_codes_is_one_node(text: str) -> None:
+    program = with_low_rank(text)
+    ids = torch.randint(0, 20, (2, 6), generator=torch.Generator().manual_seed(1))
+    before = run(program, model_inputs(ids))
+    new = program.clone()
+    plan = fuse(new, lambda problem: None)
+    verify(new)
+    torch.testing.assert_close(run(new, model_inputs(ids)), before, rtol=1e-4, atol=1e-4)
+    low = [f for f in plan.fused if f.problem.rank]
+    assert len(low) == len(plan.fused) > 0
+    assert all(f.parts.count("aten.linear.default") == 3 for f in low)
+    # On the CPU the same node runs on torch's kernel and the product in one call.
+    cpu = lower(program, "cpu")
+    calls = list(cpu.program.calls("llmc.fused_linear"))
+    assert len(calls) == len(cpu.placed)
+    whole = [p for p in cpu.placed if p.fused.problem.rank]
+    assert len(whole) == sum(len(c.args) == 10 for c in calls) > 0
+    made = Runner(cpu.program, implementations=cpu.implementations).forward(ids)
+    assert float((made - before).norm()) < 0.02 * float(before.norm())
+
+
+def test_low_rank_stays_beside_where_no_kernel_takes_it() -> None:
+    program = with_low_rank("w4:group=32,lorc:rank=4")
+    count = sum(1 for _ in program.calls("llmc.dequantize"))
+    plan = fuse(program, lambda problem: "no low rank" if problem.rank else None)
+    verify(program)
+    assert len(plan.fused) == count
+    assert not any(f.problem.rank for f in plan.fused)
+    assert any(f.problem.residual for f in plan.fused), "the product is what is added"

@@ -171,7 +171,8 @@ llmc_op(
 def _fused_type(
     x: TensorType, codes: TensorType, scale: TensorType, zero: TensorType | None = None,
     meta: TensorType | None = None, bias: TensorType | None = None,
-    residual: TensorType | None = None, gain: TensorType | None = None, *, bits: int, group: int,
+    residual: TensorType | None = None, gain: TensorType | None = None,
+    left: TensorType | None = None, right: TensorType | None = None, *, bits: int, group: int,
     columns: int, n: int = 0, m: int = 0, eps: float = 0.0,
 ) -> TensorType:  # fmt: skip
     kept = columns // m * n if m else columns
@@ -185,22 +186,31 @@ def _fused_type(
     out = x.with_shape(*x.shape[:-1], codes.shape[0])
     if residual is not None and residual.shape != out.shape:
         raise ModelError(f"expected a residual like {out}, found {residual}")
+    if (left is None) != (right is None):
+        raise ModelError("expected both factors of a product of low rank, found one")
+    if left is not None and right is not None:
+        fits = left.rank == right.rank == 2 and same(left.shape[1], right.shape[0])
+        if not (fits and same(left.shape[0], codes.shape[0]) and same(right.shape[1], columns)):
+            raise ModelError(
+                f"expected factors of {out.shape[-1]} x {columns}, found {left}, {right}"
+            )
     return out
 
 
 def fused_linear(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None,
     meta: torch.Tensor | None = None, bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, gain: torch.Tensor | None = None, *, bits: int,
+    residual: torch.Tensor | None = None, gain: torch.Tensor | None = None,
+    left: torch.Tensor | None = None, right: torch.Tensor | None = None, *, bits: int,
     group: int, columns: int, n: int = 0, m: int = 0, eps: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """y = norm(x) · Wᵀ + bias + residual, W decoded from its codes.
+    """y = h · Wᵀ + (h · rightᵀ) · leftᵀ + bias + residual, h = norm(x), W decoded from its codes.
 
     Args:
         x: [..., K]; with ``gain`` [K] the input is rms_norm(x; eps)·gain, else x itself.
         codes, scale, zero: as in ``dequantize``, over the kept columns when ``m`` is set.
         meta: positions of the kept values of an n:m mask.
-        bias: [N]; residual: [..., N].
+        bias: [N]; residual: [..., N]; left: [N, R]; right: [R, K].
     """
     wide = torch.promote_types(torch.float32, scale.dtype)
     kept = columns // m * n if m else columns
@@ -213,16 +223,23 @@ def fused_linear(
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
         x = (h * gain.to(h.dtype)).to(x.dtype)
     y = torch.nn.functional.linear(x, w.to(x.dtype), bias)
+    if left is not None and right is not None:
+        few = torch.nn.functional.linear(x, right.to(x.dtype))
+        y = y + torch.nn.functional.linear(few, left.to(x.dtype))
     return y if residual is None else y + residual
 
 
-def _fused_flops(out: TensorType, *rest: Any, columns: int, **attrs: Any) -> Dim:
-    return 2 * numel(out.shape) * columns
+def _fused_flops(out: TensorType, x: TensorType, *rest: Any, columns: int, **attrs: Any) -> Dim:
+    product = 2 * numel(out.shape) * columns
+    if len(rest) < 9 or rest[7] is None:
+        return product
+    rank = rest[7].shape[1]
+    return product + 2 * numel(out.shape) * rank + 2 * numel(x.shape) * rank
 
 
 def _fused_ties(out: TensorType, x: TensorType, *rest: Any, **attrs: Any) -> list[Tie]:
     last = out.rank - 1
-    codes, scale, zero, meta, bias, residual, gain = [*rest, *([None] * 7)][:7]
+    codes, scale, zero, meta, bias, residual, gain, left, right = [*rest, *([None] * 9)][:9]
     rows = [(i, 0) for i, t in ((1, codes), (2, scale), (3, zero), (4, meta), (5, bias)) if t]
     inner = [(i, 1) for i, t in ((1, codes), (2, scale), (3, zero), (4, meta)) if t]
     ties = []
@@ -231,6 +248,10 @@ def _fused_ties(out: TensorType, x: TensorType, *rest: Any, **attrs: Any) -> lis
         ties.append(Tie("same", tokens, (a,)))
     rows += [(6, last)] if residual is not None else []
     inner += [(0, last)] + ([(7, 0)] if gain is not None else [])
+    if left is not None and right is not None:
+        rows.append((8, 0))
+        inner.append((9, 1))
+        ties.append(Tie("contract", ((8, 1), (9, 0))))
     return [*ties, Tie("same", tuple(rows), (last,)), Tie("mix", tuple(inner))]
 
 
@@ -241,14 +262,17 @@ def _fused_sample() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     gain = torch.randn(8, generator=g, dtype=torch.float64)
     residual = torch.randn(2, 3, generator=g, dtype=torch.float64)
     attrs = {k: attrs[k] for k in ("bits", "group", "columns")} | {"eps": 1e-6}
-    return [((x, codes, scale, None, None, None, residual, gain), attrs)]
+    left, right = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((3, 2), (2, 8)))
+    given = (x, codes, scale, None, None, None, residual, gain)
+    return [(given, attrs), ((*given, left, right), attrs)]
 
 
 llmc_op(
     "fused_linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? zero=None, Tensor? meta=None, "
-    "Tensor? bias=None, Tensor? residual=None, Tensor? gain=None, *, int bits, int group, "
-    "int columns, int n=0, int m=0, float eps=0.0) -> Tensor",
+    "Tensor? bias=None, Tensor? residual=None, Tensor? gain=None, Tensor? left=None, "
+    "Tensor? right=None, *, int bits, int group, int columns, int n=0, int m=0, float eps=0.0) "
+    "-> Tensor",
     _fused_type,
     fused_linear,
     ties=_fused_ties,
