@@ -122,7 +122,7 @@ def error(x, size, grid):
 def test_the_least_error_is_found(seed, kind, tail):
     """Against rounding all values with every size that the search tries.
 
-    The search sees counts in bins a thirty-second wide, and one large value may be most of the error.
+    The search sees counts in bins a thirty-second wide; one value may be most of the error.
     """
     x = values(seed, rows=400, tail=tail)
     grid = InputGrid(kind[1], "static", kind[0], clip="mse")
