@@ -20,9 +20,9 @@ NOTES = {
         " one, it takes 9 tenths of the loss away."
     ),
     "w2:clip=learned": (
-        "is trained for 64 steps (4 epochs of 16 windows) from the whole range, where OmniQuant "
-        "takes 40 epochs of 128. On the layer at n = 256, rounded to nearest, its loss is 0.29; "
-        "with `epochs=40,windows=24` 0.106, below the searched range's 0.147."
+        "is trained for 64 steps (4 epochs of 16 windows), where OmniQuant takes 40 epochs of 128, "
+        "and for round-to-nearest, while the sweep behind it compensates; the searched range of "
+        "`w2` weighs errors by what the sweep will see."
     ),
     "squeezellm": (
         "holds 16 levels of 16 bits for each row: 0.33 to 1 bit per weight on rows of 768 and 256 "
