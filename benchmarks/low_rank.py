@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import speed
 import torch
 import width
 
@@ -31,7 +32,6 @@ from llmc.compiler.ir.graph import Program
 from llmc.compiler.pipeline.data import Tokenizer, read_stream
 from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate
 from llmc.compiler.runtime.executor import Runner
-from llmc.compiler.runtime.lowering import runner_for
 from llmc.compiler.solvers.factor import factor, whitening
 
 MODEL = width.MODEL
@@ -86,11 +86,11 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     first = found["dense"].to_json()
     kept = ("data", "sha256", "window", "windows", "tokens", "protocol")
     head = {
-        "command": _command(), "protocol": {k: first[k] for k in kept},
+        "command": speed.command(), "protocol": {k: first[k] for k in kept},
         "calibration": {"samples": args.samples, "length": args.length, "seed": 0},
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    known = _known(args.out, head)
+    known = speed.known(args.out, head)
     rows = [_row("dense", "", found["dense"], dense, 0.0, [])]
     for name, passes in recipes(args.shares):
         wanted = not args.only or any(word in passes for word in args.only)
@@ -112,7 +112,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {found[name].perplexity:.3f}", file=sys.stderr, flush=True)
         done = {r["passes"] for r in rows}
         later = [r for p, r in known.items() if p not in done]
-        _write(args.out, {**head, "rows": rows + later})
+        speed.write(args.out, {**head, "rows": rows + later})
     pairs = []
     for share in args.shares:
         names = [f"{name}, {share:.0%}" for name in METHODS]
@@ -122,15 +122,6 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
             for n in names if n != base and n in found and base in found
         ]  # fmt: skip
     return {**head, "rows": rows, "pairs": pairs}
-
-
-def _known(path: Path | None, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows that an earlier run of the same protocol left, by their passes."""
-    if path is None or not path.is_file():
-        return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    same = all(data.get(k) == head[k] for k in ("protocol", "calibration"))
-    return {r["passes"]: r for r in data["rows"]} if same else {}
 
 
 def _row(
@@ -167,29 +158,9 @@ def table(data: dict[str, Any]) -> str:
 
 
 def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Prefill and decode of the whole model and its factored forms, in turn, on random weights."""
-    dense = width._llama(args)
-    programs = {0.0: dense}
-    for share in args.speed_shares:
-        programs[share] = api.compile(dense, f"svd:remove={share:g}").program
-    runners = {s: runner_for(p, args.target, cached=True) for s, p in programs.items()}
-    tokens = torch.randint(0, args.vocab, (4096,), generator=torch.Generator().manual_seed(0))
-    times: dict[tuple[str, float], list[width.Clocks]] = {}
-    for turn in range(args.rounds + 1):
-        for kind, (batch, prompt, new) in width.SETTINGS.items():
-            for share, runner in runners.items():
-                found = width._timed(runner, tokens, batch, prompt, new)
-                if turn:  # the first turn warms up
-                    times.setdefault((kind, share), []).append(found)
-    rows = [width._speed_row(k, s, times, programs) for k in width.SETTINGS for s in runners]
-    for row in rows:
-        row["removed_share_of_factored_weights"] = row.pop("removed_share_of_block_parameters")
-    parameters = sum(torch.Size(p.shape).numel() for p in dense.params.values() if p.trained)
-    return {
-        "command": _command(), "parameters": parameters, "hidden": args.hidden,
-        "target": args.target, "threads": torch.get_num_threads(), "rounds": args.rounds,
-        "rows": rows,
-    }  # fmt: skip
+    """Prefill and decode of a larger random model and its factored forms."""
+    removed = "removed_share_of_factored_weights"
+    return speed.measured(args, "svd:remove={0}", args.speed_shares, args.target, removed)
 
 
 def measure_layer(args: argparse.Namespace) -> dict[str, Any]:
@@ -222,24 +193,13 @@ def measure_layer(args: argparse.Namespace) -> dict[str, Any]:
             "error": made.error / made.whole**0.5,
         })  # fmt: skip
         del root, made
-    return {"command": _command(), "threads": torch.get_num_threads(), "rows": rows}
+    return {"command": speed.command(), "threads": torch.get_num_threads(), "rows": rows}
 
 
 def _resident(field: str) -> int:
     """Bytes that Linux tells of this process: VmRSS now, VmHWM at most since the last reset."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def _command() -> str:
-    given = [a for i, a in enumerate(sys.argv[1:]) if a != "--out" and sys.argv[i] != "--out"]
-    return "python benchmarks/low_rank.py " + " ".join(given)
-
-
-def _write(path: Path | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -258,17 +218,12 @@ def main() -> None:
     parser.add_argument("--target", default="reference", help="what runs the decode")
     parser.add_argument("--speed-shares", type=float, nargs="*", default=[0.3, 0.5])
     parser.add_argument("--size", type=int, default=4096, help="of the layer")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--inner", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
+    speed.add_sizes(parser)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     what = {"quality": quality, "speed": measure_speed, "layer": measure_layer}
     data = what[args.what](args)
-    _write(args.out, data)
+    speed.write(args.out, data)
     if args.what == "quality":
         print(table(data))
     elif args.out is None:

@@ -18,16 +18,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import speed
 import torch
 
 from llmc.compiler import api
 from llmc.compiler.analysis.blocks import is_block, segments_of
-from llmc.compiler.analysis.cost import CostModel
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.pipeline.data import Tokenizer, read_stream
 from llmc.compiler.runtime.evaluate import Evaluation, compare, evaluate
 from llmc.compiler.runtime.executor import Runner
-from llmc.compiler.runtime.lowering import runner_for
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "pylm"
@@ -85,12 +84,12 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     first = found["dense"].to_json()
     kept = ("data", "sha256", "window", "windows", "tokens", "protocol")
     head = {
-        "command": _command(), "protocol": {k: first[k] for k in kept},
+        "command": speed.command(), "protocol": {k: first[k] for k in kept},
         "calibration": {"samples": args.samples, "length": args.length, "seed": 0},
         "removed_share_of_block_parameters": args.remove,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    known = _known(args.out, head)
+    known = speed.known(args.out, head)
     for name, knobs in METHODS.items():
         passes = f"prune_width:remove={args.remove:g},{knobs}"
         if passes in known:
@@ -106,7 +105,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         records = small.solved.structure[0]["records"]
         rows.append(_row(name, passes, found[name], small.program, seconds, records))
         print(f"{name}: {found[name].perplexity:.3f}", file=sys.stderr, flush=True)
-        _write(args.out, {**head, "rows": rows})
+        speed.write(args.out, {**head, "rows": rows})
     pairs = [
         {"method": name, "against": other, **compare(found[name], found[other]).to_json()}
         for other in AGAINST
@@ -114,15 +113,6 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         if name not in ("dense", other)
     ]
     return {**head, "rows": rows, "pairs": pairs}
-
-
-def _known(path: Path | None, head: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows that an earlier run of the same protocol left, by their passes."""
-    if path is None or not path.is_file():
-        return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    same = all(data.get(k) == head[k] for k in ("protocol", "calibration"))
-    return {r["passes"]: r for r in data["rows"]} if same else {}
 
 
 def _row(
@@ -147,107 +137,6 @@ def _block_parameters(program: Program) -> int:
     )
 
 
-def _llama(args: argparse.Namespace) -> Program:
-    """A random llama: its weights do not matter for speed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.inner, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.heads // 2, vocab_size=args.vocab,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    return api.capture(LlamaForCausalLM(config).float().eval())
-
-
-SETTINGS = {"prefill": (8, 256, 0), "decode": (1, 32, 24)}
-"""Batch, prompt tokens and new tokens; a decode is timed without its prompt."""
-Clocks = tuple[float, float]
-
-
-def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Prefill and decode of the whole model and its cuts, in turn, so that drift hits all alike.
-
-    Time on the wall and of the processor: on a machine that others use, only the second is steady.
-    """
-    dense = _llama(args)
-    programs = {0.0: dense}
-    for share in args.shares:
-        passes = f"prune_width:remove={share:g},method=magnitude"
-        programs[share] = api.compile(dense, passes).program
-    runners = {s: runner_for(p, "reference", cached=True) for s, p in programs.items()}
-    tokens = torch.randint(0, args.vocab, (4096,), generator=torch.Generator().manual_seed(0))
-    times: dict[tuple[str, float], list[Clocks]] = {}
-    for turn in range(args.rounds + 1):
-        for kind, (batch, prompt, new) in SETTINGS.items():
-            for share, runner in runners.items():
-                found = _timed(runner, tokens, batch, prompt, new)
-                if turn:  # the first turn warms up
-                    times.setdefault((kind, share), []).append(found)
-    rows = [_speed_row(kind, share, times, programs) for kind in SETTINGS for share in runners]
-    parameters = sum(torch.Size(p.shape).numel() for p in dense.params.values() if p.trained)
-    return {
-        "command": _command(), "parameters": parameters, "hidden": args.hidden,
-        "threads": torch.get_num_threads(), "rounds": args.rounds, "rows": rows,
-    }  # fmt: skip
-
-
-def _timed(runner: Runner, tokens: torch.Tensor, batch: int, prompt: int, new: int) -> Clocks:
-    """(wall, processor) seconds of a prefill, or of ``new`` decoding steps behind one."""
-    cache = runner.start(batch, prompt + new)
-    ids = tokens[: batch * prompt].view(batch, prompt)
-    began = time.perf_counter(), time.process_time()
-    logits = runner.forward(ids, cache=cache)
-    if new:
-        began = time.perf_counter(), time.process_time()
-    for _ in range(new):
-        logits = runner.forward(logits[:, -1].argmax(-1, keepdim=True), cache=cache)
-    return time.perf_counter() - began[0], time.process_time() - began[1]
-
-
-def _speed_row(
-    kind: str, share: float, times: dict[tuple[str, float], list[Clocks]],
-    programs: dict[float, Program],
-) -> dict[str, Any]:  # fmt: skip
-    """Median tokens/s, how many times as fast as the whole model, and what operations promise."""
-    batch, prompt, new = SETTINGS[kind]
-
-    def flops(program: Program) -> int:
-        model = CostModel(program, batch, 1 if new else prompt)
-        return int(model.table()["total"]["flops"])
-
-    def middle(values: list[float]) -> float:
-        return sorted(values)[len(values) // 2]
-
-    mine, whole = times[kind, share], times[kind, 0.0]
-    ratio = {
-        clock: [b[i] / a[i] for a, b in zip(mine, whole, strict=True)]
-        for i, clock in enumerate(("wall", "processor"))
-    }
-    left = flops(programs[share]) / flops(programs[0.0])
-    stored = programs[share].weight_bytes() / programs[0.0].weight_bytes()
-    return {
-        "kind": kind, "batch": batch, "prompt": prompt, "new": new,
-        "removed_share_of_block_parameters": share,
-        "tokens_per_second": batch * (new or prompt) / middle([t[0] for t in mine]),
-        "times_as_fast": {clock: middle(r) for clock, r in ratio.items()},
-        "range": {clock: [min(r), max(r)] for clock, r in ratio.items()},
-        "share_of_flops_removed": 1 - left, "share_of_bytes_removed": 1 - stored,
-        "times_as_fast_by_flops": 1 / left,
-    }  # fmt: skip
-
-
-def _command() -> str:
-    given = [a for i, a in enumerate(sys.argv[1:]) if a != "--out" and sys.argv[i] != "--out"]
-    return "python benchmarks/width.py " + " ".join(given)
-
-
-def _write(path: Path | None, data: dict[str, Any]) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     """Parse the command line and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -261,19 +150,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="only the first windows of the held-out text")
     parser.add_argument("--only", nargs="*", help="only these methods, and both forms of flap")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.2, 0.4])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--inner", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=5)
+    speed.add_sizes(parser)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.only is not None:
         for name in [n for n in METHODS if n not in (*args.only, *AGAINST)]:
             del METHODS[name]
-    data = quality(args) if args.what == "quality" else measure_speed(args)
-    _write(args.out, data)
+    if args.what == "quality":
+        data = quality(args)
+    else:
+        passes, removed = (
+            "prune_width:remove={0},method=magnitude",
+            "removed_share_of_block_parameters",
+        )
+        data = speed.measured(args, passes, args.shares, "reference", removed)
+    speed.write(args.out, data)
     if args.out is None:
         print(json.dumps(data, indent=1))
 

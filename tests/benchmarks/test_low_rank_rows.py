@@ -14,7 +14,7 @@ from llmc.compiler.pipeline.recipe import from_strings
 def low_rank(repo, monkeypatch):
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     yield importlib.import_module("low_rank")
-    for name in ("low_rank", "width"):
+    for name in ("low_rank", "width", "speed"):
         sys.modules.pop(name, None)
 
 
