@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from ..ir.caches import CacheScheme
 from ..ir.dims import same
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, tensor_type
@@ -61,13 +62,19 @@ def latent_of(node: fx.Node) -> Latent | str:
     return Latent(linear, value, weight, bias if isinstance(bias, fx.Node) else None, rank, turn)
 
 
+def _records(program: Program) -> list[tuple[str, CacheScheme, Latent | str]]:
+    """Each record of latents with its attention's name and what the graph says of it."""
+    nodes = {n.name: n for n in program.calls("llmc.attention")}
+    return [
+        (name, scheme, latent_of(nodes[name]))
+        for name, scheme in program.caches.items()
+        if scheme.kind == "latent" and name in nodes
+    ]
+
+
 def check_latents(program: Program) -> None:
     """Raises ModelError where a record of latents does not say what the graph does."""
-    nodes = {n.name: n for n in program.calls("llmc.attention")}
-    for name, scheme in program.caches.items():
-        if scheme.kind != "latent" or name not in nodes:
-            continue
-        found = latent_of(nodes[name])
+    for name, scheme, found in _records(program):
         if isinstance(found, str):
             why = found
         elif (found.rank, found.turn is not None) != (scheme.rank, scheme.turned):
@@ -83,11 +90,7 @@ def renew_latents(program: Program, by: str) -> None:
     Raises:
         UsageError: what a cache was to keep is no linear's plain input any more.
     """
-    nodes = {n.name: n for n in program.calls("llmc.attention")}
-    for name, scheme in program.caches.items():
-        if scheme.kind != "latent" or name not in nodes:
-            continue
-        found = latent_of(nodes[name])
+    for name, scheme, found in _records(program):
         if isinstance(found, str):
             raise UsageError(
                 f"expected {by} to leave the matrix that makes keys of kept latents a plain "
