@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from llmc.codegen.kernels import ROWS, KernelRow, Problem
+from llmc.codegen.kernels import ROWS
 from llmc.codegen.launch import fused_linear, interpreting, unavailable
 from llmc.codegen.prepack import Packed, prepack
+from llmc.codegen.problem import Problem
+from llmc.codegen.row import KernelRow
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.ops import compressed
 

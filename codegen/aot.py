@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.ir.errors import ResourceError
-from .kernels import MAX_REGISTERS, KernelRow, Problem, TileConfig
 from .launch import function, interpreting
-from .render import render
+from .problem import Problem
+from .render import arguments, render
+from .row import MAX_REGISTERS, KernelRow, TileConfig
 
-_POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 _CAPABILITY = {"sm_80": 80, "sm_90": 90}
 
 
@@ -70,7 +70,7 @@ def compile_variant(row: KernelRow, problem: Problem, config: TileConfig, target
 
     rendered = render(row, problem)
     jit = function(rendered)
-    signature, constants = _signature(problem, config, jit.arg_names)
+    signature, constants = _signature(row, problem, config, jit.arg_names)
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(jit.arg_names)
@@ -106,23 +106,16 @@ def compile_variant(row: KernelRow, problem: Problem, config: TileConfig, target
 
 
 def _signature(
-    problem: Problem, config: TileConfig, names: list[str]
+    row: KernelRow, problem: Problem, config: TileConfig, names: list[str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Triton types of all arguments, and the values of the compile-time ones."""
     known: dict[str, Any] = {
         "K": problem.K, "EPS": 1e-6, "BM": config.BM, "BN": config.BN, "STAGES": config.stages,
     }  # fmt: skip
     constants = {n: known[n] for n in names if n in known}
-    activation = _POINTERS[problem.x_dtype]
-    special = {"codes_ptr": "*i32", "scale_ptr": "*i32", "gain_ptr": "*fp32"}
-    signature = {}
-    for name in names:
-        if name in constants:
-            signature[name] = "constexpr"
-        else:
-            pointer = special.get(name, activation)
-            signature[name] = pointer if name.endswith("_ptr") else "i32"
-    return signature, constants
+    pointers = {f"{a.name}_ptr": f"*{a.dtype or problem.x_dtype}" for a in arguments(row, problem)}
+    types = {n: pointers.get(n, "i32") for n in names}
+    return {n: "constexpr" if n in constants else t for n, t in types.items()}, constants
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..compiler.ir import packing
-from .kernels import Problem
+from .problem import Problem
 
 INT4 = "aten::_weight_int4pack_mm_for_cpu"
 INT8 = "aten::_weight_int8pack_mm"

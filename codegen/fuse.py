@@ -19,10 +19,11 @@ from torch import fx
 
 from ..compiler.ir.graph import Param, Program, info, tensor_type
 from ..compiler.ir.ops import row_of
+from ..compiler.ir.ops.rounding import FLOATS
 from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
 from ..compiler.ir.types import same_type
-from .kernels import Problem, dtype_name
+from .problem import Problem, dtype_name
 
 MAKER = "fuse"
 
@@ -238,7 +239,7 @@ def _rounded(x: fx.Node) -> str:
     if not _is(x, "llmc.round_input"):
         return ""
     k = x.kwargs
-    words = [f"{k['kind']}{k['bits']}", str(k["per"])]
+    words = [f"{k['kind']}{'' if k['kind'] in FLOATS else k['bits']}", str(k["per"])]
     words += [name for name in ("group", "power", "limit") if k.get(name)]
     return " ".join(words)
 
@@ -355,5 +356,5 @@ def _rewrite(
             before=root, made_by=MAKER, like=linear,
         )  # fmt: skip
     root.replace_all_uses_with(out)
-    problem = replace(problem, norm=gain is not None, residual=other is not None)
+    problem = replace(problem, norm=gain is not None, residual=other is not None, eps=eps)
     return Fused(made.name, linear.name, info(linear).path, tuple(parts), problem)

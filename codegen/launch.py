@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
-from .kernels import DTYPES, MAX_REGISTERS, KernelRow, Problem, TileConfig, dtype_name
 from .prepack import Packed
-from .render import Rendered, render
+from .problem import DTYPES, Problem, dtype_name
+from .render import Rendered, arguments, render
+from .row import MAX_REGISTERS, KernelRow, TileConfig
 
 
 def unavailable() -> str | None:
@@ -89,70 +90,71 @@ def fused_linear(
     packed: Packed,
     x: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    gain: torch.Tensor | None = None,
-    eps: float = 0.0,
     config: TileConfig | None = None,
+    **sides: torch.Tensor,
 ) -> torch.Tensor:
-    """y[..., N] = norm(x[..., K]) @ W^T + bias[N] + residual[..., N], in x's dtype.
+    """y [..., N] of x [..., K], in x's dtype: what `Problem` says, over a prepacked weight.
 
-    `gain` [K] asks for the RMS norm of x. Rows of x may be strided, columns not. UsageError when
+    `sides` are the tensors of a call (residual [..., N]) and those that were not packed (bias [N],
+    gain [K] of the RMS norm of x). Rows of x may be strided, columns not. UsageError when
     an argument does not fit the row or a tile configuration does not fit the weight; ResourceError
     when there is neither a CUDA device nor the interpreter.
     """
     why = unavailable()
     if why:
         raise ResourceError(f"cannot launch {packed.row.name}: {why}")
-    problem = _problem_of_call(packed, x, bias, residual, gain)
+    given = {"x": x, **packed.sides, **sides}
+    problem = _problem_of_call(packed, given)
     M = x.numel() // problem.K
     config = config or packed.row.default_config(problem, M)
     _check_config(packed.row, problem, config)
-    rendered = render(packed.row, problem, interpret=interpreting())
-    rows = x.reshape(M, problem.K)
-    y = x.new_empty(M, problem.N)
+    y = x.new_empty(M, problem.outputs)
     if M == 0:
-        return y.reshape(*x.shape[:-1], problem.N)
-    tensors = [rows, packed.codes, packed.scale]
-    strides = [rows.stride(0)]
+        return y.reshape(*x.shape[:-1], problem.outputs)
+    rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in given.items()}
+    _launch(packed.row, problem, config, M, {**packed.tensors, **rows, "y": y})
+    return y.reshape(*x.shape[:-1], problem.outputs)
+
+
+_ROWS = ("x", "residual")
+# Side tensor -> the field of the problem that says it is there.
+_FLAGS = {"bias": "bias", "residual": "residual", "gain": "norm", "smooth": "smooth"}
+
+
+def _launch(
+    row: KernelRow, problem: Problem, config: TileConfig, M: int, given: dict[str, torch.Tensor]
+) -> None:
+    rendered = render(row, problem, interpret=interpreting())
+    wanted = arguments(row, problem)
+    tensors = [given[a.name] for a in wanted]
+    strides = [t.stride(0) for a, t in zip(wanted, tensors, strict=True) if a.strided]
     constants: dict[str, Any] = {"K": problem.K}
-    if bias is not None:
-        tensors.append(bias)
-    if residual is not None:
-        residual = residual.reshape(M, problem.N)
-        tensors.append(residual)
-        strides.append(residual.stride(0))
-    if gain is not None:
-        tensors.append(gain)
-        constants["EPS"] = eps
+    if problem.norm:
+        constants["EPS"] = problem.eps
     constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
     grid = (-(-problem.N // config.BN), -(-M // config.BM))
     function(rendered)[grid](
-        *tensors, y, M, problem.N, *strides, y.stride(0),
+        *tensors, M, problem.N, *strides,
         **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    return y.reshape(*x.shape[:-1], problem.N)
 
 
-def _problem_of_call(
-    packed: Packed,
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    gain: torch.Tensor | None,
-) -> Problem:
+def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
     """The problem with this call's dtype and side inputs; UsageError naming a misfit."""
     base, where = packed.problem, f"kernel row {packed.row.name}"
-    shapes = {
-        "x": (x, (*x.shape[:-1], base.K)),
-        "bias": (bias, (base.N,)),
-        "residual": (residual, (*x.shape[:-1], base.N)),
-        "gain": (gain, (base.K,)),
+    x = given["x"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (*x.shape[:-1], base.K),
+        "bias": (base.N,),
+        "residual": (*x.shape[:-1], base.outputs),
+        "gain": (base.K,),
+        "smooth": (base.K,),
     }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(shape):
+    for name, tensor in given.items():
+        shape = shapes.get(name)
+        if shape is None:
+            raise UsageError(f"expected tensors of {', '.join(shapes)}, found {name}", where=where)
+        if tuple(tensor.shape) != shape:
             raise UsageError(
                 f"expected {name} {list(shape)}, found {list(tensor.shape)}", where=where
             )
@@ -162,19 +164,13 @@ def _problem_of_call(
                 where=where,
                 hint=f"call {name}.contiguous()",
             )
-        if tensor.device != packed.codes.device:
-            raise UsageError(
-                f"expected {name} on {packed.codes.device}, found {tensor.device}", where=where
-            )
+        if tensor.device != next(iter(packed.tensors.values())).device:
+            device = next(iter(packed.tensors.values())).device
+            raise UsageError(f"expected {name} on {device}, found {tensor.device}", where=where)
         if tensor.dtype not in DTYPES.values():
             raise UsageError(f"expected {name} in a float dtype, found {tensor.dtype}", where=where)
-    return dataclasses.replace(
-        base,
-        x_dtype=dtype_name(x.dtype),
-        bias=bias is not None,
-        residual=residual is not None,
-        norm=gain is not None,
-    )
+    flags: Any = {flag: name in given for name, flag in _FLAGS.items()}
+    return dataclasses.replace(base, x_dtype=dtype_name(x.dtype), **flags)
 
 
 def _check_config(row: KernelRow, problem: Problem, config: TileConfig) -> None:

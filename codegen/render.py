@@ -9,27 +9,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jinja2
 import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
-from .kernels import KernelRow, Problem
+from .problem import Problem
+from .row import Argument, KernelRow
 
-_STATED = re.compile(r"\{# constants: (?P<names>[a-z0-9_]+(?:, [a-z0-9_]+)*) #\}")
+_STATED = re.compile(r"\{# constants: (?P<names>[A-Za-z0-9_]+(?:, [A-Za-z0-9_]+)*) #\}")
 
-# Every constant that a row gives its template, with its type.
+# Every constant that a template may state, with its type: the problem's own fields (`group` in
+# dense columns), and what is said beside them.
 CONSTANTS: dict[str, type] = {
-    "asym": bool,
-    "bias": bool,
-    "group": int,
+    **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
     "interpret": bool,
     "name": str,
-    "norm": bool,
-    "residual": bool,
-    "scale_dtype": str,
-    "x_dtype": str,
+    "signature": str,
 }
 
 
@@ -49,21 +46,35 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
     if misfits:
         raise UsageError("; ".join(str(r) for r in misfits), where=f"kernel row {row.name}")
     return {
-        "asym": problem.asym,
-        "bias": problem.bias,
+        **{f.name: getattr(problem, f.name) for f in fields(problem)},
         "group": problem.dense_group,
         "interpret": interpret,
         "name": variant_name(row, problem),
-        "norm": problem.norm,
-        "residual": problem.residual,
-        "scale_dtype": problem.scale_dtype,
-        "x_dtype": problem.x_dtype,
+        "signature": signature(row, problem),
     }
+
+
+def arguments(row: KernelRow, problem: Problem) -> list[Argument]:
+    """The tensor arguments that a variant has, in order."""
+    return [a for a in row.args if a.flag is None or getattr(problem, a.flag)]
+
+
+def signature(row: KernelRow, problem: Problem) -> str:
+    """The parameters of a variant: pointers, sizes, strides, then what is compiled in."""
+    given = arguments(row, problem)
+    names = [f"{a.name}_ptr" for a in given] + ["M", "N"]
+    names += [f"stride_{a.name}" for a in given if a.strided]
+    fixed = ["K", *(["EPS"] if problem.norm else []), "BM", "BN", "STAGES"]
+    lines = names + [f"{name}: tl.constexpr" for name in fixed]
+    return "\n".join(f"    {line}," for line in lines)
 
 
 def variant_name(row: KernelRow, problem: Problem) -> str:
     """The function name of a variant, e.g. ``w4a16_g128_asym_bf16_norm``."""
-    flags = [f for f in ("norm", "bias", "residual") if getattr(problem, f)]
+    flags = [f for f in ("norm", "smooth", "bias", "residual", "sparse") if getattr(problem, f)]
+    flags += [w for w in (problem.levels, problem.table, problem.act, problem.pairs) if w]
+    flags += [f"{problem.rounds.replace(' ', '_')}"] if problem.rounds else []
+    flags += [f"rank{problem.rank}"] if problem.rank else []
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"
     return "_".join([row.name, group, zero, problem.x_dtype, f"s{problem.scale_dtype}", *flags])
@@ -81,9 +92,9 @@ def render(row: KernelRow, problem: Problem, *, interpret: bool = False) -> Rend
 
 
 def render_template(template: str, row: str, values: dict[str, object]) -> Rendered:
-    """Render `template` with exactly the constants it states; UsageError on any mismatch."""
+    """Render `template` with the constants it states; UsageError on any mismatch."""
     stated = check_template(template)
-    missing, surplus = sorted(stated - set(values)), sorted(set(values) - stated)
+    missing, surplus = sorted(stated - set(values)), sorted(set(values) - set(CONSTANTS))
     if missing or surplus:
         raise UsageError(
             f"template {template} states {sorted(stated)}, row gives {sorted(values)}: "
@@ -96,29 +107,17 @@ def render_template(template: str, row: str, values: dict[str, object]) -> Rende
                 f"constant {key} must be {CONSTANTS[key].__name__}, found {value!r}",
                 where=f"kernel row {row}",
             )
-    source = environment().get_template(template).render(values)
+    source = environment().get_template(template).render({k: values[k] for k in stated})
     digest = hashlib.sha256(source.encode()).hexdigest()
     return Rendered(row, str(values["name"]), source, digest)
 
 
 @functools.cache
 def check_template(template: str) -> frozenset[str]:
-    """The constants that `template` states on its first line.
+    """The constants that `template` and the files it includes state on their first lines.
 
-    UsageError when the line is absent, or when the template and the files it imports use a
-    name that is not stated, or when none of them uses a stated one.
+    UsageError when such a line is absent, names what is no constant, or is not what the file uses.
     """
-    stated, used = _stated_and_used(template)
-    if stated != used:
-        raise UsageError(
-            f"template states {sorted(stated)} but uses {sorted(used)}",
-            where=f"template {template}",
-            hint="make the first line list exactly the constants used",
-        )
-    return stated
-
-
-def _stated_and_used(template: str) -> tuple[frozenset[str], frozenset[str]]:
     env = environment()
     assert env.loader is not None
     try:
@@ -131,12 +130,22 @@ def _stated_and_used(template: str) -> tuple[frozenset[str], frozenset[str]]:
             "the first line must be '{# constants: a, b #}'", where=f"template {template}"
         )
     tree = env.parse(text)
-    used = set(jinja2.meta.find_undeclared_variables(tree))
+    stated = frozenset(match["names"].split(", "))
+    used = jinja2.meta.find_undeclared_variables(tree)
+    if stated != used:
+        raise UsageError(
+            f"template states {sorted(stated)} but uses {sorted(used)}",
+            where=f"template {template}",
+            hint="make the first line list exactly the constants used",
+        )
+    unknown = sorted(stated - set(CONSTANTS))
+    if unknown:
+        raise UsageError(f"no constants {unknown}", where=f"template {template}")
     for other in jinja2.meta.find_referenced_templates(tree):
         if other is None:
             raise UsageError("imports must be literal names", where=f"template {template}")
-        used |= check_template(other)
-    return frozenset(match["names"].split(", ")), frozenset(used)
+        stated |= check_template(other)
+    return stated
 
 
 @functools.cache

@@ -20,8 +20,10 @@ from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from . import cpu, sparse
 from .fuse import Fused, FusePlan, fuse
-from .kernels import KernelRow, Problem, choose
+from .kernels import choose
 from .prepack import Packed, prepack
+from .problem import Problem
+from .row import KernelRow
 
 Canonical = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Target = Literal["reference", "cpu", "triton"]
@@ -122,9 +124,11 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
     for fused in plan.fused:
         row, _ = choose(fused.problem)
         assert row is not None
-        packed = prepack(row, fused.problem, *_load(program, fused, device))
+        names = ("codes", "scale", "zero", "meta")
+        parts = dict(zip(names, _load(program, fused, device), strict=True))
+        packed = prepack(row, fused.problem, **parts)
         traffic = row.bytes_moved(fused.problem, 1)
-        _place(lowered, fused, row.name, packed.codes, packed.scale, traffic, "")
+        _place(lowered, fused, row.name, packed["codes"], packed["scale"], traffic, "")
         lowered.implementations[fused.node] = _triton_implementation(row, fused.problem)
     return _sides(lowered, device)
 
@@ -142,14 +146,14 @@ def _triton_implementation(row: KernelRow, problem: Problem) -> Callable[..., to
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         gain: torch.Tensor | None = None,
-        *,
-        eps: float = 0.0,
         **attrs: Any,
     ) -> torch.Tensor:
-        return launch.fused_linear(
-            Packed(row, problem, codes, scale), _columns(x), bias=bias,
-            residual=None if residual is None else _columns(residual), gain=gain, eps=eps,
-        )  # fmt: skip
+        sides = {"bias": bias, "residual": residual, "gain": gain}
+        given = {
+            n: t if n != "residual" else _columns(t) for n, t in sides.items() if t is not None
+        }
+        packed = Packed(row, problem, {"codes": codes, "scale": scale}, {})
+        return launch.fused_linear(packed, _columns(x), **given)
 
     return call
 

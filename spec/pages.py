@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..codegen.kernels import ROWS as KERNELS
-from ..codegen.kernels import KernelRow
+from ..codegen.row import KernelRow
 from ..compiler.ir.ops import ROWS as OPS
 from ..compiler.ir.ops import OpRow
 from ..compiler.pipeline.base import Knob, Pass

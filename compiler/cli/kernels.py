@@ -13,7 +13,7 @@ from .output import Out, examples, output_options
 from .progress import waiting
 
 if TYPE_CHECKING:
-    from ...codegen.kernels import Problem
+    from ...codegen.problem import Problem
     from ..ir.graph import Program
 
 MACHINES = ("sm_80", "sm_90")
@@ -49,7 +49,7 @@ def kernels_command(
 
     With --aot and no model, every kernel is compiled for 4096 x 4096 weights.
     """
-    from ...codegen.kernels import Problem
+    from ...codegen.problem import Problem
     from ...codegen.targets import BANDWIDTH
     from ..report.text import Table, counted, size
 
@@ -166,7 +166,8 @@ def _machines(aot: str | None, target: str) -> tuple[str, ...]:
 
 def _typical(dtype: str) -> list[Problem]:
     """For each kernel row the problems that it is for: plain, with zero points, with every side."""
-    from ...codegen.kernels import ROWS, Problem
+    from ...codegen.kernels import ROWS
+    from ...codegen.problem import Problem
 
     schemes = [
         Problem(4096, 4096, bits=bits, group=128 * n // m if m else 128, n=n, m=m, x_dtype=dtype)

@@ -193,7 +193,8 @@ def _subject(folder: str, artefact: Loaded, quality: dict[str, Any] | None, targ
 
 def _kernels(artefact: Loaded, target: str) -> dict[str, Any] | None:
     """What lowering gives, alike nodes in one row, each kernel's source once; None for nothing."""
-    from ...codegen.kernels import Problem, choose
+    from ...codegen.kernels import choose
+    from ...codegen.problem import Problem
     from ...codegen.render import render
     from ...codegen.targets import BANDWIDTH
     from ..report.text import Table, counted, size

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from llmc.codegen.aot import AotFacts, compile_variant
-from llmc.codegen.kernels import ROWS, W4A16, W4A16_24, KernelRow, Problem, TileConfig
+from llmc.codegen.kernels import ROWS
+from llmc.codegen.problem import Problem
+from llmc.codegen.row import KernelRow, TileConfig
+from llmc.codegen.rows.int4 import W4A16, W4A16_24
 
 TARGETS = ("sm_80", "sm_90")
 # Shared memory that a block may take, bytes.

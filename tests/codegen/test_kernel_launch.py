@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llmc.codegen import launch
-from llmc.codegen.kernels import W4A16, W4A16_24, Problem
 from llmc.codegen.prepack import prepack
+from llmc.codegen.problem import Problem
 from llmc.codegen.render import render
+from llmc.codegen.rows.int4 import W4A16, W4A16_24
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import ModelError, ResourceError, UsageError
 
@@ -27,11 +28,13 @@ def test_dense_tiles_hold_each_code_where_the_kernel_reads_it() -> None:
     """Column 32 j + 2 w + e of a step is nibble j + 4 e of word w of its row."""
     g = torch.Generator().manual_seed(0)
     q = torch.randint(0, 16, (70, 200), generator=g)
-    packed = prepack(W4A16, Problem(70, 200), packing.pack(q, 4), torch.ones(70, 2).half())
-    assert packed.codes.shape == (2, 2, 64, 16)
+    packed = prepack(
+        W4A16, Problem(70, 200), codes=packing.pack(q, 4), scale=torch.ones(70, 2).half()
+    )
+    assert packed["codes"].shape == (2, 2, 64, 16)
     for n, k in [(0, 0), (0, 1), (63, 127), (64, 128), (69, 199), (5, 77)]:
         j, w, e = k % 128 // 32, k % 32 // 2, k % 2
-        word = int(packed.codes[n // 64, k // 128, n % 64, w])
+        word = int(packed["codes"][n // 64, k // 128, n % 64, w])
         assert word >> (4 * (j + 4 * e)) & 15 == int(q[n, k])
 
 
@@ -40,9 +43,9 @@ def test_scale_words_hold_scale_and_zero_point() -> None:
     scale = torch.tensor([[0.5, 0.25, 2.0]]).half()
     zero = torch.tensor([[3, 15, 0]], dtype=torch.uint8)
     q = packing.pack(torch.zeros(1, 150, dtype=torch.int64), 4)
-    packed = prepack(W4A16, Problem(1, 150, group=64, asym=True), q, scale, zero)
-    assert packed.scale.shape == (1, 4, 64)
-    words = packed.scale[0, :, 0]
+    packed = prepack(W4A16, Problem(1, 150, group=64, asym=True), codes=q, scale=scale, zero=zero)
+    assert packed["scale"].shape == (1, 4, 64)
+    words = packed["scale"][0, :, 0]
     assert (words >> 16).tolist() == [3, 15, 0, 0]
     assert words.to(torch.int16).view(torch.float16).tolist() == [0.5, 0.25, 2.0, 0.0]
 
@@ -51,7 +54,7 @@ def test_packed_bytes_are_what_the_row_says_it_moves() -> None:
     """Resident bytes equal the weight part of the row's byte count."""
     q = packing.pack(torch.zeros(130, 300, dtype=torch.int64), 4)
     problem = Problem(130, 300, group=64)
-    packed = prepack(W4A16, problem, q, torch.ones(130, 5).half())
+    packed = prepack(W4A16, problem, codes=q, scale=torch.ones(130, 5).half())
     assert packed.bytes == W4A16.bytes_moved(problem, 0)
 
 
@@ -61,19 +64,19 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     scale = torch.ones(4, 2).half()
     problem = Problem(4, 64, group=32)
     with pytest.raises(ModelError, match=r"expected scale of shape \[4, 2\], found \[4, 3\]"):
-        prepack(W4A16, problem, q, torch.ones(4, 3).half())
+        prepack(W4A16, problem, codes=q, scale=torch.ones(4, 3).half())
     with pytest.raises(ModelError, match="expected zero of shape"):
-        prepack(W4A16, Problem(4, 64, group=32, asym=True), q, scale)
+        prepack(W4A16, Problem(4, 64, group=32, asym=True), codes=q, scale=scale)
     with pytest.raises(ModelError, match="expected no zero points"):
-        prepack(W4A16, problem, q, scale, torch.zeros(4, 2, dtype=torch.uint8))
+        prepack(W4A16, problem, codes=q, scale=scale, zero=torch.zeros(4, 2, dtype=torch.uint8))
     with pytest.raises(ModelError, match=r"expected torch.float16 scales, found torch.bfloat16"):
-        prepack(W4A16, problem, q, scale.bfloat16())
+        prepack(W4A16, problem, codes=q, scale=scale.bfloat16())
     with pytest.raises(UsageError, match="group=48"):
-        prepack(W4A16, Problem(4, 64, group=48), q, scale)
+        prepack(W4A16, Problem(4, 64, group=48), codes=q, scale=scale)
     sparse = Problem(4, 128, group=32, n=2, m=4)
     falling = packing.pack(torch.tensor([3, 1]).repeat(4, 32), 2)
     with pytest.raises(ModelError, match="ascending"):
-        prepack(W4A16_24, sparse, q, scale, meta=falling)
+        prepack(W4A16_24, sparse, codes=q, scale=scale, meta=falling)
 
 
 def test_sources_are_cached_by_digest_in_a_private_folder(cache: Path) -> None:
@@ -100,7 +103,7 @@ def test_a_cache_that_others_can_write_is_refused(cache: Path) -> None:
 def test_without_device_and_interpreter_the_launch_says_so() -> None:
     """The reason is returned for plans and raised by a call."""
     q = packing.pack(torch.zeros(4, 64, dtype=torch.int64), 4)
-    packed = prepack(W4A16, Problem(4, 64, group=32), q, torch.ones(4, 2).half())
+    packed = prepack(W4A16, Problem(4, 64, group=32), codes=q, scale=torch.ones(4, 2).half())
     assert launch.unavailable() == "no CUDA device, and TRITON_INTERPRET=1 is not set"
     with pytest.raises(ResourceError, match="cannot launch w4a16: no CUDA device"):
         launch.fused_linear(packed, torch.zeros(1, 64).half())

@@ -6,7 +6,10 @@ import dataclasses
 
 import pytest
 
-from llmc.codegen.kernels import ROWS, W4A16, W4A16_24, Problem, TileConfig, choose, row
+from llmc.codegen.kernels import ROWS, choose, row
+from llmc.codegen.problem import Problem
+from llmc.codegen.row import TileConfig
+from llmc.codegen.rows.int4 import W4A16, W4A16_24
 from llmc.compiler.ir.errors import UsageError
 
 DENSE = Problem(N=256, K=512)

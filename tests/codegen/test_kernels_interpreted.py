@@ -175,7 +175,8 @@ def _weights(case: Case) -> tuple[Any, dict[str, Any]]:
     """The prepacked weight of a case, and the canonical tensors for the reference."""
     import torch
 
-    from llmc.codegen.kernels import DTYPES, Problem, row
+    from llmc.codegen.kernels import row
+    from llmc.codegen.problem import DTYPES, Problem
     from llmc.compiler.ir import packing
 
     g = torch.Generator().manual_seed(len(case.label) + case.N)
@@ -184,7 +185,7 @@ def _weights(case: Case) -> tuple[Any, dict[str, Any]]:
     group = (case.group // 2 if sparse else case.group) or columns
     problem = Problem(
         case.N, case.K, group=group, n=2 if sparse else 0, m=4 if sparse else 0,
-        x_dtype=case.dtype, scale_dtype=case.scale, asym=case.asym,
+        x_dtype=case.dtype, scale_dtype=case.scale, asym=case.asym, eps=1e-5 if case.norm else 0.0,
     )  # fmt: skip
     q = torch.randint(0, 16, (case.N, case.K), generator=g)
     meta = None
@@ -203,7 +204,7 @@ def _weights(case: Case) -> tuple[Any, dict[str, Any]]:
 def _inputs(case: Case) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from llmc.codegen.kernels import DTYPES
+    from llmc.codegen.problem import DTYPES
 
     g = torch.Generator().manual_seed(case.M)
     dtype = DTYPES[case.dtype]
@@ -224,9 +225,9 @@ def _answer(case: Case) -> dict[str, Any]:
     """Errors of one case as shares of their bound."""
     import torch
 
-    from llmc.codegen.kernels import TileConfig
     from llmc.codegen.launch import fused_linear
     from llmc.codegen.prepack import prepack
+    from llmc.codegen.row import TileConfig
     from llmc.compiler.ir import packing
     from llmc.compiler.ir.ops.compressed import fused_linear as reference
 
@@ -238,7 +239,7 @@ def _answer(case: Case) -> dict[str, Any]:
 
     def launch(codes: Any) -> Any:
         packed = prepack(row, problem, **{**canonical, "codes": codes})
-        return fused_linear(packed, x, **sides, eps=eps, config=config)
+        return fused_linear(packed, x, **sides, config=config)
 
     wide = {k: v.double() for k, v in sides.items()}
     exact = reference(x.double(), *canonical.values(), **wide, **attrs, eps=eps)
@@ -274,9 +275,9 @@ def _refusals() -> dict[str, str]:
     """The error texts of calls that do not fit."""
     import torch
 
-    from llmc.codegen.kernels import TileConfig
     from llmc.codegen.launch import fused_linear
     from llmc.codegen.prepack import prepack
+    from llmc.codegen.row import TileConfig
     from llmc.compiler.ir.errors import UsageError
 
     (row, problem, _), canonical = _weights(Case("w4a16", 3, 70, 256, 128))

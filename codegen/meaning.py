@@ -1,0 +1,92 @@
+"""What a problem means: the oracle of every kernel, composed of the references of op rows.
+
+It takes canonical parts, never packed ones, and computes in the dtype of x; in fp64 its own error
+is nothing beside a kernel's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..compiler.ir import packing
+from ..compiler.ir.ops.compressed import dequantize
+from ..compiler.ir.ops.lookup import lookup
+from ..compiler.ir.ops.rounding import FLOATS, round_input
+from ..compiler.ir.ops.semantic import activation, gated, rms_norm
+from ..compiler.ir.ops.sparse import csr_linear
+from .problem import Parts, Problem
+
+
+def weight(problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """W [N, K] in ``dtype``, without what stands beside the codes."""
+    group = problem.group if problem.group > 0 else problem.columns
+    how: Any = {"bits": problem.bits, "group": group, "columns": problem.columns, "dtype": dtype}
+    if problem.weights == "int":
+        values = dequantize(parts["codes"], parts["scale"], parts.get("zero"), **how)
+    elif problem.weights == "table":
+        scale, table = parts.get("scale"), parts.get("table")
+        values = lookup(parts["codes"], scale, table, levels=problem.levels, **how)
+    elif problem.weights == "dense":
+        values = parts["values"].to(dtype)
+    else:
+        return parts["left"].to(dtype) @ parts["right"].to(dtype)
+    if problem.m:
+        return packing.expand_nm(values, parts["meta"], problem.n, problem.m, problem.K)
+    if problem.bitmap:
+        mask = packing.unpack(parts["bitmap"], 1, problem.K).bool()
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return values
+
+
+def linear(
+    problem: Problem, parts: Parts, x: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """y [..., outputs] of x [..., K] and residual [..., outputs], in x's dtype."""
+    dtype = x.dtype
+    if problem.norm:
+        x = rms_norm(x, parts["gain"].to(dtype), eps=problem.eps)
+    if problem.smooth:
+        x = x * parts["smooth"].to(dtype)
+    if problem.outliers:
+        apart = x[..., parts["columns"]] @ parts["column_weights"].to(dtype).T
+        kept = torch.ones(problem.K, dtype=dtype).index_fill(0, parts["columns"].cpu(), 0.0)
+        x = x * kept.to(x.device)
+    if problem.rounds:
+        x = rounded(problem, parts, x)
+    y = x @ weight(problem, parts, dtype).T
+    if problem.outliers:
+        y = y + apart
+    if problem.rank and problem.weights != "factors":
+        y = y + (x @ parts["right"].to(dtype).T) @ parts["left"].to(dtype).T
+    if problem.sparse:
+        values = parts["csr_values"].to(dtype)
+        y = csr_linear(y, x, values, parts["csr_index"], parts["csr_starts"])
+    if problem.bias:
+        y = y + parts["bias"].to(dtype)
+    if problem.pairs == "gate":
+        gate, up = y.split(problem.outputs, -1)
+        y = gated(gate, up, act=problem.act)
+    elif problem.act:
+        y = activation(y, act=problem.act)
+    return y if residual is None else y + residual
+
+
+def rounded(problem: Problem, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    """x on the grid that ``rounds`` names: kind with bits, per, then group=, limit=, power."""
+    word, per, *rest = problem.rounds.split(" ")
+    kind, bits = grid_of(word)
+    attrs = dict(w.split("=") for w in rest if "=" in w)
+    return round_input(
+        x, parts.get("in_scale"), kind=kind, bits=bits, per=per, power="power" in rest,
+        group=int(attrs.get("group", 0)), limit=float(attrs.get("limit", 0.0)),
+    )  # fmt: skip
+
+
+def grid_of(word: str) -> tuple[str, int]:
+    """ "int8" -> ("int", 8), "e4m3" -> ("e4m3", 8)."""
+    if word in FLOATS:
+        return word, FLOATS[word][0]
+    kind = word.rstrip("0123456789")
+    return kind, int(word[len(kind) :])

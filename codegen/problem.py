@@ -1,0 +1,140 @@
+"""What a kernel must compute: all static facts of one fused linear, and why a row cannot serve it.
+
+A requirement that does not hold is a `Misfit` naming the field, never a fallback in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "fp16", "bf16" or "fp32"; another dtype by torch's own name (which every row refuses)."""
+    names = {v: k for k, v in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One compressed linear: what a row's requirements, bytes and rendering depend on.
+
+    y = epilogue(h · Wᵀ + sides), h = grid(norm(x) · smooth). Canonical tensors ("parts") go by the
+    names of :data:`PARTS`.
+
+    Attributes:
+        N, K: output features and dense input features of W [N, K]; under ``pairs="gate"`` N counts
+            the rows of both halves.
+        bits: bits of a stored value, 16 or 32 where weights are not codes.
+        group: stored (kept) columns per scale, 0 for one scale per row.
+        n, m: N:M sparsity, n kept of m; 0, 0 when dense.
+        x_dtype: "fp16", "bf16" or "fp32"; scale_dtype likewise, "" where there is no scale.
+        asym: a zero point is stored. bias, residual, norm: which side inputs exist.
+        rounded: the grid that x is on already, e.g. "int8 token"; "" where it is on none.
+        rank: of the product beside the codes; 0 where there is none.
+        weights: "int" (codes on a uniform grid), "table" (codes are indices of levels), "dense"
+            (floats) or "factors" (no W at all: only left · right).
+        levels: name of the fixed levels of a table (see compiler/ir/levels.py), "" where the table
+            is stored. table: "matrix" or "row" where it is stored, once or per row.
+        bitmap: kept values are marked by one bit per weight.
+        sparse: entries beside the codes, in compressed rows. outliers: columns kept apart, dense.
+        smooth: x is multiplied by a stored vector. rounds: the grid that the kernel itself puts
+            its input on, in the words of ``rounded``.
+        act: activation of the result, by the names of `llmc.activation`; "" for none.
+        pairs: "gate" joins rows i and i + N/2 to act(gate) · up; "" for none.
+        eps: of the norm.
+    """
+
+    N: int
+    K: int
+    bits: int = 4
+    group: int = 128
+    n: int = 0
+    m: int = 0
+    x_dtype: str = "fp16"
+    scale_dtype: str = "fp16"
+    asym: bool = False
+    bias: bool = False
+    residual: bool = False
+    norm: bool = False
+    rounded: str = ""
+    rank: int = 0
+    weights: str = "int"
+    levels: str = ""
+    table: str = ""
+    bitmap: bool = False
+    sparse: bool = False
+    outliers: int = 0
+    smooth: bool = False
+    rounds: str = ""
+    act: str = ""
+    pairs: str = ""
+    eps: float = 0.0
+
+    @property
+    def columns(self) -> int:
+        """Stored columns of a row: K, or the kept ones under N:M."""
+        return self.K * self.n // self.m if self.m else self.K
+
+    @property
+    def dense_group(self) -> int:
+        """Dense columns per scale; 0 when one scale serves the row."""
+        if self.group <= 0 or self.group >= self.columns:
+            return 0
+        return self.group * self.m // self.n if self.m else self.group
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return -(-self.columns // self.group) if self.dense_group else 1
+
+    @property
+    def outputs(self) -> int:
+        """Columns of y: N, or half of it where rows are joined in pairs."""
+        return self.N // 2 if self.pairs == "gate" else self.N
+
+
+PARTS = (
+    "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",
+    "csr_index", "csr_starts", "columns", "column_weights", "gain", "smooth", "in_scale", "bias",
+)  # fmt: skip
+"""Roles of the canonical tensors of a problem: codes int32 [N, words]; scale [N, G]; zero uint8
+[N, G]; table [1 or N, 2**bits]; meta int32, positions of n:m; bitmap int32 [N, words]; values dense
+[N, columns], or flat [nnz] under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`;
+columns int64 [c] and column_weights [N, c]; gain and smooth [K]; in_scale, static; bias [N]."""
+
+# What a row must name among its `choices` to serve: elsewhere it must stand at its default.
+FEATURES = (
+    "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "rank", "sparse",
+    "outliers", "smooth", "rounds", "act", "pairs",
+)  # fmt: skip
+DEFAULTS = {f.name: f.default for f in fields(Problem)}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A sympy predicate over the fields of `Problem`; `field` is the one a refusal names."""
+
+    field: str
+    test: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a row cannot serve a problem: the field, the value found, what was expected."""
+
+    row: str
+    field: str
+    found: object
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.row}: {self.field}={self.found}, expected {self.expected}"
+
+
+Parts = Mapping[str, torch.Tensor]

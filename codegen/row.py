@@ -1,0 +1,204 @@
+"""What a kernel row is: the op it implements, when it may be used, how it is tuned.
+
+A row is data. The renderer reads its constants, the planner its requirements, the tuner its grid,
+the report its byte count and `spec/kernels.md` all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+import sympy
+import torch
+
+from .problem import DEFAULTS, FEATURES, Misfit, Parts, Problem, Requirement
+
+# Two blocks of four warps fit a multiprocessor at this many; left alone, ptxas spills to fit six.
+MAX_REGISTERS = 255
+TILE_ROWS = 64  # output features of one prepacked weight tile; every BN divides it or is a multiple
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One point of the tuning grid: BM tokens x BN output features, pipeline stages and warps.
+
+    ``split`` programs share the columns of one tile.
+    """
+
+    BM: int
+    BN: int
+    stages: int = 4
+    warps: int = 4
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor argument of a kernel.
+
+    Attributes:
+        name: pointer ``<name>_ptr`` in the template. shape: as text. dtypes: allowed ones; where
+            "fp16", "bf16" and "fp32" are, it has x's dtype unless ``dtype`` names another.
+        flag: the field of `Problem` that is set when an optional argument exists.
+        strided: its rows have a stride of their own, ``stride_<name>``.
+        dtype: fixed element type in Triton's words, e.g. "i32"; "" for x's dtype.
+    """
+
+    name: str
+    shape: str
+    dtypes: tuple[str, ...]
+    flag: str | None = None
+    strided: bool = False
+    dtype: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class KernelRow:
+    """One kernel: the op it implements, its template, arguments, requirements and costs.
+
+    Attributes:
+        step: dense columns handled by one loop iteration (also the tile width of the packed codes).
+        choices: allowed values of the string and flag fields of `Problem`; a feature that it does
+            not name must stand at its default.
+        pack: (row, problem, canonical parts) -> the tensors that the kernel reads, by argument.
+        product: what is multiplied: "float" (fp16, bf16 or tf32), "int8" or "fp8".
+        moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
+            activation), tiles (N and K rounded up to whole tiles: Np, Kp, Gp).
+        tiles, stages: the tuning space: (BM, BN) pairs and pipeline depths.
+        fits: predicates over BM, BN and the problem (`wide`: fp32 activations) that keep a tile
+            free of register spills.
+        rtol: expected relative error of an fp16 or bf16 call.
+    """
+
+    name: str
+    op: str
+    template: str
+    summary: str
+    args: tuple[Argument, ...]
+    step: int
+    choices: Mapping[str, tuple[object, ...]]
+    requires: tuple[Requirement, ...]
+    moves: str
+    tiles: tuple[tuple[int, int], ...]
+    stages: tuple[int, ...]
+    fits: tuple[str, ...]
+    pack: Callable[[KernelRow, Problem, Parts], dict[str, torch.Tensor]]
+    product: str = "float"
+    targets: tuple[str, ...] = ("sm_80", "sm_90")
+    rtol: float = 1e-2
+
+    def misfits(self, problem: Problem) -> list[Misfit]:
+        """All reasons why this row cannot serve `problem`; empty when it can."""
+        return list(_misfits(self, problem))
+
+    def bytes_moved(self, problem: Problem, M: int) -> int:
+        """Bytes of one call at M tokens, each operand once (the floor is this over bandwidth)."""
+        width = 4 if problem.x_dtype == "fp32" else 2
+        Np, Kp = _up(problem.N, TILE_ROWS), _up(problem.K, self.step)
+        values = {
+            **_integers(problem),
+            "M": M,
+            "xb": width,
+            "Np": Np,
+            "Kp": Kp,
+            "Gp": packed_groups(self, problem),
+        }
+        return int(_evaluate(self.moves, values))
+
+    def configs(self, problem: Problem) -> tuple[TileConfig, ...]:
+        """The tuning grid for `problem`; BN divides the padded rows, as codes have no row guard."""
+        return _configs(self, problem)
+
+    def default_config(self, problem: Problem, M: int, processors: int = 132) -> TileConfig:
+        """The untuned choice: the smallest BM that covers M, the widest BN that fills the GPU."""
+        grid = self.configs(problem)
+        BM = min((c.BM for c in grid if c.BM >= M), default=max(c.BM for c in grid))
+        wide_first = sorted({c.BN for c in grid if BM == c.BM}, reverse=True)
+        tokens = -(-M // BM)
+        filling = [b for b in wide_first if -(-problem.N // b) * tokens >= processors]
+        BN = (filling or wide_first[-1:])[0]
+        return next(c for c in grid if (c.BM, c.BN, c.stages) == (BM, BN, self.stages[1]))
+
+    def matrix_instruction(self, target: str, x_dtype: str, config: TileConfig) -> str:
+        """The matrix instruction (SASS mnemonic prefix) that this tile must compile to."""
+        tail = {"fp16": "", "bf16": ".BF16", "fp32": ".TF32"}[x_dtype]
+        if target == "sm_90" and config.BM >= 16 and config.BN >= 64:
+            return f"HGMMA.64x{config.BM}x{8 if x_dtype == 'fp32' else 16}.F32{tail}"
+        return f"HMMA.{1688 if x_dtype == 'fp32' else 16816}.F32{tail}"
+
+
+@functools.lru_cache(4096)
+def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
+    """Layers of a model are alike, so one problem is asked about again and again."""
+    found = []
+    defaults = {field: (DEFAULTS[field],) for field in FEATURES}
+    for field, allowed in {**defaults, **row.choices}.items():
+        value = getattr(problem, field)
+        if value not in allowed:
+            text = " or ".join(str(v) or "none" for v in allowed)
+            found.append(Misfit(row.name, field, value, text))
+    values = _integers(problem)
+    for need in row.requires:
+        if not bool(_evaluate(need.test, values)):
+            found.append(Misfit(row.name, need.field, values[need.field], need.expected))
+    return tuple(found)
+
+
+@functools.lru_cache(4096)
+def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
+    padded = _up(problem.N, TILE_ROWS)
+    known = {**_integers(problem), "wide": int(problem.x_dtype == "fp32")}
+    tiles = [
+        (BM, BN)
+        for BM, BN in row.tiles
+        if padded % BN == 0
+        and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
+    ]
+    # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
+    return tuple(
+        TileConfig(BM, BN, stages, 2 if BN == 32 else 4)
+        for BM, BN in tiles
+        for stages in row.stages
+    )
+
+
+def packed_groups(row: KernelRow, problem: Problem) -> int:
+    """Scales per row as prepacked: groups smaller than a step are padded to whole steps."""
+    group = problem.dense_group
+    if not group:
+        return 1
+    if group >= row.step:
+        return -(-problem.K // group)
+    return -(-problem.K // row.step) * (row.step // group)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _integers(problem: Problem) -> dict[str, int]:
+    """The numeric fields of a problem, flags as 0 and 1, `group` in dense columns."""
+    values = {
+        f.name: int(getattr(problem, f.name))
+        for f in fields(problem)
+        if not isinstance(getattr(problem, f.name), (str, float))
+    }
+    return {**values, "group": problem.dense_group}
+
+
+@functools.cache
+def _symbols() -> dict[str, sympy.Symbol]:
+    # Every name is a symbol of ours: N and group mean something else inside sympy.
+    names = [f.name for f in fields(Problem)] + ["M", "xb", "Np", "Kp", "Gp", "BM", "BN", "wide"]
+    return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
+
+
+@functools.cache
+def _expression(text: str) -> sympy.Basic:
+    return sympy.sympify(text, locals=_symbols())
+
+
+def _evaluate(text: str, values: Mapping[str, int]) -> sympy.Basic:
+    return _expression(text).subs({_symbols()[k]: v for k, v in values.items()})
