@@ -17,19 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ir.errors import GateError, UsageError, nearest
+from .ir.events import Event, Listener, silent, tell
 from .ir.graph import Program
 from .model import Model, Resident
 from .pipeline.candidates import tabulate
 from .pipeline.compile import Compiled, compile_plan
 from .pipeline.data import Calibration, Source, Tokenizer, held_out
 from .pipeline.data import calibration as draw
-from .pipeline.events import Listener, silent
 from .pipeline.measure import Options
 from .pipeline.mixing import Mixture, Slices, check_sensitivity
 from .pipeline.mixing import mix as run_mix
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe, from_file, from_mapping, from_strings
 from .pipeline.target import Target, read_target
+from .pipeline.trace import tracing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,7 +111,9 @@ def capture(
         return source
     from .capture import capture as door
 
-    return door(source, inputs=inputs, trust_remote_code=trust_remote_code)
+    program = door(source, inputs=inputs, trust_remote_code=trust_remote_code)
+    tell(Event("captured", {"nodes": len(program.graph.nodes), "params": len(program.params)}))
+    return program
 
 
 def read_recipe(
@@ -175,6 +178,7 @@ def compile(
     strict: bool = False,
     trust_remote_code: bool = False,
     progress: Listener | None = None,
+    trace: str | Path | None = None,
 ) -> Model:
     """Compress a model; the given one is not touched.
 
@@ -196,7 +200,8 @@ def compile(
         inputs: example inputs, for a module that is not of transformers; such a module takes passes
             that need no calibration.
         strict: a solve that fell back is an error.
-        progress: called with each :class:`~llmc.compiler.pipeline.events.Event`.
+        progress: called with each :class:`~llmc.compiler.ir.events.Event`.
+        trace: a folder for graphs and events (see :mod:`.pipeline.trace`), by default LLMC_TRACE's.
     Raises:
         UsageError, ModelError, CaptureError: wrong input. GateError: nothing to do, or ``strict``.
     """
@@ -211,21 +216,22 @@ def compile(
         DEFAULT_SAMPLES if samples is None else samples, length, seed, propagate,
         true_sequential, batch, budget_ram,
     )  # fmt: skip
-    program = capture(source, inputs=inputs, trust_remote_code=trust_remote_code)
-    settings = settings.for_program(program)
-    own = find_tokenizer(source, program, tokenizer)
-    mixture = None
-    if aim is not None:
-        mixture = mix(
-            program, wanted, aim, calibration, own, settings, candidates=candidates,
-            sensitivity=sensitivity, listener=progress or silent,
+    with tracing(trace):
+        program = capture(source, inputs=inputs, trust_remote_code=trust_remote_code)
+        settings = settings.for_program(program)
+        own = find_tokenizer(source, program, tokenizer)
+        mixture = None
+        if aim is not None:
+            mixture = mix(
+                program, wanted, aim, calibration, own, settings, candidates=candidates,
+                sensitivity=sensitivity, listener=progress or silent,
+            )  # fmt: skip
+        planned = make_plan(program, wanted) if mixture is None else mixture.plan(program)
+        data = calibrate(planned, calibration, own, settings)
+        return carry_out(
+            planned, data, settings, tokenizer=own, target=target, strict=strict,
+            listener=progress or silent,
         )  # fmt: skip
-    planned = make_plan(program, wanted) if mixture is None else mixture.plan(program)
-    data = calibrate(planned, calibration, own, settings)
-    return carry_out(
-        planned, data, settings, tokenizer=own, target=target, strict=strict,
-        listener=progress or silent,
-    )  # fmt: skip
 
 
 def check_target(name: str) -> None:

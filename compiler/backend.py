@@ -30,6 +30,7 @@ from .pipeline.order import LATE
 from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe
 from .pipeline.structure import Structural
+from .pipeline.trace import tracing
 from .runtime.attend import attention_implementations
 
 _SETTINGS = ("samples", "length", "seed", "batch", "propagate", "true_sequential", "budget")
@@ -153,9 +154,16 @@ def llmc_backend(
     """
     if mode is not None:
         raise UsageError(f"expected no mode for backend llmc, found {mode!r}")
+    wanted = read_options(options)
+    with tracing():
+        return _compiled(gm, example_inputs, wanted)
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], wanted: Options
+) -> Callable[..., Any]:
     from .capture.module import capture_dynamo
 
-    wanted = read_options(options)
     found = capture_dynamo(gm, example_inputs)
     program = found.program
     device = _device(example_inputs)

@@ -11,7 +11,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
-from ..compiler.pipeline.events import Event
+from ..compiler.ir.events import Event
 from ..compiler.pipeline.latents import CUT, LATENT, Narrowing, Side, apply_ranks, sides, wanted
 from ..compiler.pipeline.measure import collect
 from ..compiler.pipeline.structure import Choice, Context, Structural

@@ -13,7 +13,7 @@ from ..compiler.ir.errors import ModelError, UsageError
 from ..compiler.ir.graph import Program
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
-from ..compiler.pipeline.events import Event
+from ..compiler.ir.events import Event
 from ..compiler.pipeline.measure import collect
 from ..compiler.pipeline.structure import Choice, Context
 from ..compiler.pipeline.tables import (

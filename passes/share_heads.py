@@ -16,7 +16,7 @@ from ..compiler.ir.graph import Program, tensor_type
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
-from ..compiler.pipeline.events import Event
+from ..compiler.ir.events import Event
 from ..compiler.pipeline.measure import collect
 from ..compiler.pipeline.sharing import Sharing, roots, wanted
 from ..compiler.pipeline.structure import Choice, Context, Structural

@@ -14,7 +14,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Program
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
-from ..compiler.pipeline.events import Event
+from ..compiler.ir.events import Event
 from ..compiler.pipeline.structure import Choice, Context
 from ..compiler.pipeline.tables import (
     Swap,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..api import Settings
     from ..model import Model
     from ..pipeline.plan import Plan
+    from ..pipeline.trace import Trace
 
 F = TypeVar("F")
 # Graphs, manifest and report beside the weights.
@@ -47,6 +48,9 @@ _SHARED = [
     click.option("--calibration", type=click.Path(), default=None,
                  help="Text (.txt, .jsonl) or tokens (.npy, .safetensors).  "
                  "[default: the installed Python standard library]"),
+    click.option("--trace", type=click.Path(path_type=Path), default=None, metavar="DIR",
+                 help="Write every graph before and after each pass, every event and the match "
+                 "statistics to DIR.  [default: what LLMC_TRACE names]"),
 ]  # fmt: skip
 
 
@@ -111,10 +115,13 @@ def plan_command(model: str, out: Out, **given: Any) -> None:
 
     Loads no weight, but with --bits, --size or --budget, which measure before they choose.
     """
+    from ..pipeline.trace import tracing
     from ..report.mixing import mixing_lines
     from ..report.planned import plan_tables, totals
 
-    planned, settings = _plan(model, given, out)
+    with tracing(given.pop("trace")) as trace:
+        planned, settings = _plan(model, given, out)
+    _traced(trace, out)
     data = _plan_json(planned, settings)
     for table in plan_tables(data, out.verbose):
         out.table(table)
@@ -147,27 +154,35 @@ def compile_command(
     """
     check_target(folder, force)
     from .. import api
+    from ..pipeline.trace import tracing
     from ..report.planned import plan_tables, totals
 
-    planned, settings = _plan(model, given, out)
-    data = _plan_json(planned, settings)
-    check_disk(folder, data["predicted"]["bytes_after"])
-    tokenizer = api.find_tokenizer(model, planned.source)
-    windows = api.calibrate(planned, given["calibration"], tokenizer, settings)
-    for table in plan_tables(data, out.verbose):
-        out.table(table, err=True)
-    for line in totals(data):
-        out.note(line)
-    if windows is not None:
-        record = windows.record
-        out.note(f"calibration data {record['data']} ({record['sha256'][:12]})")
-    with Solving("solving", out) as progress:
-        made = api.carry_out(
-            planned, windows, settings, tokenizer=tokenizer, strict=strict, listener=progress
-        )
+    with tracing(given.pop("trace")) as trace:
+        planned, settings = _plan(model, given, out)
+        data = _plan_json(planned, settings)
+        check_disk(folder, data["predicted"]["bytes_after"])
+        tokenizer = api.find_tokenizer(model, planned.source)
+        windows = api.calibrate(planned, given["calibration"], tokenizer, settings)
+        for table in plan_tables(data, out.verbose):
+            out.table(table, err=True)
+        for line in totals(data):
+            out.note(line)
+        if windows is not None:
+            record = windows.record
+            out.note(f"calibration data {record['data']} ({record['sha256'][:12]})")
+        with Solving("solving", out) as progress:
+            made = api.carry_out(
+                planned, windows, settings, tokenizer=tokenizer, strict=strict, listener=progress
+            )
+    _traced(trace, out)
     with waiting(f"writing {folder}", out):
         made.save(folder, force=force, command=sys.argv[1:])
     _result(made, folder, data, out)
+
+
+def _traced(trace: Trace | None, out: Out) -> None:
+    if trace is not None:
+        out.note(f"trace in {trace.folder}")
 
 
 def check_target(folder: Path, force: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import click
 
-from ..pipeline.events import Event
+from ..ir.events import Event
 from .output import Out
 
 HEARTBEAT = 30.0

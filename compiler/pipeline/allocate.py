@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..ir.events import Event, Listener
 from ..solvers.shares import histogram, share_out
-from .events import Event, Listener
 from .plan import Decision, Plan, Stage
 from .reverse import fisher
 from .solving import Work

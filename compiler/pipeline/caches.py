@@ -16,11 +16,11 @@ from torch import Tensor, fx
 from ..analysis.rotation import CacheSite, Rotation, cache_sites
 from ..ir.caches import CacheScheme, from_json, set_caches
 from ..ir.errors import LlmcError, ModelError, UsageError
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Program
 from ..ir.refusal import Refusal
 from ..solvers.kmeans import assign, kmeans
 from .analysis import Analysis
-from .events import Event, Listener, silent
 from .measure import Options, Walk, batches, check_finite
 from .reverse import value_gradients
 from .structure import Choice, Context, Structural

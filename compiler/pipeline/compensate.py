@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..analysis.groups import Group
 from ..ir.errors import ModelError
+from ..ir.events import Listener, silent
 from ..ir.graph import Param, Program
 from ..solvers import importance as score
-from .events import Listener, silent
 from .measure import Options
 from .readings import Reading, fitting, measured, readings
 from .width import UNIT_OF

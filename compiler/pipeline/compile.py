@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from ..ir.errors import UsageError
+from ..ir.events import Event, Listener, heard_by, silent, tell
 from ..ir.graph import Program
 from .analysis import Analysis
-from .events import Event, Listener, silent
 from .measure import Options
 from .plan import Plan, add_late, lay_out
 from .recipe import Call
@@ -62,7 +62,7 @@ def compile_plan(
         UsageError: a pass needs calibration data and none is given.
         ModelError: a weight or an activation is not finite.
     """
-    options = options or Options()
+    options, listener = options or Options(), heard_by(listener)
     if plan.needing and tokens is None:
         raise UsageError(f"expected calibration data for {', '.join(plan.needing)}, found none")
     rounds = len(plan.stages) * len(plan.source.segments)
@@ -76,8 +76,10 @@ def compile_plan(
 
     if plan.steps:
         plan = replace(lay_out(plan.captured, plan.recipe, decide), mixing=plan.mixing)
+        tell(Event("laid", {"plan": plan, "decided": True}))
     solved = run_rounds(plan, tokens, options, listener)
-    add_late(plan, decide)
+    if add_late(plan, decide):
+        tell(Event("laid", {"plan": plan, "decided": True}))
     listener(Event("end", {"records": len(solved.records)}))
     structure = [s.to_json(full=True) for s in plan.steps]
     return Compiled(plan.program, plan, solved.records, solved.folds, structure)

@@ -18,11 +18,11 @@ from torch import Tensor, fx
 from ..analysis.depth import Span
 from ..analysis.exits import exit_spans, head_nodes
 from ..ir.errors import LlmcError
+from ..ir.events import Event, Listener, silent
 from ..ir.exits import Exits, classified, features, similarity, sure_enough
 from ..ir.graph import Program, Segment
 from ..ir.interpret import run_nodes
 from ..ir.refusal import Refusal
-from .events import Event, Listener, silent
 from .measure import Env, Options, Walk, batches, check_finite
 
 # Values of λ that are looked at, evenly spread over all confidences.

@@ -16,13 +16,13 @@ from torch import Tensor, fx
 
 from ..analysis.linears import LinearSite
 from ..ir.errors import ModelError
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Program, Segment
 from ..ir.interpret import Fetch, run_nodes
 from ..solvers import factor as solver
 from ..solvers.factor import Factored, Root
 from ..solvers.low_rank import LowRankFactors
 from ..solvers.ranks import Part, Ranks, step_of
-from .events import Event, Listener, silent
 from .factored import names
 from .measure import Env, Options, Walk, batches, check_finite
 from .reverse import gradients, value_gradients

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..analysis.linears import LinearSite
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Program
-from .events import Event, Listener, silent
 from .measure import Options
 from .reverse import value_gradients
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..analysis.groups import Group
 from ..analysis.ties import op_name
 from ..ir.errors import ModelError
+from ..ir.events import Listener, silent
 from ..ir.graph import Program
 from ..solvers import importance as score
-from .events import Listener, silent
 from .measure import Options
 from .readings import Reading, fitting, measured, readings
 from .reverse import gradients

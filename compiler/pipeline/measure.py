@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from ..analysis.depth import spans
 from ..ir.errors import ModelError, UsageError
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Program, Segment, tensor_type
 from ..ir.interpret import Fetch, Observe, run_nodes
 from ..ir.types import show_type
-from .events import Event, Listener, silent
 from .statistics import Collection
 
 # What one batch knows between two segments: the values that later segments read.

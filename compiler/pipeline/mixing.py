@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from ..ir.errors import GateError, UsageError, nearest
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Program
 from ..solvers.knapsack import Frontier, frontier
 from . import impact
 from .candidates import Option, Table, planned
 from .compile import Compiled, compile_plan
-from .events import Event, Listener, silent
 from .impact import MEASURES, Noted
 from .measure import Options, loss
 from .plan import Plan, make_plan

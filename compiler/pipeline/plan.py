@@ -7,6 +7,7 @@ first, on predicted choices; the rest is planned on the program that they leave.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -15,6 +16,7 @@ from ..analysis.latents import renew_latents
 from ..analysis.linears import LinearSite
 from ..analysis.migrate import MigrationSite
 from ..ir.errors import GateError, UsageError
+from ..ir.events import Event, rule_event, tell
 from ..ir.graph import Program, info
 from ..ir.refusal import Refusal
 from ..ir.scheme import Scheme, Transform, View
@@ -245,6 +247,7 @@ def make_plan(program: Program, recipe: Recipe) -> Plan:
         why = plan.refusals[0].reason if plan.refusals else "the graph has no such place"
         raise GateError(f"expected a place for {recipe.text()}, found none: {why}")
     _unused_overrides(plan)
+    tell(Event("laid", {"plan": plan, "decided": False}))
     return plan
 
 
@@ -275,16 +278,22 @@ def lay_out(program: Program, recipe: Recipe, choose: Choose) -> Plan:
     return plan
 
 
-def add_late(plan: Plan, choose: Choose) -> None:
-    """Take the passes of caches and exits on the program that all else has left, in place."""
-    for i, calls in enumerate(plan.recipe.stages):
-        for call in calls:
-            if call.made.stage in order.LATE:
-                _take(plan, i, call, choose)
+def add_late(plan: Plan, choose: Choose) -> bool:
+    """Take the passes of caches and exits on the program that all else has left, in place.
+
+    Returns whether there are any.
+    """
+    late = [
+        (i, c) for i, s in enumerate(plan.recipe.stages) for c in s if c.made.stage in order.LATE
+    ]
+    for i, call in late:
+        _take(plan, i, call, choose)
+    return bool(late)
 
 
 def _take(plan: Plan, stage: int, call: Call, choose: Choose) -> None:
     """One structural pass on the plan's program."""
+    began = time.perf_counter()
     taken = take(plan.program, call, stage, plan.recipe.overrides, choose)
     plan.program = taken.program
     plan.steps.append(taken.step)
@@ -292,12 +301,15 @@ def _take(plan: Plan, stage: int, call: Call, choose: Choose) -> None:
     step, effect = taken.step, str(call.made.effect)
     snap = Snapshot(call.name, to_json(taken.program), step.resized, step.sites, effect)
     plan.snapshots.append(snap)
+    nodes = len(taken.program.graph.nodes)
+    tell(rule_event(call.name, step.sites, taken.refusals, nodes, began))
 
 
 def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
     """The passes of one round on the plan's program, in place."""
     final = plan.program
     for call in stage.calls:
+        began, known = time.perf_counter(), len(plan.refusals)
         sites, refused = call.made.sites(analysis)
         plan.refusals += [replace(r, by=call.name) for r in refused]
         rewrote: list[str] = []
@@ -316,6 +328,8 @@ def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
             verify_interface(plan.source, final)
         snap = Snapshot(call.name, to_json(final), tuple(rewrote), here, str(call.made.effect))
         plan.snapshots.append(snap)
+        nodes = len(final.graph.nodes)
+        tell(rule_event(call.name, here, plan.refusals[known:], nodes, began))
 
 
 def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:

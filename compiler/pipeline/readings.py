@@ -17,9 +17,9 @@ from torch import Tensor, fx
 from ..analysis.flow import EXPERTS, LINEAR
 from ..analysis.groups import Group
 from ..analysis.ties import op_name
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Param, Program
 from ..ir.ops.semantic import gated
-from .events import Event, Listener, silent
 from .measure import Options, Walk, batches, collect
 from .statistics import Collection
 

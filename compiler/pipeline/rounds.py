@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir.events import Event, Listener
 from ..ir.graph import DictWeights, Segment
 from ..ir.interpret import Fetch, run_nodes
 from . import encode, experts
 from .allocate import allocate
 from .equivalence import Move
-from .events import Event, Listener
 from .granularity import choose_groups
 from .learning import Learner, is_learned, scales_of, settle
 from .measure import Env, Options, Walk, batches, check_finite

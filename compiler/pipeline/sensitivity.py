@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .events import Event, Listener
+from ..ir.events import Event, Listener
 from .plan import Stage
 from .reverse import fisher
 from .solving import Work

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..analysis.depth import beside, spans
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Program, Segment
 from ..ir.interpret import run_nodes
-from .events import Event, Listener, silent
 from .measure import Env, Meter, Options, Walk, batches, for_logits, stream
 
 

@@ -19,13 +19,13 @@ from torch import Tensor, fx
 
 from ..analysis.linears import ExpertSite
 from ..ir.errors import ModelError
+from ..ir.events import Event, Listener, silent
 from ..ir.graph import Param, Program, info
 from ..ir.ops import infer
 from ..ir.ops.semantic import experts
 from ..solvers.factor import Root, identity, whitening
 from ..solvers.tucker import Sizes, Stack
 from .compensate import free_name
-from .events import Event, Listener, silent
 from .measure import Options, Walk, batches, check_finite
 from .statistics import WideGram
 

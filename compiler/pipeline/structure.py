@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ..ir.errors import LlmcError
+from ..ir.events import Listener
 from ..ir.graph import Program
 from ..ir.segments import refresh_segments
 from .analysis import Analysis
 from .base import Pass
-from .events import Listener
 from .measure import Options, gives_logits, loss
 
 _LOSS_WINDOWS = 8

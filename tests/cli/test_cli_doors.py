@@ -203,7 +203,7 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from llmc.compiler.cli.output import Out
     from llmc.compiler.cli.progress import Solving
-    from llmc.compiler.pipeline.events import Event
+    from llmc.compiler.ir.events import Event
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
+from ...ir.events import rule_event, tell
 from ...ir.graph import Program, tensor_type
 from ...ir.ops import row_of
 from ...ir.refusal import Refusal
@@ -189,6 +191,7 @@ class Lift:
 
     def run(self, program: Program) -> list[Refusal]:
         """Rewrite every match, then report what looked like one."""
+        began, taken = time.perf_counter(), 0
         refused: dict[str, Refusal] = {}
         for pattern in self.patterns:
             for node in list(program.graph.nodes):
@@ -198,6 +201,7 @@ class Lift:
                 if found is None:
                     continue
                 problem = self._apply(program, found)
+                taken += problem is None
                 if problem is not None:
                     for inner in found.inside:
                         refused[inner.name] = problem
@@ -211,8 +215,9 @@ class Lift:
                     or Refusal(f"normalise.{self.name}", node.name, "no known form", "form", path)
                 )
         alive = {n.name for n in program.graph.nodes}
-        out += [r for r in refused.values() if r.node in alive]
-        return list(dict.fromkeys(out))
+        out = list(dict.fromkeys(out + [r for r in refused.values() if r.node in alive]))
+        tell(rule_event(f"normalise.{self.name}", taken, out, len(alive), began))
+        return out
 
     def _apply(self, program: Program, found: Match) -> Refusal | None:
         path = found.root.meta["llmc"].path
