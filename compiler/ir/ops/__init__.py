@@ -7,6 +7,7 @@ from . import (
     conv,
     create,
     elementwise,
+    fused,
     index,
     linalg,
     lookup,
@@ -26,7 +27,7 @@ from .rules import flat
 
 __all__ = [
     "ROWS", "OpRow", "Tie", "attention", "bilevel", "compressed", "conv", "cost", "create",
-    "elementwise", "flat", "index", "infer", "linalg", "lookup", "masks", "pairs", "pieces",
-    "reduce", "rotation", "rounding", "row", "row_for", "row_of", "semantic", "shape", "sparse",
-    "train",
+    "elementwise", "flat", "fused", "index", "infer", "linalg", "lookup", "masks", "pairs",
+    "pieces", "reduce", "rotation", "rounding", "row", "row_for", "row_of", "semantic", "shape",
+    "sparse", "train",
 ]  # fmt: skip

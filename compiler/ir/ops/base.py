@@ -5,7 +5,7 @@ A row is all that llmc knows about an op. An op without a row is refused, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,11 +141,19 @@ def _materialise(out: ValueType, args: Any, known: dict[Dim, Any]) -> Any:
         return tuple(_materialise(o, args, known) for o in out)
     if not isinstance(out, TensorType):
         return out
-    like = next(a for a in args if isinstance(a, torch.Tensor))
+    like = next(_tensors(args))
     # Under export a dim is torch's own symbol; ours must go back as the very SymInt it came from.
     return like.new_empty(
         [d if isinstance(d, int) else known[d] for d in out.shape], dtype=out.dtype
     )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from _tensors(v)
 
 
 def row(name: str) -> OpRow:
