@@ -23,7 +23,7 @@ from .problem import Problem
 from .render import arguments, render
 from .row import MAX_REGISTERS, KernelRow, TileConfig
 
-_CAPABILITY = {"sm_80": 80, "sm_90": 90}
+CAPABILITY = {"sm_80": 80, "sm_90": 90}
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def compile_variant(row: KernelRow, problem: Problem, config: TileConfig, target
     }
     kernel = triton.compile(
         ASTSource(fn=jit, signature=signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", _CAPABILITY[target], 32),
+        target=GPUTarget("cuda", CAPABILITY[target], 32),
         options={
             "num_warps": config.warps,
             "num_stages": config.stages,
             "maxnreg": MAX_REGISTERS,
         },
     )
-    usage, code = _disassemble(kernel.asm["cubin"])
-    mnemonics, loop = _instructions(code)
+    usage, code = disassemble(kernel.asm["cubin"])
+    mnemonics, loop = instructions(code)
     weights = config.BN * row.step / (32 * config.warps)
     in_loop = Counter(m.split(".")[0] for m in loop)
     return AotFacts(
@@ -125,7 +125,7 @@ def _tools() -> str:
     return os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as file:
@@ -143,7 +143,7 @@ def _run(tool: str, *arguments: str) -> str:
         raise ResourceError(f"{tool} of the triton package failed: {error}") from error
 
 
-def _instructions(code: str) -> tuple[list[str], list[str]]:
+def instructions(code: str) -> tuple[list[str], list[str]]:
     """All mnemonics, and those of the main loop: the longest backward branch to a label."""
     lines: list[str] = []
     labels: dict[str, int] = {}

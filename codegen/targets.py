@@ -19,6 +19,7 @@ from ..compiler.ir.errors import ResourceError, UsageError, nearest
 from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from . import cpu, sparse
+from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import Fused, FusePlan, fuse
 from .kernels import choose
 from .prepack import Packed, prepack
@@ -28,6 +29,7 @@ from .row import KernelRow
 Canonical = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Target = Literal["reference", "cpu", "triton"]
 TARGETS: tuple[Target, ...] = ("reference", "cpu", "triton")
+TOKENS = 8192  # kept ones, for the bytes of a cached attention in a report
 BANDWIDTH = 4.3e12  # bytes per second of an H200 copy, read and written; the default of floors
 
 
@@ -58,6 +60,7 @@ class Lowered:
             their codes and scales are laid out for the target (those of zero and meta are empty).
         implementations: callables by node name; other nodes run their row's reference.
         resident_bytes: by name of the codes parameter, the bytes of the packed weight.
+        attention: cached attention that runs on a kernel row.
     """
 
     target: Target
@@ -66,6 +69,7 @@ class Lowered:
     placed: list[Placed] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     resident_bytes: dict[str, int] = field(default_factory=dict)
+    attention: list[PlacedAttention] = field(default_factory=list)
 
 
 def lower(program: Program, target: str, *, device: torch.device | str = "cpu") -> Lowered:
@@ -130,6 +134,9 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
         traffic = row.bytes_moved(fused.problem, 1)
         _place(lowered, fused, row.name, packed["codes"], packed["scale"], traffic, "")
         lowered.implementations[fused.node] = _triton_implementation(row, fused.problem)
+    made, lowered.attention, refused = attention_implementations(program)
+    lowered.implementations |= made
+    lowered.refused += refused
     return _sides(lowered, device)
 
 
@@ -243,6 +250,7 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
     return {
         "target": lowered.target,
         "fused": rows,
+        "attention": [p.json(batch=1, tokens=TOKENS, speed=bandwidth) for p in lowered.attention],
         "not_fused": [r.to_json() for r in lowered.refused],
         "resident_bytes": sum(lowered.resident_bytes.values()),
     }

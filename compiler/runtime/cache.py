@@ -6,8 +6,7 @@ one by one, so running new tokens alone against the kept keys and values is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +19,10 @@ from ..ir.caches import PLAIN, CacheScheme
 from ..ir.dims import BATCH, PAST, SEQ
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, tensor_type
+from ..ir.held import Held, HeldSide
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
+from .rows import Rows
 
 _BY = "cache"
 _ATTRIBUTES = ("scale", "causal", "window", "softcap", "dilation", "first")
@@ -141,21 +142,6 @@ class Step:
         return self._seen[-1][1]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of a batch: a run of them as a slice, which copies nothing, else their indices."""
-
-    index: slice | torch.Tensor
-    count: int
-
-    @staticmethod
-    def of(rows: Sequence[int], device: torch.device | str = "cpu") -> Rows:
-        """Ascending row numbers, at least one."""
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return Rows(slice(rows[0], rows[-1] + 1), len(rows))
-        return Rows(torch.tensor(rows, device=device), len(rows))
-
-
 class KVState:
     """One layer's keys and values in buffers that grow by doubling, with positions and validity.
 
@@ -231,6 +217,45 @@ class KVState:
         Raises:
             ModelError: another batch than the state was made for.
         """
+        at, start, end = self._admit(k, pos, valid)
+        keys, values = self._join(at, start, end, k, v, turn, up)
+        if self.rows is None:
+            self.length = end
+        return keys, values, self._pos[at, :end], self._valid[at, :end] if self._padded else None
+
+    def hold(
+        self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None
+    ) -> Held | None:
+        """Keep new tokens as ``append`` does, but give the buffers themselves, nothing decoded.
+
+        None, and nothing is kept, where this kind of state has no such form, or while ``rows`` is
+        set.
+        Raises:
+            ModelError: another batch than the state was made for.
+        """
+        if not self.holds(k.shape[2]):
+            return None
+        _, start, end = self._admit(k, pos, valid)
+        keys, values = self._into(start, end, k, v)
+        self.length = end
+        return Held(keys, values, self._pos, self._valid if self._padded else None, end)
+
+    def holds(self, tokens: int) -> bool:
+        """Whether ``hold`` takes that many new tokens now."""
+        return self.rows is None
+
+    def _into(
+        self, start: int, end: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[HeldSide, HeldSide]:
+        """Keep k and v behind ``start``; where keys and values lie."""
+        self._kv[0][:, :, start:end] = k
+        self._kv[1][:, :, start:end] = v
+        return HeldSide((self._kv[0],), end), HeldSide((self._kv[1],), end)
+
+    def _admit(
+        self, k: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[Any, int, int]:
+        """Keep positions and validity of new tokens: (rows, start, end) of where they go."""
         rows = self.rows
         expected = self.batch if rows is None else rows.count
         if k.shape[0] != expected:
@@ -248,10 +273,7 @@ class KVState:
             self._padded = self._padded or (self.step or Step()).padded(valid)
         else:
             self._valid[at, start:end] = True
-        keys, values = self._join(at, start, end, k, v, turn, up)
-        if rows is None:
-            self.length = end
-        return keys, values, self._pos[at, :end], self._valid[at, :end] if self._padded else None
+        return at, start, end
 
     def _join(
         self, at: Any, start: int, end: int, k: torch.Tensor, v: torch.Tensor,

@@ -21,8 +21,9 @@ from ..ir.exits import classified, classifier_of, features, similarity, sure_eno
 from ..ir.graph import Program
 from ..ir.ops import row_of
 from ..ir.refusal import Refusal
-from .cache import Cache, KVState, Rows
+from .cache import Cache, KVState
 from .executor import Constants, Runner
+from .rows import Rows
 from .steps import Step, run_steps
 
 _CACHED = "llmc.cached_attention"

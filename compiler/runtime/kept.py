@@ -15,6 +15,7 @@ from torch import Tensor
 from ..ir.caches import CacheScheme
 from ..ir.errors import ModelError
 from ..ir.graph import State
+from ..ir.held import HELD, HeldSide
 from .angles import turn_in
 from .cache import KVState, Turn, Up
 from .codecs import Codec, Part, codecs
@@ -132,6 +133,14 @@ class _Side:
             self.apart.into(out, rows)
         return out
 
+    def take(self, at: Any, rows: Tensor, start: int, new: Tensor) -> None:
+        """Make codes of what new tokens, from ``start`` on, bring due; keep the newest numbers."""
+        done, due = self.due(start), self.due(start + new.shape[2])
+        if due > done:
+            waiting = torch.cat([self.held(at, start), new], 2)
+            self.encode(at, rows, done, waiting[:, :, : due - done])
+        self.write(at, start, new)
+
     def write(self, at: Any, start: int, x: Tensor) -> None:
         """Put the newest of x [B', KV, S, D], tokens from ``start`` on, into the ring."""
         ring = self.ring.shape[2]
@@ -205,11 +214,9 @@ class KeptState(KVState):
                 self._exact(side, at, rows, early, before, new, start)
             out.append(torch.cat([before, new], 2))
             if self.rows is None:
-                done, due = side.due(start), side.due(end)
-                if due > done:
-                    waiting = torch.cat([side.held(at, start), new], 2)
-                    side.encode(at, rows, done, waiting[:, :, : due - done])
-            elif not side.residual:
+                side.take(at, rows, start, new)
+                continue
+            if not side.residual:
                 side.encode(at, rows, start, new)
             side.write(at, start, new)
         if self.rows is None:
@@ -217,6 +224,24 @@ class KeptState(KVState):
         if turn is not None:
             turn_in(self, turn, self._pos[at, start:end])
             out[0] = self.angles.turned(out[0], self._pos[at, :end])
+        return out[0], out[1]
+
+    def holds(self, tokens: int) -> bool:
+        """So many new tokens leave those in the ring that were no codes before them."""
+        return super().holds(tokens) and self.scheme.kind in HELD and tokens <= REWIND
+
+    def _into(self, start: int, end: int, k: Tensor, v: Tensor) -> tuple[HeldSide, HeldSide]:
+        at, rows = slice(None), torch.arange(self.batch, device=self.device)
+        out = []
+        for side, new in zip(self._sides, (k, v), strict=True):
+            due = side.due(start)
+            side.take(at, rows, start, new)
+            fixed = getattr(side.codec, "scale", None)
+            parts = (*side.parts, *([] if fixed is None else [fixed]))
+            # New tokens are read as they came: from the ring, or from what brings them.
+            ringed = side.residual > 0
+            out.append(HeldSide(parts, due, side.ring if ringed else new, 0 if ringed else start))
+        self._aged(end)
         return out[0], out[1]
 
     def _early(self, at: Any, start: int, end: int) -> Tensor | None:

@@ -32,6 +32,10 @@ class LatentState(KVState):
         self.scheme = scheme
         super().__init__(state, batch, capacity, device)
 
+    def holds(self, tokens: int) -> bool:
+        """Never: keys have to be made first."""
+        return False
+
     def _join(
         self, at: Any, start: int, end: int, k: Tensor, v: Tensor, turn: Turn | None, up: Up | None
     ) -> tuple[Tensor, Tensor]:

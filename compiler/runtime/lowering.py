@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -91,7 +92,10 @@ def runner_of(
     """A runner of a lowered program; with ``exits`` it takes those that the program has."""
     given = dict(done.implementations)
     if done.target != "reference":
-        given = attention_implementations(done.program) | given
+        for name, plain in attention_implementations(done.program).items():
+            # A kernel leaves prompts, and what else it does not take, to torch.
+            kernel = given.get(name)
+            given[name] = plain if kernel is None else partial(kernel, otherwise=plain)
     leaves = exits and done.program.exits is not None and done.program.states
     kind = ExitRunner if leaves else Runner
     return kind(

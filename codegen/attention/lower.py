@@ -1,0 +1,132 @@
+"""Cached attention of a program on the rows that serve it: problems, callables, refusals."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...compiler.ir.caches import PLAIN, sizes_of
+from ...compiler.ir.graph import Program, info, tensor_type
+from ...compiler.ir.ops.attention import cached_attention
+from ...compiler.ir.refusal import Refusal
+from ..problem import dtype_name
+from .launch import attend
+from .problem import QUERIES, AttentionProblem
+from .row import AttentionRow
+from .rows import choose
+
+# Places of `llmc.cached_attention`'s optional tensors.
+_BIAS, _SINKS, _COS, _UP = 5, 6, 7, 9
+PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class PlacedAttention:
+    """One attention that a row runs; `note` says what it leaves to torch."""
+
+    node: str
+    path: str
+    problem: AttentionProblem
+    row: AttentionRow
+    note: str = PROMPT
+
+    def json(self, *, batch: int, tokens: int, speed: float) -> dict[str, Any]:
+        """For reports: bytes of a step of one query over ``tokens``, and their floor."""
+        one = replace(self.problem, queries=1)
+        note = "; ".join(n for n in (self.row.note, self.note) if n)
+        return {
+            "node": self.node, "path": self.path, "kernel": self.row.name,
+            "problem": asdict(self.problem), "tokens": tokens,
+            "bytes": self.row.bytes_moved(one, batch, tokens),
+            "floor_us": round(self.row.floor_us(one, batch, tokens, speed), 3), "note": note,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class CachedAttention:
+    """``llmc.cached_attention`` on a row; what the row does not take runs ``otherwise``.
+
+    That is more queries than it serves, and calls about some rows of a batch.
+    """
+
+    row: AttentionRow
+    problem: AttentionProblem
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_pos: torch.Tensor,
+        k_valid: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None, *rest: torch.Tensor | None, state: Any, scale: float,
+        otherwise: Callable[..., torch.Tensor] = cached_attention, **attrs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """q [B, H, S, D], k [B, KV, S, D], v [B, KV, S, E] -> [B, S, H, E]."""
+        batch, _, queries, _ = q.shape
+        if 0 < queries <= self.problem.queries:
+            held = state.hold(k, v, q_pos, k_valid)
+            if held is not None:
+                problem = _padded(self.problem) if held.valid is not None else self.problem
+                return attend(
+                    self.row, problem, q, held, q_pos.expand(batch, queries), sinks, scale=scale
+                )
+        return otherwise(
+            q, k, v, q_pos, k_valid, bias, sinks, *rest, state=state, scale=scale, **attrs
+        )
+
+
+@functools.lru_cache(1024)
+def _padded(problem: AttentionProblem) -> AttentionProblem:
+    return replace(problem, valid=True)
+
+
+def attention_implementations(
+    program: Program,
+) -> tuple[dict[str, CachedAttention], list[PlacedAttention], list[Refusal]]:
+    """Callables by node name for all cached attention that a row serves, and why others are left.
+
+    A caller that has something better than the op's reference for what a row leaves gives it to
+    the callable as ``otherwise``.
+    """
+    made: dict[str, CachedAttention] = {}
+    placed, refused = [], []
+    for node in program.calls("llmc.cached_attention"):
+        problem = problem_of(program, node)
+        row, misfits = choose(problem)
+        path = info(node).path
+        if row is None:
+            why = "; ".join(str(m) for m in misfits)
+            refused.append(Refusal("lower", node.name, why, misfits[0].field, path))
+            continue
+        made[node.name] = CachedAttention(row, problem)
+        placed.append(PlacedAttention(node.name, path, problem, row))
+    return made, placed, refused
+
+
+def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
+    """The static facts of a ``llmc.cached_attention`` node; ModelError if sizes are not fixed."""
+    kv_heads, D, E = sizes_of(node)
+    q = node.args[0]
+    assert isinstance(q, fx.Node)
+    kind = tensor_type(q)
+    scheme = program.caches.get(str(node.kwargs["state"]))
+    cache = PLAIN if scheme is None else scheme.kind
+    given = {i: len(node.args) > i and node.args[i] is not None for i in (_BIAS, _SINKS, _COS, _UP)}
+    how = node.kwargs
+    kept: dict[str, Any] = {}
+    if scheme is not None:
+        kept = {"bits": scheme.bits, "group": scheme.group or 0, "residual": scheme.residual,
+                "keys": "group" if cache == "kivi" else scheme.keys}  # fmt: skip
+    return AttentionProblem(
+        heads=int(kind.shape[1]), kv_heads=kv_heads, D=D, E=E, queries=QUERIES,
+        x_dtype=dtype_name(kind.dtype), cache=cache, causal=bool(how.get("causal", True)),
+        window=_number(how.get("window")), dilation=_number(how.get("dilation", 1)),
+        first=_number(how.get("first")), softcap=float(str(how.get("softcap") or 0.0)),
+        bias=given[_BIAS], sinks=given[_SINKS], turned=given[_COS], latent=given[_UP], **kept,
+    )  # fmt: skip
+
+
+def _number(value: object) -> int:
+    return int(str(value or 0))

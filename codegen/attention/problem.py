@@ -1,0 +1,62 @@
+"""What a kernel of cached attention must compute: all static facts of one layer's step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+# Queries of one step that a decode kernel takes; more are a prompt, which torch's SDPA does better.
+QUERIES = 16
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One ``llmc.cached_attention``, of q [B, H, S, D] and a cache of [B, KV, T, D] and [.., E].
+
+    Attributes:
+        heads, kv_heads: H and KV, this layer's own. D, E: channels of a key and of a value.
+        queries: S, the most that a call brings.
+        x_dtype: "fp16", "bf16" or "fp32", of q, new keys and values, and what is no code.
+        cache: how tokens are kept, by the kinds of ``CacheScheme``; "kv" as they come.
+        bits, group, residual, keys: as in ``CacheScheme``; keys "" where cache is "kv", "group"
+            where a scale serves ``group`` tokens of a channel.
+        causal, window, dilation, first, softcap: as in ``llmc.attention``; 0 where there is none.
+        sinks, valid, bias: whether these tensors are given.
+        turned, latent: keys are kept before their rotation, or as latents.
+    """
+
+    heads: int
+    kv_heads: int
+    D: int
+    E: int
+    queries: int = 1
+    x_dtype: str = "fp16"
+    cache: str = "kv"
+    bits: int = 16
+    group: int = 0
+    residual: int = 0
+    keys: str = ""
+    causal: bool = True
+    window: int = 0
+    dilation: int = 1
+    first: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    valid: bool = False
+    bias: bool = False
+    turned: bool = False
+    latent: bool = False
+
+    @property
+    def repeat(self) -> int:
+        """Query heads of one key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def value_group(self) -> int:
+        """Channels of a value that share a scale; all of them where no group says otherwise."""
+        return min(self.group or self.E, self.E)
+
+    def integers(self) -> dict[str, int]:
+        """The numeric fields, flags as 0 and 1."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: int(v) for n, v in found.items() if isinstance(v, (bool, int))}

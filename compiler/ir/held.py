@@ -1,0 +1,44 @@
+"""Where a state keeps keys and values, for kernels that read its buffers as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# Kinds of coded state whose buffers can be read so.
+HELD = ("int8", "fp8", "kivi")
+
+
+@dataclass(frozen=True)
+class HeldSide:
+    """One layer's keys, or values.
+
+    Attributes:
+        parts: buffers [B, KV, capacity, *]: numbers; or codes, scales and lows as the state's codec
+            makes them, a stored scale [KV, D] last.
+        due: tokens 0 … due-1 are found in ``parts``.
+        tail: numbers [B, KV, R, D] of the others; token t is at (t - base) mod R. None where all
+            are found in ``parts``.
+    """
+
+    parts: tuple[Tensor, ...]
+    due: int
+    tail: Tensor | None = None
+    base: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """One layer's cache after a step's tokens went in.
+
+    Attributes:
+        pos: int64 [B, capacity]; valid: bool [B, capacity], None while no token is padding.
+        tokens: how many are kept, the step's own among them.
+    """
+
+    keys: HeldSide
+    values: HeldSide
+    pos: Tensor
+    valid: Tensor | None
+    tokens: int
