@@ -28,7 +28,8 @@ def capture(
 
     Args:
         source: a folder as ``save_pretrained`` writes it, a hub id, or a live module. From a folder
-            no tensor is read before it is asked for; a module is never modified.
+            no tensor is read before it is asked for; a module is never modified. Linears that a
+            GPTQ, AWQ or compressed-tensors checkpoint holds as codes stay codes.
         inputs: example inputs, for a module that is not one of transformers.
         axes: symbols of their axes (see :func:`.module.capture_module`).
         trust_remote_code: run modelling code that lies in the model's repository.
@@ -45,6 +46,8 @@ def capture(
     import torch
 
     from ..ir.errors import CaptureError, UsageError
+
+    coded = None
 
     if not isinstance(source, (str, Path, torch.nn.Module)):
         raise UsageError(
@@ -69,8 +72,12 @@ def capture(
     else:
         from .huggingface import capture_folder, find
 
-        program = capture_folder(find(source), trust_remote_code)
+        program, coded = capture_folder(find(source), trust_remote_code)
     from .normalise import normalise
 
     program.facts["refusals"] = [r.to_json() for r in normalise(program)]
+    if coded is not None:
+        from .foreign.attach import attach
+
+        attach(program, coded.layers, coded.method)
     return program

@@ -13,7 +13,7 @@ import torch
 
 from ..ir.errors import CaptureError, ModelError
 from ..ir.graph import Program
-from . import interface
+from . import foreign, interface
 from .checkpoint import Checkpoint, read_json
 from .export import TRACE_BATCH, TRACE_SEQ, trace, traced
 from .importer import import_graph
@@ -80,18 +80,16 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             "expected a model of transformers, found one with its own code (auto_map)",
             where="config.json", hint="pass trust_remote_code=True if you trust that code",
         )  # fmt: skip
-    if raw.get("quantization_config"):
-        raise ModelError(
-            "expected unquantised weights, found a quantization_config", where="config.json",
-            hint="capture the original checkpoint",
-        )  # fmt: skip
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as e:  # transformers validates configs with many exception types
         text = " ".join(str(e).split())[:200]
         raise ModelError(
             f"expected a config of a known model, found: {text}", where="config.json"
         ) from None
+    # How weights are stored is read in .foreign; the model itself is built dense.
+    config.__dict__.pop("quantization_config", None)
+    return config
 
 
 def model_class(config: Any, folder: Path | None = None, trust_remote_code: bool = False) -> Any:
@@ -221,6 +219,7 @@ def facts_of(config: Any, model: Any, folder: Path | None) -> dict[str, Any]:
         return [int(v) for v in values if isinstance(v, int)]
 
     raw = read_json(folder / "config.json") if folder is not None else json_dict(config)
+    raw.pop("quantization_config", None)
     return {
         "model_type": str(config.model_type),
         "architecture": type(model).__name__,
@@ -279,9 +278,13 @@ def trace_model(
     return import_graph(traced(exported, leaves, names, _AXES, _PREFIX), facts)
 
 
-def capture_folder(folder: Path, trust_remote_code: bool = False) -> Program:
+def capture_folder(
+    folder: Path, trust_remote_code: bool = False
+) -> tuple[Program, foreign.Coded | None]:
     """Capture a model folder; no tensor is read.
 
+    Returns:
+        The program with dense weights, and which of them the checkpoint holds as codes.
     Raises:
         ModelError, CaptureError: see :func:`llmc.compiler.capture.capture`.
     """
@@ -289,10 +292,14 @@ def capture_folder(folder: Path, trust_remote_code: bool = False) -> Program:
     config = read_config(folder, trust_remote_code)
     cls = model_class(config, folder, trust_remote_code)
     model, attention = build(config, cls)
-    leaves = leaves_by_name(model, checkpoint)
-    facts = facts_of(config, model, folder) | {"unread": unread(model, checkpoint)}
+    coded = foreign.read(checkpoint, model)
+    source = checkpoint if coded is None else coded.view
+    leaves = leaves_by_name(model, source)
+    facts = facts_of(config, model, folder) | {"unread": unread(model, source)}
+    if coded is not None:
+        facts["quantised"] = coded.facts()
     fake(model)
-    return trace_model(model, leaves, facts, attention)
+    return trace_model(model, leaves, facts, attention), coded
 
 
 def capture_model(model: Any) -> Program:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,8 +11,11 @@ from ..ir.errors import ModelError, nearest
 from .checkpoint import Checkpoint
 from .sources import Leaf, constant
 
+if TYPE_CHECKING:
+    from .foreign.base import View
 
-def leaves_by_name(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
+
+def leaves_by_name(model: Any, checkpoint: Checkpoint | View) -> dict[str, Leaf]:
     """A leaf for every parameter and buffer name of a model built without weights.
 
     Tied names share one leaf. Non-persistent buffers keep the tensor that the model computed.
@@ -58,13 +61,19 @@ def leaves_by_name(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
     return out
 
 
-def unread(model: Any, checkpoint: Checkpoint) -> list[str]:
+def unread(model: Any, checkpoint: Checkpoint | View) -> list[str]:
     """Checkpoint tensors that the model has no place for, e.g. layers beyond its config."""
     return [key for key, name, _ in _matches(model, checkpoint)[0] if name is None]
 
 
+def places(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """(the model's name, whether it is one part of a stack) of each checkpoint key."""
+    found, _ = _matches(model, keys)
+    return {key: (name or key, pattern is not None) for key, name, pattern in found}
+
+
 def _matches(
-    model: Any, checkpoint: Checkpoint
+    model: Any, checkpoint: Iterable[str]
 ) -> tuple[list[tuple[str, str | None, str | None]], list[Any]]:
     """(checkpoint key, the model's name or None, converter pattern or None) by transformers' own
     renaming and conversion tables, and the converters."""
@@ -86,7 +95,7 @@ def _matches(
     return out, converters
 
 
-def _converted(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
+def _converted(model: Any, checkpoint: Checkpoint | View) -> dict[str, Leaf]:
     """Leaves by the model's names."""
     matches, converters = _matches(model, checkpoint)
     out: dict[str, Leaf] = {}
@@ -105,12 +114,12 @@ def _converted(model: Any, checkpoint: Checkpoint) -> dict[str, Leaf]:
     return out
 
 
-def _loader(checkpoint: Checkpoint, key: str) -> Callable[[], torch.Tensor]:
+def _loader(checkpoint: Checkpoint | View, key: str) -> Callable[[], torch.Tensor]:
     return lambda: checkpoint.load(key)
 
 
 def _fused(
-    checkpoint: Checkpoint, name: str, converter: Any, by_pattern: dict[str, list[str]]
+    checkpoint: Checkpoint | View, name: str, converter: Any, by_pattern: dict[str, list[str]]
 ) -> Leaf:
     """One leaf from per-expert tensors: stacked over experts, then gate and up side by side."""
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]

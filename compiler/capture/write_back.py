@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,37 +39,52 @@ def stored_dtype(program: Program) -> torch.dtype:
     return count.most_common(1)[0][0] if count else torch.float32
 
 
-def bytes_of(fitted: Fitted, dtype: torch.dtype) -> int:
-    """Bytes of the checkpoint's tensors."""
+Packed = Mapping[str, Callable[[], dict[str, torch.Tensor]]]
+"""Tensors instead of a weight, by its name in the captured model: by the checkpoint's own names."""
+
+
+def bytes_of(fitted: Fitted, dtype: torch.dtype, packed: Packed | None = None) -> int:
+    """Bytes of the checkpoint's tensors, without those that are written packed."""
     model = fitted.captured.program.params
-    return (
-        sum(torch.Size(model[name].shape).numel() for name in fitted.match.values) * dtype.itemsize
-    )
+    dense = [n for n in fitted.match.values if n not in (packed or {})]
+    return sum(torch.Size(model[name].shape).numel() for name in dense) * dtype.itemsize
 
 
-def write(fitted: Fitted, folder: Path, dtype: torch.dtype, side: Path | None) -> None:
+def write(
+    fitted: Fitted, folder: Path, dtype: torch.dtype, side: Path | None,
+    packed: Packed | None = None, quantization: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write config, sharded safetensors, generation config and tokenizer files into a folder.
 
     Args:
         side: where :data:`SIDE_FILES` are copied from, where it has them.
+        packed: weights that are written as other tensors. quantization: the quantization_config.
     Raises:
         ModelError: a tensor that is missing or not finite.
     """
     captured, program = fitted.captured, fitted.program
+    packed = packed or {}
     for name, node in fitted.match.values.items():
-        captured.put(name, evaluate(program, node), dtype)
+        if name not in packed:
+            captured.put(name, evaluate(program, node), dtype)
     for name in fitted.match.blank:
         captured.put(name, torch.zeros(captured.program.params[name].shape), dtype)
     with quiet():
         model, _ = fitted.family.make(fitted.changes)
         model.to(dtype)
+        instead = {n for name in packed for n in captured.program.params[name].names}
         # What the model stores and never reads has no place in a program: it is written as zeros.
         state = {
             name: captured.store[name]
             if captured.store[name].device.type != "meta"
             else torch.zeros(tensor.shape, dtype=tensor.dtype)
             for name, tensor in model.state_dict().items()
+            if name not in instead
         }
+        for tensors in packed.values():
+            state |= tensors()
+        if quantization is not None:
+            model.config.quantization_config = quantization
         model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     for name in SIDE_FILES:
         if side is not None and (side / name).is_file():
@@ -96,17 +113,37 @@ def check(fitted: Fitted, folder: Path) -> tuple[float, float]:
             raise GateError(
                 f"expected a checkpoint that loads whole, found {kind.replace('_', ' ')}: {first}"
             )
+    def run_model(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = model.eval()(input_ids=inputs["input_ids"])
+        logits: torch.Tensor = out.logits if "logits" in out else out[0]
+        return logits
+
+    return compare(fitted, run_model)
+
+
+def compare(
+    fitted: Fitted, model: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    instead: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """Compare a model that was read back with the program on random tokens; see :func:`check`.
+
+    Args:
+        model: from ``input_ids``, ``position_ids`` and ``attention_mask`` to logits.
+        instead: weights that were written packed, decoded, by name in the captured model.
+    Raises:
+        GateError: other logits.
+    """
     inputs = _tokens(fitted)
     with torch.no_grad():
-        exact, folded = (_logits(p, inputs) for p in (fitted.given, fitted.program))
-        written = _logits(_as_written(fitted), inputs)
-        out = model.eval()(input_ids=inputs["input_ids"])
+        exact, folded = (logits(p, inputs) for p in (fitted.given, fitted.program))
+        written = logits(_as_written(fitted, instead or {}), inputs)
+        have = model(inputs)
     _apart(folded, exact, "the program's logits after folding")
-    have = out.logits if "logits" in out else out[0]
     return _apart(have, written, "the written model's logits"), _share(written, exact)
 
 
-def _logits(program: Program, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def logits(program: Program, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The program's result on those of the inputs that it takes."""
     names = {n.name for n in program.inputs}
     out: torch.Tensor = run(program, {k: v for k, v in inputs.items() if k in names})
     return out
@@ -139,13 +176,14 @@ def _tokens(fitted: Fitted) -> dict[str, torch.Tensor]:
     }
 
 
-def _as_written(fitted: Fitted) -> Program:
+def _as_written(fitted: Fitted, instead: Mapping[str, torch.Tensor]) -> Program:
     """The program whose constant values are those that the checkpoint holds."""
     program = fitted.program.clone()
     captured = fitted.captured
     for name, node in fitted.match.values.items():
         there = program.node(node.name)
-        tensor = captured.program.weights.load(name)
+        tensor = instead.get(name)
+        tensor = captured.program.weights.load(name) if tensor is None else tensor
         new = f"written.{name}"
         param = Param(new, tuple(tensor.shape), tensor.dtype, keep=not tensor.is_floating_point())
         place = program.add_param(param, tensor, before=there, made_by="write_back")

@@ -7,22 +7,28 @@ from typing import Any
 
 import click
 
+from ..runtime.exporting import FORMATS
 from .output import Out, examples, output_options
 from .progress import waiting
+
+_WIDTH = max(map(len, FORMATS))
+# Two spaces and the mark that keeps click from filling the lines up.
+_LIST = "\b\nFormats:\n" + "\n".join(f"  {f.name:{_WIDTH}}  {f.help}" for f in FORMATS.values())
 
 
 @click.command(epilog=examples(
     "llmc export out --format hf -o checkpoint",
-    "llmc export out --format hf -o checkpoint --dtype bf16 --force",
-    "llmc export out --format hf -o checkpoint --json",
+    "llmc export out --format compressed-tensors -o for-vllm",
+    "llmc export out --format gptq -o gptq --dtype f16 --force",
+    "llmc export out --format awq -o awq --json",
 ))  # fmt: skip
 @click.argument("source", metavar="ARTEFACT_OR_MODEL")
 @click.option("--format", "form", required=True, metavar="NAME",
-              help="hf: a Hugging Face checkpoint that plain from_pretrained loads.")  # fmt: skip
+              help=f"One of {', '.join(FORMATS)}.")  # fmt: skip
 @click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path),
               help="The folder to write.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["f32", "bf16", "f16"]), default=None,
-              help="Of the weights.  [default: as most of them are stored]")  # fmt: skip
+              help="Of dense weights.  [default: as most of them are stored; gptq and awq: not f32]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @click.option("--drop-exits", is_flag=True,
               help="Write the full model of a result with early exits.")  # fmt: skip
@@ -33,13 +39,6 @@ def export_command(
     source: str, form: str, folder: Path, dtype: str | None, force: bool, drop_exits: bool,
     trust_remote_code: bool, out: Out,
 ) -> None:  # fmt: skip
-    """Write ARTEFACT_OR_MODEL in another format.
-
-    hf: the config under which the model's own class computes the same is searched for and proved,
-    graph against graph; packed weights are written dense, zeros kept. The folder is loaded with
-    from_pretrained and its logits are compared before it appears (exit 4 where they differ). What
-    does not fit is refused: the layer and the size, bias or op are named.
-    """
     from ..runtime.export import check_format, check_target
 
     check_format(form)
@@ -62,9 +61,24 @@ def export_command(
     out.data("export", {"source": source, "out": str(folder), **made})
 
 
+export_command.help = f"""Write ARTEFACT_OR_MODEL in another format.
+
+{_LIST}
+
+The config under which the model's own class computes the same is searched for and proved, graph
+against graph. hf writes all weights dense, zeros kept; the others write codes as they are, and what
+was never quantised dense. What was written is read back before it appears: codes must be equal, and
+logits on random tokens too (exit 4 where they differ). What a format has no place for is refused:
+the layer and the field, size, bias or op are named.
+"""
+
+
 def _say(made: dict[str, Any], folder: Path, out: Out) -> None:
-    for change in made["changes"]:
+    for change in made.get("changes", ()):
         out.text(f"config: {change}")
+    if "schemes" in made:
+        out.text(", ".join(f"{n} linears {text}" for text, n in made["schemes"].items())
+                 + f"; {len(made['dense'])} dense")  # fmt: skip
     out.text(
         f"{made['architecture']}, {made['dtype']}, {made['bytes']} bytes of weights; loaded again, "
         f"its logits differ by {made['difference']:.2g} of the largest "
@@ -76,4 +90,6 @@ def _say(made: dict[str, Any], folder: Path, out: Out) -> None:
     if made["left_out"]:
         out.text(f"left out, as the model has no place for them: {len(made['left_out'])} tensors, "
                  f"first {made['left_out'][0]}")  # fmt: skip
+    for note in made.get("notes", ()):
+        out.text(f"note: {note}")
     out.text(f"wrote {folder}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,10 @@ import torch
 
 from ..ir.errors import UsageError, nearest
 from ..ir.graph import Program
-from ..ir.types import short
-from .artefact import versions
-from .files import canonical_json, new_folder
+from .exporting import FORMATS
+from .exporting.job import RECORD, Job, Tell
 
-FORMATS = {"hf": "a Hugging Face checkpoint that from_pretrained loads"}
-# What an export was made of; a folder with it may be replaced.
-RECORD = "llmc.json"
-_OVERHEAD = 64 << 20
-Tell = Callable[[str], None]
+__all__ = ["FORMATS", "check_format", "check_target", "export"]
 
 
 def export(
@@ -37,7 +31,8 @@ def export(
 
     Args:
         format: one of :data:`FORMATS`.
-        dtype: of the floating weights; by default the one that most of them are stored in.
+        dtype: of the floating weights; by default the one that most of them are stored in, and of
+            gptq and awq never fp32.
         force: replace an earlier export, by one rename after the new one is complete.
         drop_exits: write the full model of a program with early exits.
         side: folder with tokenizer and generation config.
@@ -46,7 +41,8 @@ def export(
         What was written: architecture, changed fields of the config, dtype, bytes, tensors of the
         source that its model has no place for and that are left out; as shares of the
         largest logit, the largest difference of a logit after loading, and how far rounding the
-        weights to ``dtype`` moved one.
+        weights to ``dtype`` moved one. Of quantised formats also how many linears have which
+        scheme, what is left dense, and notes for who loads it.
     Raises:
         UsageError: an unknown format, a folder that may not be written, or a program that the
             format has no place for: which layer, and which size, bias or op.
@@ -72,7 +68,7 @@ def export(
             )
         program = program.clone()
         program.exits = None
-    return _hugging_face(program, target, dtype, force, side, tell)
+    return FORMATS[format].write(Job(program, target, format, dtype, force, side, tell))
 
 
 def check_format(name: str) -> None:
@@ -102,32 +98,3 @@ def check_target(folder: Path, force: bool) -> None:
             f"expected an export to replace, found a folder of something else at {folder}",
             hint="--force replaces exports only; choose a new folder",
         )
-
-
-def _hugging_face(
-    program: Program, folder: Path, dtype: torch.dtype | None, force: bool, side: Path | None,
-    tell: Tell,
-) -> dict[str, Any]:  # fmt: skip
-    from ..capture import write_back
-    from ..capture.configs import say
-    from ..capture.fit import fit
-
-    tell("looking for the config")
-    fitted = fit(program, tell)
-    kind = dtype or write_back.stored_dtype(program)
-    size = write_back.bytes_of(fitted, kind)
-    with new_folder(folder, needed=size + _OVERHEAD, force=force) as out:
-        tell(f"writing {folder}")
-        write_back.write(fitted, out.path, kind, side)
-        tell("loading it and comparing logits")
-        apart, rounded = write_back.check(fitted, out.path)
-        record = {
-            "format": "hf", "architecture": fitted.family.model.__name__,
-            "changes": [*fitted.family.written, *say(fitted.changes)], "dtype": short(kind),
-            "bytes": size, "left_out": list(program.facts.get("unread") or ()),
-            "difference": apart, "rounding": rounded, "tolerance": write_back.TOLERANCE,
-            "versions": versions(),
-        }  # fmt: skip
-        out.write(RECORD, canonical_json(record))
-        out.adopt()
-    return record

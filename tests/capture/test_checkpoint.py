@@ -127,8 +127,8 @@ def test_trusted_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_quantised_checkpoint(folder: Path) -> None:
-    config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "unquantised" in refused(folder)
+    config(folder, quantization_config={"quant_method": "bitsandbytes"})
+    assert "quant_method: expected one of compressed-tensors, gptq, awq" in refused(folder)
 
 
 def test_config_and_weights_disagree(folder: Path) -> None:

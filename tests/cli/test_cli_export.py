@@ -73,8 +73,8 @@ def test_a_difference_is_a_failed_gate(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "hg"], "expected one of hf, found 'hg'; did you mean 'hf'?"),
-        (["--format", "gguf"], "found 'gguf'; the formats are: hf"),
+        (["--format", "hg"], "expected one of hf, compressed-tensors, gptq, awq, found 'hg'; did"),
+        (["--format", "tensorrt"], "found 'tensorrt'; the formats are: hf, compressed-tensors"),
         ([], "Missing option '--format'"),
         (["--format", "hf", "--dtype", "f64"], "'f64' is not one of"),
     ],
