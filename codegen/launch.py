@@ -109,6 +109,9 @@ def fused_linear(
     config = config or packed.row.default_config(problem, M)
     _check_config(packed.row, problem, config)
     y = x.new_empty(M, problem.outputs)
+    gains = [given.pop(name).float() for name in ("gain", "smooth") if name in given]
+    if gains:
+        given["gain"] = gains[0] * gains[1] if len(gains) > 1 else gains[0]
     if M == 0:
         return y.reshape(*x.shape[:-1], problem.outputs)
     rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in given.items()}
@@ -134,7 +137,7 @@ def _launch(
     constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
     grid = (-(-problem.N // config.BN), -(-M // config.BM))
     function(rendered)[grid](
-        *tensors, M, problem.N, *strides,
+        *tensors, M, problem.outputs, *strides,
         **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
@@ -145,14 +148,14 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
     x = given["x"]
     shapes: dict[str, tuple[int, ...]] = {
         "x": (*x.shape[:-1], base.K),
-        "bias": (base.N,),
+        "bias": (base.N,) if "bias" not in packed.sides else tuple(packed.sides["bias"].shape),
         "residual": (*x.shape[:-1], base.outputs),
         "gain": (base.K,),
         "smooth": (base.K,),
     }
     for name, tensor in given.items():
         shape = shapes.get(name)
-        if shape is None:
+        if shape is None or (name == "bias" and base.pairs and name not in packed.sides):
             raise UsageError(f"expected tensors of {', '.join(shapes)}, found {name}", where=where)
         if tuple(tensor.shape) != shape:
             raise UsageError(

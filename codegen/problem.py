@@ -97,6 +97,21 @@ class Problem:
         """Columns of y: N, or half of it where rows are joined in pairs."""
         return self.N // 2 if self.pairs == "gate" else self.N
 
+    @property
+    def gained(self) -> bool:
+        """Whether x is multiplied by a vector as it is read."""
+        return self.norm or self.smooth
+
+    @property
+    def limited(self) -> bool:
+        """Whether tokens beyond a limit are not rounded."""
+        return "limit=" in self.rounds or "limit=" in self.rounded
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale of a rounded input is stored."""
+        return "static" in self.rounds
+
 
 PARTS = (
     "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",

@@ -65,7 +65,7 @@ class KernelRow:
         pack: (row, problem, canonical parts) -> the tensors that the kernel reads, by argument.
         product: what is multiplied: "float" (fp16, bf16 or tf32), "int8" or "fp8".
         moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
-            activation), tiles (N and K rounded up to whole tiles: Np, Kp, Gp).
+            activation), out (columns of y), tiles (N and K rounded up to whole tiles: Np, Kp, Gp).
         tiles, stages: the tuning space: (BM, BN) pairs and pipeline depths.
         fits: predicates over BM, BN and the problem (`wide`: fp32 activations) that keep a tile
             free of register spills.
@@ -104,6 +104,7 @@ class KernelRow:
             "Np": Np,
             "Kp": Kp,
             "Gp": packed_groups(self, problem),
+            "out": problem.outputs,
         }
         return int(_evaluate(self.moves, values))
 
@@ -123,10 +124,20 @@ class KernelRow:
 
     def matrix_instruction(self, target: str, x_dtype: str, config: TileConfig) -> str:
         """The matrix instruction (SASS mnemonic prefix) that this tile must compile to."""
+        if self.product in ("int8", "fp8"):
+            return _eight_bits(self.product, target, config)
         tail = {"fp16": "", "bf16": ".BF16", "fp32": ".TF32"}[x_dtype]
         if target == "sm_90" and config.BM >= 16 and config.BN >= 64:
             return f"HGMMA.64x{config.BM}x{8 if x_dtype == 'fp32' else 16}.F32{tail}"
         return f"HMMA.{1688 if x_dtype == 'fp32' else 16816}.F32{tail}"
+
+
+def _eight_bits(product: str, target: str, config: TileConfig) -> str:
+    """Of int8 and e4m3 products; e4m3 without a warp group falls to products of fp16."""
+    group = target == "sm_90" and config.BM >= 16 and config.BN >= 64
+    if product == "int8":
+        return f"IGMMA.64x{config.BM}x32.S8.S8" if group else "IMMA.16832.S8.S8"
+    return f"QGMMA.64x{config.BM}x32.F32.E4M3.E4M3" if group else "HMMA.16816.F32"
 
 
 @functools.lru_cache(4096)
@@ -140,6 +151,9 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
             text = " or ".join(str(v) or "none" for v in allowed)
             found.append(Misfit(row.name, field, value, text))
     values = _integers(problem)
+    if problem.pairs and (problem.N % 2 or not problem.act):
+        field, expected = ("N", "even") if problem.N % 2 else ("act", "an activation")
+        found.append(Misfit(row.name, field, values.get(field, ""), f"{expected} where rows pair"))
     for need in row.requires:
         if not bool(_evaluate(need.test, values)):
             found.append(Misfit(row.name, need.field, values[need.field], need.expected))
@@ -158,7 +172,7 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
     ]
     # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
     return tuple(
-        TileConfig(BM, BN, stages, 2 if BN == 32 else 4)
+        TileConfig(BM, BN, stages, 2 if BN == 32 else 8 if BM * BN >= 16384 else 4)
         for BM, BN in tiles
         for stages in row.stages
     )
@@ -191,7 +205,8 @@ def _integers(problem: Problem) -> dict[str, int]:
 @functools.cache
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
-    names = [f.name for f in fields(Problem)] + ["M", "xb", "Np", "Kp", "Gp", "BM", "BN", "wide"]
+    names = [f.name for f in fields(Problem)] + ["M", "xb", "out"]
+    names += ["Np", "Kp", "Gp", "BM", "BN", "wide"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 
 
