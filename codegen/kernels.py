@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..compiler.ir.errors import UsageError, nearest
 from .problem import Misfit, Problem
 from .row import KernelRow
+from .rows.bytes import W8A16
 from .rows.int4 import W4A16, W4A16_24
 
-ROWS: tuple[KernelRow, ...] = (W4A16, W4A16_24)
+ROWS: tuple[KernelRow, ...] = (W4A16, W4A16_24, W8A16)
 
 
 def row(name: str) -> KernelRow:

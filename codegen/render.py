@@ -27,6 +27,7 @@ CONSTANTS: dict[str, type] = {
     "interpret": bool,
     "name": str,
     "signature": str,
+    "step": int,
 }
 
 
@@ -51,6 +52,7 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         "interpret": interpret,
         "name": variant_name(row, problem),
         "signature": signature(row, problem),
+        "step": row.step,
     }
 
 
@@ -73,7 +75,9 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     """The function name of a variant, e.g. ``w4a16_g128_asym_bf16_norm``."""
     flags = [f for f in ("norm", "smooth", "bias", "residual", "sparse") if getattr(problem, f)]
     flags += [w for w in (problem.levels, problem.table, problem.act, problem.pairs) if w]
-    flags += [f"{problem.rounds.replace(' ', '_')}"] if problem.rounds else []
+    # Limits differ from layer to layer and are no part of the code; a group is.
+    rounds = re.sub(r"=[.\d]+e?[-+\d]*$", "", problem.rounds or problem.rounded * problem.limited)
+    flags += [re.sub(r"\W", "_", rounds)] if rounds else []
     flags += [f"rank{problem.rank}"] if problem.rank else []
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"
