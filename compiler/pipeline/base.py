@@ -263,7 +263,9 @@ _KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def _knob(f: Field[Any]) -> Knob:
-    written = [part.strip() for part in str(f.type).split("|")]
+    # Without ``from __future__ import annotations`` a plain class stands here, not its name.
+    text = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+    written = [part.strip() for part in text.split("|")]
     m = f.metadata
     default = None if f.default is MISSING else f.default
     return Knob(

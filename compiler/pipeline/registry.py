@@ -1,13 +1,24 @@
-"""All passes, found by presence in ``llmc/passes``; a file that fails to import is a failure."""
+"""All passes: the files of ``llmc/passes``, and those that LLMC_PASSES names, found by presence.
+
+A file that fails to import is a failure.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import pkgutil
+import sys
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 from ..ir.errors import LlmcError, UsageError, nearest
 from .base import Pass
+
+VARIABLE = "LLMC_PASSES"
 
 
 @cache
@@ -16,18 +27,48 @@ def all_passes() -> dict[str, type[Pass]]:
 
     Raises:
         LlmcError: two files claim one name, or a pass states no source, law or example.
+        UsageError: a file of LLMC_PASSES that is none, cannot be imported or holds no pass.
     """
-    package = importlib.import_module("llmc.passes")
     out: dict[str, type[Pass]] = {}
-    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-        loaded = importlib.import_module(f"llmc.passes.{module}")
+    for loaded in (*_shipped(), *_own()):
         for value in vars(loaded).values():
-            if not (isinstance(value, type) and issubclass(value, Pass)):
-                continue
-            if value.__module__ != loaded.__name__:
-                continue
-            _add(out, value)
+            if _is_pass(value, loaded.__name__):
+                _add(out, value)
     return out
+
+
+def _shipped() -> Iterator[ModuleType]:
+    package = importlib.import_module("llmc.passes")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        yield importlib.import_module(f"llmc.passes.{module}")
+
+
+def _own() -> Iterator[ModuleType]:
+    """The user's own pass files, which run as the Python that they are."""
+    for text in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
+        path = Path(text).expanduser()
+        name = f"llmc_own_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise UsageError(f"{VARIABLE}: expected a Python file with a pass, found {text!r}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise UsageError(
+                f"{VARIABLE}: expected a file that can be imported, found "
+                f"{type(error).__name__}: {error}", where=str(path),
+            ) from error  # fmt: skip
+        if not any(_is_pass(v, name) for v in vars(module).values()):
+            raise UsageError(f"{VARIABLE}: expected a pass in {path}, found none",
+                             hint="see examples/own_pass.py")  # fmt: skip
+        yield module
+
+
+def _is_pass(value: object, home: str) -> bool:
+    return isinstance(value, type) and issubclass(value, Pass) and value.__module__ == home
 
 
 def _add(out: dict[str, type[Pass]], made: type[Pass]) -> None:

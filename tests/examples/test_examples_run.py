@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +25,7 @@ def run(repo: Path, name: str, *args: object) -> str:
 def test_every_example_is_run_here(repo: Path) -> None:
     """A script added to examples/ needs a test: the two that make the demo have their own."""
     own = {"make_text", "train_pylm"}
-    here = {"torch_backend", "compile", "inspect_rewrite"}
+    here = {"torch_backend", "compile", "inspect_rewrite", "own_pass", "mixed_precision"}
     assert {p.stem for p in (repo / "examples").glob("*.py")} == own | here
 
 
@@ -63,3 +65,64 @@ def test_inspect_rewrite(repo: Path, passes: str, says: str) -> None:
     assert f"+ {says.split('.')[1]}" in out
     assert "def forward(p, input_ids, position_ids, attention_mask):" in out
     assert "refused embedding (model.embed_tokens)" in out
+
+
+def test_mixed_precision(repo: Path) -> None:
+    """The average that was asked for, more than one width chosen, and less loss than even bits."""
+    out = run(repo, "mixed_precision", "--samples", 4, "--length", 64)
+    found = re.findall(r"^(.+?)\s+([\d.]+) bits per weight, mean loss .* ([\d.e+-]+)$", out, re.M)
+    assert [name for name, _, _ in found] == ["even w3", "3.5 bits"]
+    assert float(found[1][1]) <= 3.5
+    assert float(found[1][2]) < float(found[0][2])
+    chosen = out.split("chosen:")[1].strip().splitlines()
+    assert len({line.split()[1:-2][-2] for line in chosen}) > 1
+
+
+def test_own_pass(repo: Path) -> None:
+    """At most 20 lines; listed, planned, compiled, traced and reported, nothing else changed."""
+    tree = ast.parse((repo / "examples" / "own_pass.py").read_text())
+    made = next(n for n in tree.body if isinstance(n, ast.ClassDef))
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
+    assert made.end_lineno is not None
+    assert len(imports) + made.end_lineno - made.decorator_list[0].lineno + 1 <= 20
+    out = run(repo, "own_pass")
+    assert re.search(r"^wide +8 +4\.\.8 +bits of the weights around attention", out, re.M)
+    assert re.search(r"^q +scaled w6 g64 .*\n(.*\n)*down +scaled w4 g64", out, re.M)
+    assert re.search(r"wrote \S+report\.html", out)
+    assert "002_w48_after.py" in out.splitlines()[-1]
+
+
+def test_generic_tests_take_an_own_pass(repo: Path) -> None:
+    """The hits and misses that every pass must have are run for it too."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "w48",
+         "tests/passes/test_examples.py"],
+        env=os.environ | {"LLMC_PASSES": str(repo / "examples" / "own_pass.py")},
+        cwd=repo, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(r"[3-9] passed", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "expected a Python file with a pass, found"),
+        ("import nothing_of_this_name\n", "ModuleNotFoundError"),
+        ("x = 1\n", "expected a pass in"),
+    ],
+)
+def test_an_own_pass_file_that_is_none(tmp_path: Path, text: str | None, words: str) -> None:
+    """One line that names the variable, exit 2."""
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmc.compiler.cli", "passes"],
+        env=os.environ | {"LLMC_PASSES": str(path)},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "LLMC_PASSES" in done.stderr
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
