@@ -1,0 +1,401 @@
+"""Numerics of kernel rows: random canonical parts of any problem, and how far a kernel may be off.
+
+All cases of a call run in one child process under the interpreter (this file as a script, cases as
+JSON on stdin), because Triton reads TRITON_INTERPRET at import. The oracle is `codegen/meaning.py`
+in fp64; the bound is K·2⁻²⁴·Σ|h||W| for the sums, one unit roundoff of x's dtype for each rounding
+to it, and both carried through rounding grids, activations and gates by how much those may grow it.
+
+    python tests/codegen/numerics.py --count 2000 --shard 0/8
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmc.codegen import meaning
+from llmc.codegen.kernels import row as row_named
+from llmc.codegen.problem import DTYPES, Problem
+from llmc.compiler.ir import packing
+from llmc.compiler.ir.levels import levels as named_levels
+from llmc.compiler.ir.ops.rounding import grid_top, round_input, scale_of
+from llmc.compiler.ir.ops.semantic import activation, rms_norm
+from llmc.compiler.ir.ops.sparse import csr
+
+STRIDES = ("plain", "padded", "halves", "one row", "batched")
+_SUM = 2.0**-24  # unit roundoff of the fp32 sums
+_TINY = 2.0**-24  # half the least fp16 step, and room for a result that is 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: fields of a `Problem`, tokens, how x lies in memory, a tile, what is spoiled."""
+
+    row: str
+    fields: dict[str, Any]
+    M: int
+    stride: str = "plain"
+    tile: tuple[int, ...] | None = None
+    spoil: str = ""
+    seed: int = 0
+    also: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(**self.fields)
+
+    @property
+    def label(self) -> str:
+        known = {"N": 0, "K": 0} | asdict(Problem(0, 0))
+        told = [f"{k}={v}" for k, v in self.fields.items() if k in "NK" or v != known[k]]
+        tile = ["x".join(map(str, self.tile))] if self.tile else []
+        return " ".join([self.row, f"M={self.M}", *told, self.stride, *tile, f"seed={self.seed}"])
+
+
+def parts_of(case: Case) -> dict[str, torch.Tensor]:
+    """Random canonical parts of a problem: every feature that it has (see `problem.PARTS`)."""
+    p, g = case.problem, torch.Generator().manual_seed(case.seed)
+    dtype = DTYPES[p.x_dtype]
+    parts: dict[str, torch.Tensor] = {}
+    if p.weights in ("int", "table"):
+        parts["codes"] = packing.pack(_codes(p, g), p.bits)
+    if p.scale_dtype:
+        top = 1 << (p.bits - 1)
+        if p.weights == "table":
+            top = float(named_levels(p.levels, p.bits).nan_to_num().abs().max()) if p.levels else 1
+        scale = (torch.rand(p.N, p.groups, generator=g) * 0.75 + 0.25) * 0.3 / top
+        parts["scale"] = scale.to(DTYPES[p.scale_dtype])
+    if p.asym:
+        parts["zero"] = torch.randint(0, 1 << p.bits, (p.N, p.groups), generator=g).to(torch.uint8)
+    if p.table:
+        rows = p.N if p.table == "row" else 1
+        parts["table"] = torch.randn(rows, 1 << p.bits, generator=g).to(dtype)
+    if p.m:
+        order = torch.rand(p.N, p.K // p.m, p.m, generator=g).argsort(-1)
+        where = order[..., : p.n].sort(-1).values.flatten(1)
+        parts["meta"] = packing.pack(where, packing.nm_bits(p.m))
+    if p.weights == "dense":
+        parts["values"] = (torch.randn(p.N, p.columns, generator=g) * 0.1).to(dtype)
+    if p.bitmap:
+        mask = torch.rand(p.N, p.K, generator=g) < 0.05 + 0.35 * torch.rand(1, generator=g)
+        parts["bitmap"] = packing.pack(mask.to(torch.int64), 1)
+        if p.weights == "dense":
+            parts["values"] = parts["values"][mask]
+    if p.rank:
+        parts["left"] = (torch.randn(p.N, p.rank, generator=g) * 0.2).to(dtype)
+        parts["right"] = (torch.randn(p.rank, p.K, generator=g) * 0.1).to(dtype)
+    if p.sparse:
+        support = torch.rand(p.N, p.K, generator=g) < 0.03
+        support[0, 0] = True
+        parts["csr_index"], parts["csr_starts"] = csr(support)
+        parts["csr_values"] = torch.randn(int(support.sum()), generator=g).to(dtype)
+    if p.outliers:
+        parts["columns"] = torch.randperm(p.K, generator=g)[: p.outliers].sort().values
+        parts["column_weights"] = torch.randn(p.N, p.outliers, generator=g).to(dtype)
+    if p.norm:
+        parts["gain"] = _side(case, "gain", torch.rand(p.K, generator=g) + 0.5)
+    if p.smooth:
+        parts["smooth"] = _side(case, "smooth", torch.rand(p.K, generator=g) + 0.5)
+    if "static" in p.rounds:
+        kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
+        parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits))
+    if p.bias:
+        parts["bias"] = torch.randn(p.N, generator=g).to(dtype)
+    return parts
+
+
+def _codes(p: Problem, g: torch.Generator) -> torch.Tensor:
+    """Codes [N, columns]; of levels only those that stand for a number."""
+    q = torch.randint(0, 1 << p.bits, (p.N, p.columns), generator=g)
+    if not p.levels:
+        return q
+    return named_levels(p.levels, p.bits).isfinite().nonzero().flatten()[q % _count(p)]
+
+
+def _count(p: Problem) -> int:
+    return int(named_levels(p.levels, p.bits).isfinite().sum())
+
+
+def _side(case: Case, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A side vector in the dtype that the row's argument has."""
+    given = next((a.dtype for a in row_named(case.row).args if a.name == name), "fp32")
+    return value.to(DTYPES[given or case.problem.x_dtype])
+
+
+def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [..., K] and residual [..., outputs], laid out as the case says."""
+    p, g = case.problem, torch.Generator().manual_seed(case.seed + 1)
+
+    def laid(width: int) -> torch.Tensor:
+        apart = {"padded": width + 3, "halves": 2 * width}.get(case.stride, width)
+        rows = 1 if case.stride == "one row" else case.M
+        value = torch.randn(rows, apart, generator=g).to(DTYPES[p.x_dtype])[:, :width]
+        value = value.expand(case.M, width)
+        return value.unflatten(0, (1, -1)) if case.stride == "batched" else value
+
+    return laid(p.K), laid(p.outputs) if p.residual else None
+
+
+def exact_and_bound(
+    case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the problem means in fp64 [M, outputs], and how far a kernel may be from it."""
+    p = case.problem
+    x = x.double().reshape(case.M, p.K)
+    side = None if residual is None else residual.double().reshape(case.M, -1)
+    exact = meaning.linear(p, parts, x, side)
+    # The interpreter cuts bf16 off where a GPU rounds to nearest, which is one whole step.
+    u = torch.finfo(DTYPES[p.x_dtype]).eps / (1 if p.x_dtype == "bf16" else 2)
+    h, off = _read(p, parts, x, u)
+    w = meaning.weight(p, parts).abs()
+    sums = p.K + p.rank + p.outliers + 16
+    reach = h.abs() @ w.T
+    # Factors have a product between their two sums, which is rounded to x's dtype.
+    once = u * (p.weights == "table" or p.weights == "factors") * reach
+    beside = torch.zeros_like(reach)
+    spread = w
+    if p.rank:
+        pair = parts["left"].double().abs() @ parts["right"].double().abs()
+        reach_pair = h.abs() @ pair.T
+        once = once + 2 * u * reach_pair
+        beside, spread = beside + reach_pair, spread + pair
+    if p.sparse:
+        own = _csr_dense(p, parts).abs()
+        beside, spread = beside + h.abs() @ own.T, spread + own
+    if p.outliers:
+        wide = _before_grid(p, parts, x).abs()[:, parts["columns"]]
+        apart = wide @ parts["column_weights"].double().abs().T
+        beside = beside + apart
+        once = once + u * (p.norm + p.smooth) * apart
+    if p.bias:
+        beside = beside + parts["bias"].double().abs()
+    err = sums * _SUM * (reach + beside) + once + off @ spread.T
+    y, err = _after(p, parts, x, err)
+    if side is not None:
+        err = err + 2 * _SUM * (side.abs() + y.abs())
+    return exact, err + 1.01 * u * (exact.abs() + err) + _TINY
+
+
+def _before_grid(p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    if p.norm:
+        x = rms_norm(x, parts["gain"].double(), eps=p.eps)
+    return x * parts["smooth"].double() if p.smooth else x
+
+
+def _read(
+    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, u: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the weight multiplies, [M, K], and how far each of it may be off."""
+    h = _before_grid(p, parts, x)
+    if p.outliers:
+        h = h.index_fill(-1, parts["columns"], 0.0)
+    slack = 1.01 * u * (p.norm + p.smooth)
+    if not p.rounds:
+        return h, slack * h.abs()
+    word, per, *rest = p.rounds.split(" ")
+    more = dict(r.split("=") for r in rest if "=" in r)
+    if "group" in more or per not in ("token", "static"):
+        raise NotImplementedError(f"no bound for the grid {p.rounds!r}")
+    kind, bits = meaning.grid_of(word)
+    exact = meaning.rounded(p, parts, h)
+    slack += 8 * _SUM
+    off = slack * exact.abs()
+    for t in range(h.shape[0]):
+        if 0 < float(more.get("limit", 0)) < h[t].abs().max():
+            continue  # such a token is on no grid
+        size = h[t].abs().amax()
+        unit = parts["in_scale"] if per == "static" else scale_of(size, kind, bits, "power" in rest)
+        ends = [round_input(h[t] * (1 + s), unit.double().reshape(1), kind=kind, bits=bits,
+                            per="static") for s in (-slack, slack)]  # fmt: skip
+        off[t] += (ends[1] - ends[0]).abs()
+    return exact, off
+
+
+def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    plain = replace(p, weights="dense", m=0, bitmap=False, rank=0, outliers=0, rounds="", act="",
+                    pairs="", norm=False, smooth=False, bias=False)  # fmt: skip
+    none = {**parts, "values": torch.zeros(p.N, p.K, dtype=torch.float64)}
+    return meaning.linear(plain, none, torch.eye(p.K, dtype=torch.float64)).T
+
+
+def _after(
+    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, err: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The epilogue's result and its error, given the error of what it reads."""
+    y = meaning.linear(replace(p, act="", pairs=""), parts, x)
+    if not p.act:
+        return y, err
+
+    def act(value: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        there = activation(value, act=p.act)
+        ends = [(activation(value + s * e, act=p.act) - there).abs() for s in (-1, 1)]
+        # The kernel's own exponentials, and the bend of the curve inside e.
+        return there, 1.1 * torch.maximum(*ends) + e * e + 2.0**-20 * (value.abs() + 1)
+
+    if not p.pairs:
+        return act(y, err)
+    gate, up = y.split(p.outputs, -1)
+    e_gate, e_up = err.split(p.outputs, -1)
+    there, e_there = act(gate, e_gate)
+    return there * up, e_there * up.abs() + there.abs() * e_up + e_there * e_up
+
+
+def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts with one part of them changed: codes by half their range, floats beyond doubt."""
+    p, out = case.problem, dict(parts)
+    reads = x.reshape(case.M, p.K).float().abs().amax(0)
+    if p.outliers:
+        reads = reads.index_fill(0, parts["columns"], 0.0)
+    column = int(reads.argmax())
+    value = parts[case.spoil].clone()
+    match case.spoil:
+        case "codes":
+            q = packing.unpack(value, p.bits, p.columns).to(torch.int64)
+            at = column * p.n // p.m if p.m else column
+            q[:, at] = _other_codes(p, q[:, at])
+            value = packing.pack(q, p.bits)
+        case "zero":
+            value ^= 1 << (p.bits - 1)
+        case "meta":
+            where = packing.unpack(value, packing.nm_bits(p.m), p.columns).to(torch.int64)
+            where = (p.m - 1 - where).unflatten(1, (-1, p.n)).flip(-1).flatten(1)
+            value = packing.pack(where, packing.nm_bits(p.m))
+        case "bitmap":
+            value = packing.pack(packing.unpack(value, 1, p.K).to(torch.int64).flip(1), 1)
+        case "scale" | "in_scale" | "gain" | "smooth":
+            value *= 4
+        case "right" if value.dim() == 2:
+            value[:, column] += 1
+        case "columns":
+            value = torch.tensor([c for c in range(p.K) if c not in set(value.tolist())])
+            value = value[: p.outliers]
+        case "csr_index" | "csr_starts":
+            raise NotImplementedError(case.spoil)
+        case _:
+            value += 1
+    return {**out, case.spoil: value}
+
+
+def _other_codes(p: Problem, q: torch.Tensor) -> torch.Tensor:
+    if not p.levels:
+        return q ^ (1 << (p.bits - 1))
+    known = named_levels(p.levels, p.bits).isfinite().nonzero().flatten()
+    place = torch.searchsorted(known, q)
+    return known[(place + len(known) // 2) % len(known)]
+
+
+def answer(case: Case) -> dict[str, Any]:
+    """The case's worst error over its bound; where it spoils, the same for what that gives."""
+    from llmc.codegen.launch import fused_linear
+    from llmc.codegen.prepack import prepack
+    from llmc.codegen.row import TileConfig
+
+    row, p = row_named(case.row), case.problem
+    parts = parts_of(case)
+    x, residual = inputs_of(case)
+    sides = {} if residual is None else {"residual": residual}
+    config = TileConfig(*case.tile) if case.tile else None
+
+    def launch(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        y = fused_linear(prepack(row, p, **given), x, config=config, **sides)
+        assert y.shape == (*x.shape[:-1], p.outputs)
+        return y.reshape(case.M, p.outputs)
+
+    y = launch(parts)
+    exact, bound = exact_and_bound(case, parts, x, residual)
+    found = {"finite": bool(y.isfinite().all()), "ratio": _worst(y, exact, bound)}
+    if case.spoil:
+        other = spoiled(case, parts, x)
+        off = launch(other)
+        exact_off, bound_off = exact_and_bound(case, other, x, residual)
+        found |= {
+            "same_twice": bool(torch.equal(y, launch(parts))),
+            "spoiled_ratio": _worst(off, exact, bound),
+            "spoiled_exact": _worst(exact_off, exact, bound),
+            "spoiled_own": _worst(off, exact_off, bound_off),
+        }
+    return found
+
+
+def _worst(y: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
+    return float(((y.double() - exact).abs() / bound).max())
+
+
+def run_cases(cases: Sequence[Case], cache: Path) -> list[dict[str, Any]]:
+    """The answers of all cases, from one child process; RuntimeError with what it said if it died.
+
+    A case that raised answers {"error": its text}. cache: where rendered sources are kept.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(cache)}
+    told = json.dumps([asdict(c) for c in cases])
+    run = subprocess.run(
+        [sys.executable, __file__, "--stdin"], input=told, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    if run.returncode:
+        raise RuntimeError(run.stderr[-3000:])
+    found: list[dict[str, Any]] = json.loads(run.stdout)
+    return found
+
+
+def judge(case: Case, found: dict[str, Any]) -> str:
+    """What is wrong with an answer; empty when nothing is."""
+    if "error" in found:
+        return found["error"]
+    if not found["finite"]:
+        return "a result is not finite"
+    if not found["ratio"] <= 1.0:
+        return f"error is {found['ratio']:.2f} of its bound"
+    if case.spoil:
+        if not found["same_twice"]:
+            return "two launches gave different bits"
+        if not found["spoiled_own"] <= 1.0:
+            return f"with other {case.spoil}, error is {found['spoiled_own']:.2f} of its bound"
+        if found["spoiled_exact"] > 2.0 and not found["spoiled_ratio"] > 1.0:
+            return f"the bound does not see other {case.spoil}"
+    return ""
+
+
+def _answered(case: Case) -> dict[str, Any]:
+    try:
+        return answer(case)
+    except Exception as error:  # a case that raises is a finding, and the others still count
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main() -> int:
+    """Answer the cases on stdin; or make a shard of the long run's, judge them, exit 1 on any."""
+    torch.set_num_threads(1)
+    if "--stdin" in sys.argv:
+        told = [Case(**{**c, "tile": c["tile"] and tuple(c["tile"])}) for c in json.load(sys.stdin)]
+        print(json.dumps([_answered(c) for c in told]))
+        return 0
+    import argparse
+
+    from numerics_cases import sample
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--shard", default="0/1", help="which of how many, from 0")
+    parser.add_argument("--row", default="", help="one row alone")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    at, shards = map(int, args.shard.split("/"))
+    cases = [c for c in sample(args.count, args.seed, args.row)][at::shards]
+    wrong = [(c, w) for c in cases if (w := judge(c, _answered(c)))]
+    for case, why in wrong:
+        print(f"{case.label}: {why}")
+    print(f"{len(cases)} cases, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Cases made from what rows say of themselves: their choices, their predicates and their tiles.
+
+`sample` covers every allowed value of every field of every row, every tile, every way that x may
+lie in memory and the edges of each size, then draws on. `near_misses` are problems that differ from
+a served one in one field, by as little as makes a requirement fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import sympy
+from numerics import STRIDES, Case
+
+from llmc.codegen.kernels import ROWS
+from llmc.codegen.problem import DEFAULTS, FEATURES, PARTS, Problem, Requirement
+from llmc.codegen.row import KernelRow, _expression
+from llmc.compiler.ir.levels import WIDTHS
+
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 33)
+# Small, as an interpreted step takes milliseconds; with one, odd ones and both sides of a tile.
+NUMBERS: dict[str, tuple[int, ...]] = {
+    "N": (1, 2, 7, 16, 33, 34, 64, 65, 70, 96, 128, 130),
+    "K": (16, 17, 32, 40, 96, 100, 130, 136, 160, 200, 256, 260, 264, 328, 512, 520),
+    "bits": (1, 2, 3, 4, 5, 6, 7, 8, 16, 32),
+    "group": (0, 8, 16, 32, 64, 128, 256),
+    "n": (0, 1, 2, 4),
+    "m": (0, 4, 8),
+    "rank": (0, 1, 4, 16, 40),
+    "outliers": (0, 1, 3, 8),
+}
+_INTEGRAL = ("N", "K", "bits", "group", "n", "m")
+# Parts that a case may spoil; indices of compressed rows would no longer be any.
+_FIXED = ("csr_index", "csr_starts")
+
+
+def linear_rows() -> list[KernelRow]:
+    """The rows that a call of `fused_linear` reaches with floats."""
+    return [r for r in ROWS if r.op == "llmc.fused_linear" and "fp16" in r.args[0].dtypes]
+
+
+def allowed(row: KernelRow, name: str) -> list[Any]:
+    """Values of a field that the row may serve, by its choices and its predicates of one field."""
+    if name in row.choices:
+        known = NUMBERS.get(name, ()) if hasattr(row.choices[name], "most") else row.choices[name]
+        return [v for v in known if v in row.choices[name]]
+    if name in FEATURES:
+        return [DEFAULTS[name]]
+    values = list(NUMBERS[name])
+    for need in row.requires:
+        expression = _expression(need.test)
+        if [str(s) for s in expression.free_symbols] == [name] and name != "group":
+            (symbol,) = expression.free_symbols
+            values = [v for v in values if bool(expression.subs({symbol: v}))]
+    return values
+
+
+def sane(p: Problem) -> bool:
+    """Whether a problem is one at all: fields that only make sense together."""
+    table = p.weights == "table"
+    return all((
+        p.m == 0 or (0 < p.n < p.m and p.K % p.m == 0),
+        p.m > 0 or p.n == 0,
+        not (p.bitmap and p.m),
+        table == bool(p.levels or p.table) and not (p.levels and p.table),
+        not p.levels or p.bits in WIDTHS.get(p.levels, ()),
+        p.weights not in ("int", "table") or p.bits <= 8,
+        p.weights not in ("dense", "factors") or (p.bits >= 16 and not p.asym),
+        not table or not p.asym,
+        p.weights != "int" or bool(p.scale_dtype),
+        p.weights not in ("dense", "factors") or not p.group or bool(p.scale_dtype),
+        p.weights != "factors" or p.rank > 0,
+        p.rank < min(p.N, p.K) or not p.rank,
+        p.outliers < p.K,
+        not p.pairs or (p.N % 2 == 0 and bool(p.act)),
+    ))  # fmt: skip
+
+
+def drawn(row: KernelRow, rng: random.Random, wanted: dict[str, Any]) -> Problem | None:
+    """A problem that the row serves, with the wanted values; None when chance finds none."""
+    names = dict.fromkeys([*_INTEGRAL, *FEATURES, *row.choices])
+    pools = {name: allowed(row, name) for name in names}
+    for _ in range(300):
+        values = {n: rng.choice(pool) for n, pool in pools.items()} | wanted
+        if values["norm"]:
+            values["eps"] = 1e-5
+        problem = Problem(**values)
+        if (
+            sane(problem)
+            and all(_holds(n, problem) for n in row.requires)
+            and not row.misfits(problem)
+        ):
+            return problem
+    return None
+
+
+def _holds(need: Requirement, p: Problem) -> bool:
+    """A predicate as a plain function: a hundred times faster, and most draws fall here."""
+    names, test = _predicate(need.test)
+    return bool(test(*(p.dense_group if n == "group" else getattr(p, n) for n in names)))
+
+
+@functools.cache
+def _predicate(test: str) -> tuple[tuple[str, ...], Any]:
+    symbols = sorted(_expression(test).free_symbols, key=str)
+    return tuple(map(str, symbols)), sympy.lambdify(symbols, _expression(test), "math")
+
+
+def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
+    """`count` cases of a row; the first ones cover, as far as `count` lets them."""
+    rng = random.Random(f"{row.name} {seed}")
+    names = dict.fromkeys([*_INTEGRAL, *FEATURES, *row.choices])
+    missing: dict[str, list[Any]] = {n: allowed(row, n) for n in names}
+    missing = {n: rng.sample(v, len(v)) for n, v in missing.items() if len(v) > 1}
+    tokens, strides = list(TOKENS), list(STRIDES)
+    tiles = list(row.tiles)
+    spoils: dict[str, int] = {}
+    for at in range(count):
+        problem = _covering(row, rng, missing)
+        grid = [c for c in row.configs(problem)]
+        tile = next((t for t in tiles if any(t == (c.BM, c.BN) for c in grid)), None)
+        if tile is not None and at % 2:
+            tiles.remove(tile)
+            config = rng.choice([c for c in grid if tile == (c.BM, c.BN)])
+        else:
+            config = rng.choice(grid)
+        M = tokens.pop(rng.randrange(len(tokens))) if tokens else rng.choice(TOKENS)
+        stride = strides.pop() if strides else rng.choice(STRIDES)
+        values = {f.name: getattr(problem, f.name) for f in fields(problem)}
+        told = {n: v for n, v in values.items() if n in "NK" or v != DEFAULTS.get(n)}
+        tile_of = (config.BM, config.BN, config.stages, config.warps, config.split)
+        case = Case(row.name, told, M, stride, tile_of, "", rng.randrange(1 << 20))
+        for n in missing:
+            missing[n] = [v for v in missing[n] if v != values[n]]
+        # Each part is spoiled before one is spoiled again; a third of the cases are.
+        parts = [p for p in parts_named(problem) if p not in _FIXED]
+        spoil = min(parts, key=lambda p: spoils.get(p, 0))
+        if at % 3 == 0 or spoil not in spoils:
+            spoils[spoil] = spoils.get(spoil, 0) + 1
+            case = replace(case, spoil=spoil)
+        yield case
+
+
+def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]]) -> Problem:
+    """A problem with as many values as fit of those that no case had yet."""
+    due = [(n, v[0]) for n, v in missing.items() if v]
+    rng.shuffle(due)
+    while True:
+        problem = drawn(row, rng, dict(due))
+        if problem is not None:
+            return problem
+        if not due:
+            raise AssertionError(f"no problem that {row.name} serves was found by chance")
+        due = due[: len(due) // 2]
+
+
+def parts_named(p: Problem) -> list[str]:
+    """The canonical parts that a problem has, in the order of `PARTS`."""
+    has = {
+        "codes": p.weights in ("int", "table"), "scale": bool(p.scale_dtype), "zero": p.asym,
+        "table": bool(p.table), "meta": p.m > 0, "bitmap": p.bitmap, "values": p.weights == "dense",
+        "left": p.rank > 0, "right": p.rank > 0, "columns": p.outliers > 0, "gain": p.norm,
+        "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": "static" in p.rounds,
+        "bias": p.bias, **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
+    }  # fmt: skip
+    return [name for name in PARTS if has[name]]
+
+
+def sample(count: int, seed: int = 0, row: str = "") -> list[Case]:
+    """About `count` cases over all rows, or all of one; the same for the same seed."""
+    rows = [r for r in linear_rows() if row in ("", r.name)]
+    each = -(-count // len(rows))
+    return [case for r in rows for case in cases_of(r, each, seed)]
+
+
+def near_misses(row: KernelRow) -> Iterator[tuple[Requirement, Problem, Problem]]:
+    """(requirement or choice, a problem that is served, the nearest in one field that is not).
+
+    Nearest by distance for numbers; AssertionError for a requirement that nothing near misses.
+    """
+    base = _covering(row, random.Random(row.name), {})
+    for need in row.requires:
+        names = [str(s) for s in _expression(need.test).free_symbols]
+        yield need, base, _outside(row, base, need, names)
+    for name, options in row.choices.items():
+        others: list[Any] = []
+        if hasattr(options, "most"):
+            others = [options.most + 1]
+        elif all(isinstance(v, bool) for v in options):
+            others = [v for v in (False, True) if v not in options]
+        else:
+            others = [v for v in ("fp64", "none such") if v not in options][:1]
+        for value in others:
+            yield Requirement(name, "", ""), base, replace(base, **{name: value})
+
+
+def _outside(row: KernelRow, base: Problem, need: Requirement, names: list[str]) -> Problem:
+    for distance in range(1, 8193):
+        for name in names:
+            for value in (getattr(base, name) - distance, getattr(base, name) + distance):
+                if value < 0:
+                    continue
+                other = replace(base, **{name: value})
+                if other.m and not other.n:
+                    other = replace(other, n=1)
+                if not _holds(need, other):
+                    return other
+    raise AssertionError(f"{row.name}: nothing near misses {need.field}: {need.test}")
