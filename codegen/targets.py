@@ -92,18 +92,52 @@ def _lower_cpu(program: Program) -> Lowered:
     plan = fuse(program, lambda p: cpu.choose(p)[1] or None, norm=False, residual=False)
     lowered = _start("cpu", program, plan)
     for fused in plan.fused:
-        problem = fused.problem
+        known = _input_grid(program, fused)
+        problem = cpu.with_limit(fused.problem, known.get("limit", 0.0))
         kernel, _ = cpu.choose(problem)
         assert kernel is not None
-        codes, scale = kernel.pack(problem, *_load(program, fused, torch.device("cpu")))
-        note = kernel.note
+        names = ("codes", "scale", "zero", "meta")
+        canonical = zip(names, _load(program, fused, torch.device("cpu")), strict=True)
+        parts = {n: t for n, t in canonical if t is not None}
+        if "unit" in known:
+            parts["in_scale"] = known["unit"]
+        packed = cpu.pack(kernel, problem, parts)
+        codes, scale = packed["codes"], packed["scale"]
+        choice = cpu.ways_by_tokens(kernel, problem)
+        note = f"{kernel.note}; {choice}" if len(kernel.ways) > 1 else kernel.note
         if problem.m:
             note += f"; {problem.n}:{problem.m} spread to dense codes"
         traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K) * (1 + problem.rank)
         _place(lowered, fused, kernel.name, codes, scale, traffic, note)
-        given = _input_grid(program, fused)
-        lowered.implementations[fused.node] = cpu.implementation(kernel, problem, given)
+        lowered.implementations[fused.node] = _cpu_implementation(kernel, problem, packed, choice)
     return _sides(lowered, torch.device("cpu"))
+
+
+def _cpu_implementation(
+    kernel: cpu.CpuKernel, problem: Problem, packed: dict[str, torch.Tensor], choice: cpu.Choice
+) -> Callable[..., torch.Tensor]:
+    """`llmc.fused_linear` over packed tensors; what a call does not bring stays as packed."""
+    rest = {n: t for n, t in packed.items() if n not in ("codes", "scale")}
+
+    def call(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None = None,
+        meta: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        left: torch.Tensor | None = None,
+        right: torch.Tensor | None = None,
+        **attrs: Any,
+    ) -> torch.Tensor:
+        sides = {"bias": bias, "gain": gain, "left": left, "right": right}
+        given = {n: t for n, t in sides.items() if t is not None}
+        given |= rest | {"codes": codes, "scale": scale}
+        return cpu.call(kernel, problem, given, x, residual, choice)
+
+    return call
 
 
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
@@ -222,7 +256,7 @@ def _place(
     program = lowered.program
     names = _names(program, fused)
     stored = sum(program.params[n].bytes for n in names if n is not None)
-    empty = codes.new_empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device=codes.device)
     for name, tensor in zip(names, (codes, scale, empty, empty.to(torch.int32)), strict=True):
         if name is not None:
             program.set_tensor(name, tensor)

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "the passes with their knobs"),
     "explain": ("explain", "where a pass applies, where it nearly did, and why not"),
     "kernels": ("kernels", "fused ops, their kernels, and what is not fused"),
+    "tune": ("tune", "measure which kernel is fastest on this machine"),
     "verify": ("use", "check an artefact"),
 }
 # Errors of the machine rather than of the input.

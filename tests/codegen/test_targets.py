@@ -45,6 +45,13 @@ def test_reference_is_the_program_itself() -> None:
         (Weight(48, 128, group=32, sparse=True), "aten::_weight_int4pack_mm_for_cpu"),
         (Weight(48, 128, group=64, sparse=True, asym=True), "aten::_weight_int4pack_mm_for_cpu"),
         (Weight(49, 48, bits=8, group=0), "aten::_weight_int8pack_mm"),
+        # Padded: rows to whole blocks, columns to whole groups of the kernel.
+        (Weight(50, 60, group=0), "aten::_weight_int4pack_mm_for_cpu"),
+        (Weight(48, 80, group=32), "aten::_weight_int4pack_mm_for_cpu"),
+        (Weight(48, 40, bits=8, group=0, asym=True), "aten::_weight_int8pack_mm"),
+        # Fewer bits are a part of the kernel's range, more are two planes.
+        (Weight(48, 64, bits=3), "aten::_weight_int4pack_mm_for_cpu"),
+        (Weight(48, 96, bits=8, group=32), "aten::_weight_int4pack_mm_for_cpu x2"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -107,13 +114,8 @@ def test_sparse_rows_take_no_tokens_and_no_entries() -> None:
 @pytest.mark.parametrize(
     ("weight", "words"),
     [
-        (Weight(48, 60, group=0), "group=60, expected 32, 64, 128 or 256"),
-        (Weight(50, 64), "N=50, expected a multiple of 16"),
-        (Weight(48, 80, group=32), "K=80, expected a multiple of the group 32"),
-        (Weight(48, 64, bits=3), "bits=3, expected 8"),
-        (Weight(48, 40, bits=8, group=0), "K=40, expected a multiple of 16"),
-        (Weight(48, 64, bits=8, group=32), "group=32, expected one scale per row"),
-        (Weight(48, 64, bits=8, group=0, asym=True), "zero points, expected symmetric"),
+        (Weight(48, 72, group=24), "group=24, expected a multiple of 32"),
+        (Weight(48, 64, bits=8, group=16), "group=16, expected one scale per row"),
     ],
 )
 def test_what_no_cpu_kernel_serves_keeps_its_reference(weight: Weight, words: str) -> None:

@@ -1,0 +1,170 @@
+"""Integer inputs times integer weights: oneDNN's int8 linear, or torch's `_int_mm`.
+
+Sums of products are exact 32-bit integers; scales of tokens and rows multiply them afterwards. The
+input comes as floats and is put on its grid here (``rounds``), or is on it already (``rounded``):
+then its codes are found again, the largest magnitude being 127 scales.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ...compiler.ir.ops.rounding import grid_top, scale_of
+from ..grids import Grid, parse
+from ..problem import Parts, Problem
+from .bytes8 import middle_codes
+from .kernel import CpuKernel, Tensors
+
+QLINEAR = "onednn::qlinear_pointwise"
+INT_MM = "aten::_int_mm"
+Product = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def grid(problem: Problem) -> tuple[Grid | None, bool]:
+    """The input's grid, and whether this kernel is to put it there."""
+    if problem.rounds:
+        return parse(problem.rounds), True
+    # A limit without its number only says that there is one.
+    return parse(problem.rounded.removesuffix(" limit")) if problem.rounded else None, False
+
+
+def misfit(problem: Problem) -> str | None:
+    found, own = grid(problem)
+    words = problem.rounds or problem.rounded or "none"
+    if found is None or found.kind != "int" or found.group or found.per not in (
+        "token", "tensor", "static",
+    ):  # fmt: skip
+        return f"inputs on grid {words}, expected int8 with one scale"
+    if not own and (found.bits != 8 or found.power):
+        return f"inputs on grid {words}, expected int8 with one scale"
+    if not own and problem.x_dtype == "bf16":
+        return "x_dtype=bf16, expected one that holds 8-bit codes times a scale"
+    if problem.weights != "int" or problem.bitmap:
+        return f"weights={problem.weights}{' bitmap' * problem.bitmap}, expected int codes"
+    if problem.dense_group:
+        return f"group={problem.dense_group}, expected one scale per row"
+    if problem.K > 1 << 17:
+        return f"K={problem.K}, expected at most {1 << 17} (sums of products are 32 bits)"
+    return None
+
+
+@functools.cache
+def exact_onednn() -> bool:
+    """Whether oneDNN's int8 linear is there and sums without saturating, as old processors do."""
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.full((3, 96), 127, dtype=torch.int8)
+    x[1, ::2] = -127
+    w = torch.full((16, 96), -127, dtype=torch.int8)
+    w[::3] = 127
+    ones = torch.ones(len(w))
+    packed = {"codes": torch.ops.onednn.qlinear_prepack(w, None), "scale": ones,
+              "none": torch.zeros(len(w), dtype=torch.int32)}  # fmt: skip
+    try:
+        found = _onednn(x, packed)
+    except RuntimeError:
+        return False
+    return torch.equal(found, (x.long() @ w.long().t()).float())
+
+
+def _onednn_misfit(problem: Problem) -> str | None:
+    return misfit(problem) or (None if exact_onednn() else "oneDNN's int8 linear is not exact here")
+
+
+def _pack(problem: Problem, parts: Parts) -> Tensors:
+    """int8 [N, K] of q - 2**(bits-1), fp32 scale [N] and what zero points move."""
+    codes, moved = middle_codes(problem, parts)
+    packed = {"codes": codes, "scale": parts["scale"][:, 0].float().contiguous()}
+    if moved is not None:
+        packed["moved"] = moved
+    if "in_scale" in parts:
+        packed["in_scale"] = parts["in_scale"].float().reshape(-1)
+    return packed
+
+
+def _pack_onednn(problem: Problem, parts: Parts) -> Tensors:
+    packed = _pack(problem, parts)
+    none = torch.zeros(problem.N, dtype=torch.int32)
+    codes = torch.ops.onednn.qlinear_prepack(packed["codes"], None)
+    return packed | {"codes": codes, "none": none}
+
+
+def _onednn(x: torch.Tensor, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, packed["codes"], packed["scale"], packed["none"], None, 1.0, 0, torch.float32,
+        "none", [], "",
+    )  # fmt: skip
+    return found
+
+
+def _int_mm(x: torch.Tensor, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch._int_mm(x, packed["codes"].t()).float().mul_(packed["scale"])
+
+
+def codes_of(
+    problem: Problem, x: torch.Tensor, in_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [M, K] and their scale, [M, 1] or [1, 1]."""
+    found, _ = grid(problem)
+    assert found is not None
+    if in_scale is not None:
+        unit = in_scale.reshape(1, 1)
+    else:
+        low, high = torch.aminmax(x, dim=-1, keepdim=True)
+        size = torch.maximum(-low, high)
+        size = size if found.per == "token" else size.amax().reshape(1, 1)
+        unit = scale_of(size, "int", found.bits, found.power)
+    top = grid_top("int", found.bits)
+    # Dividing, as the reference does: the reciprocal would move codes that lie half way.
+    return torch.div(x, unit).round_().clamp_(-top, top).to(torch.int8), unit
+
+
+def _by(product: Product) -> Callable[..., torch.Tensor]:
+    def call(problem: Problem, x: torch.Tensor, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Tokens beyond the limit were not rounded and take products of floats."""
+        x = x.float()
+        codes, unit = codes_of(problem, x, packed.get("in_scale"))
+        y = product(codes, packed)
+        moved = packed.get("moved")
+        if moved is not None:
+            y = torch.addr(y, codes.sum(-1).float(), moved)
+        y.mul_(unit)
+        found, _ = grid(problem)
+        if found is not None and found.limit:
+            loose = (x.abs() > found.limit).any(-1)
+            if bool(loose.any()):
+                y[loose] = x[loose] @ _floats(problem, packed).t()
+        return y
+
+    return call
+
+
+def _floats(problem: Problem, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """W [N, K]: of an opaque packing by its products with the unit vectors."""
+    codes = packed["codes"]
+    if codes.is_mkldnn:
+        eye = torch.eye(problem.K, dtype=torch.int8)
+        weight = _onednn(eye, packed).t()
+    else:
+        weight = codes.float() * packed["scale"][:, None]
+    moved = packed.get("moved")
+    return weight if moved is None else weight + moved[:, None]
+
+
+def _key(problem: Problem) -> str:
+    found, own = grid(problem)
+    assert found is not None
+    return f"int8x8 {found.per}{' own' * own}"
+
+
+_NOTE = "sums of products are integers"
+ONEDNN = CpuKernel(
+    QLINEAR, _onednn_misfit, _pack_onednn, {"qlinear": _by(_onednn)}, ((1, "qlinear"),), _key,
+    grid=True, note=_NOTE,
+)  # fmt: skip
+PRODUCTS = CpuKernel(
+    INT_MM, misfit, _pack, {"int_mm": _by(_int_mm)}, ((1, "int_mm"),), _key, grid=True, note=_NOTE,
+)  # fmt: skip
