@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "kernels": ("kernels", "fused ops, their kernels, and what is not fused"),
     "tune": ("tune", "measure which kernel is fastest on this machine"),
     "verify": ("use", "check an artefact"),
+    "doctor": ("doctor", "what this machine can run, and why not"),
 }
 # Errors of the machine rather than of the input.
 _RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE,
