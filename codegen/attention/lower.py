@@ -19,9 +19,10 @@ from .launch import attend
 from .problem import QUERIES, AttentionProblem
 from .row import AttentionRow
 from .rows import choose
+from .write import CODED, write
 
 # Places of `llmc.cached_attention`'s optional tensors.
-_BIAS, _SINKS, _COS, _UP = 5, 6, 7, 9
+BIAS, SINKS, COS, UP = 5, 6, 7, 9
 PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
 
 
@@ -65,16 +66,22 @@ class CachedAttention:
     ) -> torch.Tensor:  # fmt: skip
         """q [B, H, S, D], k [B, KV, S, D], v [B, KV, S, E] -> [B, S, H, E]."""
         batch, _, queries, _ = q.shape
-        if 0 < queries <= self.problem.queries:
-            held = state.hold(k, v, q_pos, k_valid)
-            if held is not None:
-                problem = _padded(self.problem) if held.valid is not None else self.problem
-                return attend(
-                    self.row, problem, q, held, q_pos.expand(batch, queries), sinks, scale=scale
-                )
-        return otherwise(
-            q, k, v, q_pos, k_valid, bias, sinks, *rest, state=state, scale=scale, **attrs
-        )
+        problem = self.problem
+        if not (0 < queries <= problem.queries and state.holds(queries)):
+            return otherwise(
+                q, k, v, q_pos, k_valid, bias, sinks, *rest, state=state, scale=scale, **attrs
+            )
+        turn = (rest[0], rest[1]) if problem.turn else None
+        # Codes are of rotated keys, which are read as they are in this step: they need a place.
+        turned_q = q if turn is None else q.new_empty(q.shape)
+        turned_k = k if turn is None or problem.cache not in CODED else k.new_empty(k.shape)
+        pos = q_pos.expand(batch, queries)
+        held = state.hold(
+            turned_k, v, pos, k_valid,
+            lambda held, real: write(problem, held, q, k, v, pos, real, turn, turned_q, turned_k),
+        )  # fmt: skip
+        problem = _padded(problem) if held.padded else problem
+        return attend(self.row, problem, turned_q, held, pos, sinks, scale=scale)
 
 
 @functools.lru_cache(1024)
@@ -113,8 +120,8 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
     kind = tensor_type(q)
     scheme = program.caches.get(str(node.kwargs["state"]))
     cache = PLAIN if scheme is None else scheme.kind
-    given = {i: len(node.args) > i and node.args[i] is not None for i in (_BIAS, _SINKS, _COS, _UP)}
-    how = node.kwargs
+    given = {i: len(node.args) > i and node.args[i] is not None for i in (BIAS, SINKS, COS, UP)}
+    how, rotate = node.kwargs, bool(node.kwargs.get("rotate", False))
     kept: dict[str, Any] = {}
     if scheme is not None:
         kept = {"bits": scheme.bits, "group": scheme.group or 0, "residual": scheme.residual,
@@ -124,8 +131,18 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
         x_dtype=dtype_name(kind.dtype), cache=cache, causal=bool(how.get("causal", True)),
         window=_number(how.get("window")), dilation=_number(how.get("dilation", 1)),
         first=_number(how.get("first")), softcap=float(str(how.get("softcap") or 0.0)),
-        bias=given[_BIAS], sinks=given[_SINKS], turned=given[_COS], latent=given[_UP], **kept,
+        bias=given[BIAS], sinks=given[SINKS], turned=given[COS] and not rotate,
+        latent=given[UP], **_turn(node, rotate), **kept,
     )  # fmt: skip
+
+
+def _turn(node: fx.Node, rotate: bool) -> dict[str, Any]:
+    if not rotate:
+        return {}
+    cos = node.args[COS]
+    assert isinstance(cos, fx.Node)
+    turn = "pairs" if node.kwargs.get("interleaved", False) else "half"
+    return {"turn": turn, "rotary": int(tensor_type(cos).shape[3])}
 
 
 def _number(value: object) -> int:

@@ -21,6 +21,8 @@ class AttentionProblem:
             where a scale serves ``group`` tokens of a channel.
         causal, window, dilation, first, softcap: as in ``llmc.attention``; 0 where there is none.
         sinks, valid, bias: whether these tensors are given.
+        turn: how the channels of queries and new keys pair up that are rotated first: "half" (i and
+            i + R/2), "pairs" (2i and 2i + 1) or "", not at all. rotary: R, of the first channels.
         turned, latent: keys are kept before their rotation, or as latents.
     """
 
@@ -43,6 +45,8 @@ class AttentionProblem:
     sinks: bool = False
     valid: bool = False
     bias: bool = False
+    turn: str = ""
+    rotary: int = 0
     turned: bool = False
     latent: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,12 +34,24 @@ class Held:
     """One layer's cache after a step's tokens went in.
 
     Attributes:
-        pos: int64 [B, capacity]; valid: bool [B, capacity], None while no token is padding.
-        tokens: how many are kept, the step's own among them.
+        pos: int64 [B, capacity]; real: bool [B, capacity], False for padding.
+        padded: whether some token is padding.
+        start, tokens: how many were kept before the step and are kept now.
     """
 
     keys: HeldSide
     values: HeldSide
     pos: Tensor
-    valid: Tensor | None
+    real: Tensor
+    padded: bool
+    start: int
     tokens: int
+
+    @property
+    def valid(self) -> Tensor | None:
+        """``real``, or None while no token is padding."""
+        return self.real if self.padded else None
+
+
+# What puts new tokens where the buffers say: (buffers, validity of the tokens bool [B, S] or None).
+Write = Callable[[Held, Tensor | None], None]

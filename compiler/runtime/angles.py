@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ir.ops.semantic import rope
-from .cache import KVState, Step, Turn
+from .cache import KVState, Turn
+from .rows import Step
 
 
 class Angles:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..ir.graph import Program
-from ..ir.ops.attention import allowed, attention
-from .cache import Step
+from ..ir.ops.attention import allowed, attention, rotated
+from .rows import Step
 
 # Queries of a window that are attended at once: together they read what each of them may.
 TOGETHER = 256
@@ -90,9 +90,13 @@ class Attend:
         dilation: int = 1,
         first: int = 0,
         interleaved: bool = False,
+        rotate: bool = False,
         state: Any,
     ) -> torch.Tensor:
         """See ``llmc.cached_attention``: q [B, H, S, D], k and v [B, KV, S, D] -> [B, S, H, D]."""
+        if rotate:
+            q, k = (rotated(x, k_cos, k_sin, interleaved) for x in (q, k))
+            k_cos = None
         how: dict[str, Any] = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
         if k_up is not None:
             how["up"] = (k_up, k_up_bias)

@@ -19,10 +19,10 @@ from ..ir.caches import PLAIN, CacheScheme
 from ..ir.dims import BATCH, PAST, SEQ
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, tensor_type
-from ..ir.held import Held, HeldSide
+from ..ir.held import Held, HeldSide, Write
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
-from .rows import Rows
+from .rows import Rows, Step
 
 _BY = "cache"
 _ATTRIBUTES = ("scale", "causal", "window", "softcap", "dilation", "first")
@@ -116,30 +116,11 @@ def _kept(t: TensorType) -> TensorType:
     return t.with_shape(t.shape[0], t.shape[1], PAST, t.shape[3])
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 # Cosines and sines of the new tokens' positions, and how channels pair up; see ``llmc.rope``.
 Turn = tuple[torch.Tensor, torch.Tensor, bool]
 # The matrix and the bias that make keys of latents.
 Up = tuple[torch.Tensor, torch.Tensor | None]
-
-
-class Step:
-    """One forward of a batch, shared by all layers: what is costly to ask is asked once.
-
-    Attributes:
-        angles: for each tensor of cosines that was seen, the table that keeps them.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[torch.Tensor, bool]] = []
-        self.angles: list[tuple[torch.Tensor, Any]] = []
-
-    def padded(self, valid: torch.Tensor) -> bool:
-        """Whether any of these tokens is padding; waits for the device once per tensor."""
-        for tensor, answer in self._seen:
-            if tensor is valid:
-                return answer
-        self._seen.append((valid, not bool(valid.all())))
-        return self._seen[-1][1]
 
 
 class KVState:
@@ -217,45 +198,56 @@ class KVState:
         Raises:
             ModelError: another batch than the state was made for.
         """
-        at, start, end = self._admit(k, pos, valid)
+        at, start, end, real = self._admit(k, valid)
+        self._mark(at, start, end, pos, real)
         keys, values = self._join(at, start, end, k, v, turn, up)
         if self.rows is None:
             self.length = end
         return keys, values, self._pos[at, :end], self._valid[at, :end] if self._padded else None
 
     def hold(
-        self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None
-    ) -> Held | None:
+        self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None,
+        write: Write | None = None,
+    ) -> Held | None:  # fmt: skip
         """Keep new tokens as ``append`` does, but give the buffers themselves, nothing decoded.
 
-        None, and nothing is kept, where this kind of state has no such form, or while ``rows`` is
-        set.
+        None, and nothing is kept, where ``holds`` says no. ``write`` puts tokens, positions and
+        validity into the buffers instead of the state; it fills k too, where k is read as it is.
         Raises:
             ModelError: another batch than the state was made for.
         """
         if not self.holds(k.shape[2]):
             return None
-        _, start, end = self._admit(k, pos, valid)
-        keys, values = self._into(start, end, k, v)
+        at, start, end, real = self._admit(k, valid)
+        sides = self._places(start, end, k, v)
+        held = Held(*sides, self._pos, self._valid, self._padded, start, end)
+        if write is None:
+            self._mark(at, start, end, pos, real)
+        else:
+            write(held, real)
+        self._settle(start, end, None if write is not None else (k, v))
         self.length = end
-        return Held(keys, values, self._pos, self._valid if self._padded else None, end)
+        return held
 
     def holds(self, tokens: int) -> bool:
         """Whether ``hold`` takes that many new tokens now."""
         return self.rows is None
 
-    def _into(
+    def _places(
         self, start: int, end: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[HeldSide, HeldSide]:
-        """Keep k and v behind ``start``; where keys and values lie."""
-        self._kv[0][:, :, start:end] = k
-        self._kv[1][:, :, start:end] = v
+        """Where keys and values lie once tokens ``start`` … ``end`` - 1 are in."""
         return HeldSide((self._kv[0],), end), HeldSide((self._kv[1],), end)
 
+    def _settle(self, start: int, end: int, new: Pair | None) -> None:
+        """Keep new keys and values behind ``start``; None where they are in the buffers by now."""
+        for mine, theirs in zip(self._kv, new or (), strict=False):
+            mine[:, :, start:end] = theirs
+
     def _admit(
-        self, k: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None
-    ) -> tuple[Any, int, int]:
-        """Keep positions and validity of new tokens: (rows, start, end) of where they go."""
+        self, k: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[Any, int, int, torch.Tensor | None]:
+        """Make room for new tokens: (rows, start, end) of where they go, and which are real."""
         rows = self.rows
         expected = self.batch if rows is None else rows.count
         if k.shape[0] != expected:
@@ -267,13 +259,16 @@ class KVState:
         self.reserve(end)
         if valid is None:
             valid = self.pending if rows is None or self.pending is None else self.pending[at]
-        self._pos[at, start:end] = pos
         if valid is not None:
-            self._valid[at, start:end] = valid
             self._padded = self._padded or (self.step or Step()).padded(valid)
-        else:
-            self._valid[at, start:end] = True
-        return at, start, end
+        return at, start, end, valid
+
+    def _mark(
+        self, at: Any, start: int, end: int, pos: torch.Tensor, real: torch.Tensor | None
+    ) -> None:
+        """Keep positions and validity of new tokens."""
+        self._pos[at, start:end] = pos
+        self._valid[at, start:end] = True if real is None else real
 
     def _join(
         self, at: Any, start: int, end: int, k: torch.Tensor, v: torch.Tensor,

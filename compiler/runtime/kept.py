@@ -17,7 +17,7 @@ from ..ir.errors import ModelError
 from ..ir.graph import State
 from ..ir.held import HELD, HeldSide
 from .angles import turn_in
-from .cache import KVState, Turn, Up
+from .cache import KVState, Pair, Turn, Up
 from .codecs import Codec, Part, codecs
 
 # Tokens that may be taken back where codes replace numbers: so many more numbers are held.
@@ -230,19 +230,25 @@ class KeptState(KVState):
         """So many new tokens leave those in the ring that were no codes before them."""
         return super().holds(tokens) and self.scheme.kind in HELD and tokens <= REWIND
 
-    def _into(self, start: int, end: int, k: Tensor, v: Tensor) -> tuple[HeldSide, HeldSide]:
-        at, rows = slice(None), torch.arange(self.batch, device=self.device)
+    def _places(self, start: int, end: int, k: Tensor, v: Tensor) -> tuple[HeldSide, HeldSide]:
         out = []
         for side, new in zip(self._sides, (k, v), strict=True):
-            due = side.due(start)
-            side.take(at, rows, start, new)
             fixed = getattr(side.codec, "scale", None)
             parts = (*side.parts, *([] if fixed is None else [fixed]))
             # New tokens are read as they came: from the ring, or from what brings them.
             ringed = side.residual > 0
-            out.append(HeldSide(parts, due, side.ring if ringed else new, 0 if ringed else start))
-        self._aged(end)
+            tail, base = (side.ring, 0) if ringed else (new, start)
+            out.append(HeldSide(parts, side.due(start), tail, base))
         return out[0], out[1]
+
+    def _settle(self, start: int, end: int, new: Pair | None) -> None:
+        rows = torch.arange(self.batch, device=self.device)
+        if new is None:
+            self._from_ring(rows, start, end)
+        else:
+            for side, theirs in zip(self._sides, new, strict=True):
+                side.take(slice(None), rows, start, theirs)
+        self._aged(end)
 
     def _early(self, at: Any, start: int, end: int) -> Tensor | None:
         """bool [B', T]: the first tokens, by position and not by place; None where none is kept."""
@@ -264,13 +270,16 @@ class KeptState(KVState):
     def advance(self, tokens: int) -> None:
         start, end = self.length, self.length + tokens
         super().advance(tokens)
-        rows = torch.arange(self.batch, device=self.device)
+        self._from_ring(torch.arange(self.batch, device=self.device), start, end)
+        self._aged(end)
+
+    def _from_ring(self, rows: Tensor, start: int, end: int) -> None:
+        """Make codes of what tokens ``start`` … ``end`` - 1, in the ring by now, bring due."""
         for side in self._sides:
             done, due = side.due(start), side.due(end)
             if side.residual and due > done:
                 slots = torch.arange(done, due, device=self.device) % side.ring.shape[2]
                 side.encode(slice(None), rows, done, side.ring[:, :, slots])
-        self._aged(end)
 
     def _aged(self, end: int) -> None:
         """The ring holds no token before this one any more."""

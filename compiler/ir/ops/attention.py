@@ -10,6 +10,7 @@ from ..dims import Dim, divide, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
+from .semantic import rope
 
 _SCHEMA_TAIL = (
     "float scale, bool causal=True, int? window=None, float? softcap=None, int dilation=1, "
@@ -160,6 +161,8 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
 def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                   **attrs: Any) -> TensorType:  # fmt: skip
     """As plain attention; with ``k_up`` [KV·D, R] the keys come as latents [B, 1, S, R]."""
+    if attrs.pop("rotate", False) and None in [*rest, *[None] * 6][4:6]:
+        raise ModelError("expected cosines and sines of what is to be rotated, found none")
     up, bias = [*rest, *[None] * 8][6:8]
     if up is not None:
         made = q.shape[3]
@@ -268,6 +271,21 @@ llmc_op(
 )
 
 
+def rotated(
+    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
+) -> torch.Tensor:
+    """``llmc.rope`` of the first R channels of x [B, H, S, D]; cos, sin [B, 1, S, R].
+
+    Raises:
+        ModelError: no cosines.
+    """
+    if cos is None or sin is None:
+        raise ModelError("expected cosines and sines of what is to be rotated, found none")
+    width = cos.shape[-1]
+    turned = rope(x[..., :width], cos, sin, interleaved=interleaved)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+
 def cached_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -288,6 +306,7 @@ def cached_attention(
     dilation: int = 1,
     first: int = 0,
     interleaved: bool = False,
+    rotate: bool = False,
     state: Any,
 ) -> torch.Tensor:
     """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
@@ -295,12 +314,17 @@ def cached_attention(
     ``state.append(k, v, pos, valid)`` gives (keys, values, positions, valid) of all tokens so far.
     Tokens that have left a window are kept: the cache grows as without one.
     With k_cos and k_sin, broadcast to [B, 1, S, D], ``k`` comes before its rotation (``llmc.rope``,
-    of that ``interleaved``): the state keeps it so and gives rotated keys.
+    of that ``interleaved``): the state keeps it so and gives rotated keys. With ``rotate`` too,
+    queries come before theirs as well, both are rotated first, and the state keeps rotated keys;
+    cosines of R channels, fewer than D, leave the others as they are.
     With k_up [KV·D, R] ``k`` is a latent [B, 1, S, R]: the state keeps it so, and keys are
     k_up · latent + k_up_bias when they are read.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
+    if rotate:
+        q, k = (rotated(x, k_cos, k_sin, interleaved) for x in (q, k))
+        k_cos = k_sin = None
     made: dict[str, Any] = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
     if k_up is not None:
         made["up"] = (k_up, k_up_bias)
@@ -315,7 +339,8 @@ llmc_op(
     "cached_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
     f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, Tensor? k_up=None, "
-    f"Tensor? k_up_bias=None, *, {_SCHEMA_TAIL}, bool interleaved=False, str state) -> Tensor",
+    f"Tensor? k_up_bias=None, *, {_SCHEMA_TAIL}, bool interleaved=False, "
+    "bool rotate=False, str state) -> Tensor",
     _cached_infer,
     cached_attention,
     ties=_cached_ties,

@@ -1,0 +1,112 @@
+"""Put a step's keys and values into a cache's buffers, rotated and as codes, in one launch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ...compiler.ir.errors import ResourceError, UsageError
+from ...compiler.ir.held import Held, HeldSide
+from ..launch import function, unavailable
+from ..render import Rendered
+from .problem import AttentionProblem
+from .render import render_stated
+
+TEMPLATE = "cache_write.py.j2"
+CODED = ("int8", "fp8")
+Turn = tuple[torch.Tensor, torch.Tensor]
+
+
+@functools.lru_cache(1024)
+def render_write(problem: AttentionProblem, valid: bool) -> Rendered:
+    """The Triton source that writes tokens of `problem`; ``valid``: a call says which are real."""
+    coded = problem.cache in CODED
+    keys = problem.keys if coded else ""
+    names = ("cache_write", problem.cache, keys, problem.turn, problem.x_dtype)
+    name = "_".join(n for n in (*names, "valid" if valid else "") if n)
+    values = {
+        "cache": problem.cache, "keys": keys, "name": name, "turn": problem.turn, "valid": valid,
+        "x_dtype": problem.x_dtype,
+    }  # fmt: skip
+    return render_stated(TEMPLATE, "cache_write", values)
+
+
+def bytes_written(problem: AttentionProblem, batch: int, tokens: int) -> int:
+    """Bytes of one call of ``tokens`` new tokens a row: read once, and what is kept of them."""
+    width = 4 if problem.x_dtype == "fp32" else 2
+    kept = problem.kv_heads * (problem.D + problem.E)
+    read = width * (kept + (2 * problem.heads * problem.D if problem.turn else 0))
+    stored = kept * (1 if problem.cache in CODED else width)
+    angles = 8 * problem.rotary if problem.turn else 0
+    scales = 2 * problem.kv_heads * (1 + (problem.keys == "token")) if problem.keys else 0
+    return batch * tokens * (read + stored + angles + scales + 17)
+
+
+def write(
+    problem: AttentionProblem, held: Held, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    q_pos: torch.Tensor, real: torch.Tensor | None, turn: Turn | None,
+    q_out: torch.Tensor, k_out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write k [B, KV, S, D] and v [B, KV, S, E] with positions int [B, S] into ``held``'s buffers.
+
+    ``real`` bool [B, S] says which are no padding, None for all. With ``turn``, cosines and sines
+    that broadcast to [B, 1, S, R], rotated queries go to ``q_out`` [B, H, S, D], and rotated keys
+    to ``k_out`` [B, KV, S, D] where the cache keeps codes; both are contiguous.
+    ResourceError when there is neither a CUDA device nor the interpreter.
+    """
+    why = unavailable()
+    if why:
+        raise ResourceError(f"cannot launch cache_write: {why}")
+    batch, kv_heads, new, _ = k.shape
+    if (turn is None) != (not problem.turn):
+        raise UsageError("expected cosines and sines where keys are rotated, and nowhere else")
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    given: dict[str, Any] = {
+        "q_ptr": q, "q_out_ptr": q_out, "k_ptr": k, "v_ptr": v, "k_out_ptr": k_out,
+        "q_pos_ptr": q_pos.contiguous(), "pos_to_ptr": held.pos,
+        "real_ptr": None if real is None else real.contiguous().view(torch.uint8),
+        "real_to_ptr": held.real.view(torch.uint8), "START": held.start, "S": new,
+        "stride_pos": held.pos.stride(0), "stride_real": held.real.stride(0),
+        "H": problem.heads, "KV": kv_heads, "R": problem.rotary,
+        **_to("k", problem, held.keys, held.start), **_to("v", problem, held.values, held.start),
+        **write_sizes(problem),
+    }  # fmt: skip
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        given |= dict(zip((f"stride_{name}{a}" for a in "bhs"), x.stride(), strict=False))
+    if turn is not None:
+        cos, sin = (t.expand(batch, 1, new, problem.rotary) for t in turn)
+        if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+            cos, sin = cos.contiguous(), sin.contiguous()
+        given |= {"cos_ptr": cos, "sin_ptr": sin, "stride_cb": cos.stride(0),
+                  "stride_cs": cos.stride(2)}  # fmt: skip
+    kernel = function(render_write(problem, real is not None))
+    heads = 2 * kv_heads + (problem.heads if problem.turn else 0)
+    kernel[heads, new, batch](**{n: given[n] for n in kernel.arg_names}, num_warps=1)
+
+
+def write_sizes(problem: AttentionProblem) -> dict[str, int]:
+    """What is compiled in beside the heads."""
+    sizes = {"D": problem.D, "E": problem.E}
+    return {**sizes, **{f"B{n}": 1 << (s - 1).bit_length() for n, s in sizes.items()}}
+
+
+def _to(name: str, problem: AttentionProblem, side: HeldSide, start: int) -> dict[str, Any]:
+    """Where keys or values of a step go: token, pointers and strides."""
+    codes = side.parts[0]
+    if problem.cache not in CODED:
+        kept = codes if side.tail is None else side.tail
+        slots = kept.shape[2]
+        out = {f"{name}_to_ptr": kept, "SLOT": (start - side.base) % slots, "RING": slots}
+        return out | _strides(f"stride_{name}t", kept, "bht")
+    scale = side.parts[-1] if name == "k" else side.parts[1]
+    raw = codes if problem.cache == "int8" else codes.view(torch.uint8)
+    out = {f"{name}_to_ptr": raw, f"{name}_scale_ptr": scale, "SLOT": start,
+           "RING": raw.shape[2]}  # fmt: skip
+    out |= _strides(f"stride_{name}t", raw, "bht")
+    return out | (_strides(f"stride_{name}s", scale, "bh") if scale.dim() == 4 else {})
+
+
+def _strides(name: str, x: torch.Tensor, axes: str) -> dict[str, int]:
+    return {f"{name}{a}": s for a, s in zip(axes, x.stride(), strict=False)}
