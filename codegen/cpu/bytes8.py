@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from ..problem import Parts, Problem
-from .kernel import CpuKernel, Tensors, dense_codes, grow, round_up, widen
+from .kernel import CpuKernel, Tensors, centred_codes, grow, round_up, widen
 
 INT8 = "aten::_weight_int8pack_mm"
 _STEP = 16  # the kernel crashes on bf16 columns that are no multiple of it
@@ -29,11 +29,12 @@ def misfit(problem: Problem) -> str | None:
 
 
 def middle_codes(problem: Problem, parts: Parts) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """int8 [N, K] of q - 2**(bits-1), and (2**(bits-1) - zero)·scale fp32 [N] where it is not 0."""
-    q, zero = dense_codes(problem, parts)
-    middle = 1 << (problem.bits - 1)
-    moved = (middle - zero[:, 0]) * parts["scale"][:, 0].float() if problem.asym else None
-    return (q.to(torch.int16) - middle).to(torch.int8).contiguous(), moved
+    """int8 [N, K] of the codes less a middle, and what zero points are left add per unit of x:
+    fp32 [N], None where it is nothing.
+    """
+    q, zero = centred_codes(problem, parts)
+    moved = -zero[:, 0] * parts["scale"][:, 0].float() if bool(zero.any()) else None
+    return q.to(torch.int8).contiguous(), moved
 
 
 def _pack(problem: Problem, parts: Parts) -> Tensors:
@@ -69,5 +70,5 @@ def _moved(y: torch.Tensor, x: torch.Tensor, packed: Mapping[str, torch.Tensor])
 
 BYTES = CpuKernel(
     INT8, misfit, _pack, {"int8pack": _small, "decode": _decode},
-    ((1, "int8pack"), (16, "decode")), lambda p: f"int8 row{' z' * p.asym}",
+    ((1, "int8pack"), (16, "decode")), lambda p: f"int8 row{' z' * (p.asym and p.bits == 8)}",
 )  # fmt: skip

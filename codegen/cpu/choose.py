@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from ..problem import Problem
 from .bytes8 import BYTES
+from .decoded import DECODED, DENSE, FACTORS
 from .kernel import CpuKernel
 from .nibbles import NIBBLES, PLANES
 from .products import ONEDNN, PRODUCTS
 
-KERNELS: tuple[CpuKernel, ...] = (ONEDNN, PRODUCTS, NIBBLES, BYTES, PLANES)
+KERNELS: tuple[CpuKernel, ...] = (
+    ONEDNN, PRODUCTS, NIBBLES, BYTES, PLANES, DECODED, DENSE, FACTORS,
+)  # fmt: skip
 
 
 def choose(problem: Problem) -> tuple[CpuKernel | None, str]:

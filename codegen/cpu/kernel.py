@@ -59,6 +59,19 @@ def dense_codes(problem: Problem, parts: Parts) -> tuple[torch.Tensor, torch.Ten
     return (spread + back).to(torch.uint8), zero
 
 
+def centred_codes(problem: Problem, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int16 [N, K] less a middle, and the zero points [N, G] that are left, fp32.
+
+    Where every difference to the zero point has room in the kernel's bits, nothing is left of it.
+    """
+    q, zero = dense_codes(problem, parts)
+    if problem.asym and problem.bits in (4, 8):
+        middle = float(1 << (problem.bits - 1))
+        return q.to(torch.int16) - int(middle), zero - middle
+    at = zero.to(torch.int16).repeat_interleave(problem.dense_group or problem.K, 1)
+    return q.to(torch.int16) - at[:, : problem.K], torch.zeros_like(zero)
+
+
 def round_up(count: int, unit: int) -> int:
     """The next multiple of ``unit`` that is not below."""
     return -(-count // unit) * unit

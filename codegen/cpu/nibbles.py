@@ -1,10 +1,10 @@
 """Codes of up to four bits, and up to eight bits in groups, on torch's int4 kernel.
 
 `_weight_int4pack_mm_for_cpu` reads 4-bit codes with w = (q - 8)·s + z. Fewer bits are a part of its
-range. Codes of five to eight bits are two planes, q = 16·high + low, each a product of its own:
-half the speed of four bits, still ahead of decoding. From some number of tokens on it is faster to
-decode a block of rows into bf16 and to let oneDNN multiply: the kernel's own layout is read back,
-block by block, so that nothing is held twice.
+range, around 8, so that z is 0. Codes of five to eight bits are two planes, q = 16·high + low, each
+a product of its own: half the speed of four bits, still ahead of decoding. From some number of
+tokens on it is faster to decode a block of rows into bf16 and to let oneDNN multiply: the kernel's
+own layout is read back, block by block, so that nothing is held twice.
 
 Layout of torch (found by a probe, see `block_rows`): blocks of B rows, then columns, then B/2 bytes
 that hold row d in the low and row d + B/2 in the high nibble.
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 
 from ..problem import Parts, Problem
-from .kernel import CpuKernel, Tensors, dense_codes, grow, round_up, widen
+from .kernel import CpuKernel, Tensors, centred_codes, grow, round_up, widen
 
 INT4 = "aten::_weight_int4pack_mm_for_cpu"
 GROUPS = (256, 128, 64, 32)  # that the kernel serves
@@ -62,17 +62,17 @@ def _plane(problem: Problem, q: torch.Tensor, scale: torch.Tensor, z: torch.Tens
 
 
 def _pack4(problem: Problem, parts: Parts) -> Tensors:
-    q, zero = dense_codes(problem, parts)
+    q, zero = centred_codes(problem, parts)
     scale = parts["scale"].float()
-    return _plane(problem, q, scale, (8.0 - zero) * scale)
+    return _plane(problem, q + 8, scale, -zero * scale)
 
 
 def _pack8(problem: Problem, parts: Parts) -> Tensors:
-    """Planes one behind the other: 16·s·(high - 8) + s·(low - 8) + (136 - zero)·s."""
-    q, zero = dense_codes(problem, parts)
-    scale = parts["scale"].float()
+    """Planes one behind the other: 16·s·(high - 8) + s·(low - 8) + (8 - zero)·s."""
+    q, zero = centred_codes(problem, parts)
+    q, scale = q + 128, parts["scale"].float()
     high = _plane(problem, q >> 4, 16 * scale, torch.zeros_like(scale))
-    low = _plane(problem, q & 15, scale, (136.0 - zero) * scale)
+    low = _plane(problem, q & 15, scale, (8.0 - zero) * scale)
     return {name: torch.stack([high[name], low[name]]) for name in low}
 
 
@@ -121,10 +121,9 @@ def _decode(problem: Problem, x: torch.Tensor, packed: Mapping[str, torch.Tensor
         scale[..., i].reshape(K // g, N // rows, 2, rows // 2).permute(1, 2, 0, 3).contiguous()
         for i in (0, 1)
     )
-    shifted = problem.asym or problem.bits < 4
+    shifted = problem.asym and problem.bits in (4, 8)
     if problem.bits > 4:
         z = z - 8 * s
-        shifted = problem.asym or problem.bits < 8
     step = max(1, _AT_ONCE // (K * rows))
     wide = widen(x, K)
     y = wide.new_empty(len(wide), N)
@@ -162,11 +161,11 @@ def _unpack(planes: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _key4(problem: Problem) -> str:
-    return f"int4 g{unit(problem)}{' z' * (problem.asym or problem.bits < 4)}"
+    return f"int4 g{unit(problem)}{' z' * (problem.asym and problem.bits == 4)}"
 
 
 def _key8(problem: Problem) -> str:
-    return f"int4x2 g{unit(problem)}{' z' * (problem.asym or problem.bits < 8)}"
+    return f"int4x2 g{unit(problem)}{' z' * (problem.asym and problem.bits == 8)}"
 
 
 NIBBLES = CpuKernel(
