@@ -12,7 +12,7 @@ from torch import fx
 from ...compiler.ir.graph import Program, info, tensor_type
 from ...compiler.ir.ops import row_of
 from ...compiler.ir.refusal import Refusal
-from .lower import COS
+from .problem import COS
 
 MAKER = "lower"
 

@@ -15,14 +15,13 @@ from ...compiler.ir.graph import Program, info, tensor_type
 from ...compiler.ir.ops.attention import cached_attention
 from ...compiler.ir.refusal import Refusal
 from ..problem import dtype_name
+from .fold import fold_rotations
 from .launch import attend
-from .problem import QUERIES, AttentionProblem
+from .problem import BIAS, COS, QUERIES, SINKS, UP, AttentionProblem
 from .row import AttentionRow
 from .rows import choose
 from .write import CODED, write
 
-# Places of `llmc.cached_attention`'s optional tensors.
-BIAS, SINKS, COS, UP = 5, 6, 7, 9
 PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
 
 
@@ -94,11 +93,12 @@ def attention_implementations(
 ) -> tuple[dict[str, CachedAttention], list[PlacedAttention], list[Refusal]]:
     """Callables by node name for all cached attention that a row serves, and why others are left.
 
+    Rotations of queries and keys become part of it, in place: `program` is a lowering's own copy.
     A caller that has something better than the op's reference for what a row leaves gives it to
     the callable as ``otherwise``.
     """
     made: dict[str, CachedAttention] = {}
-    placed, refused = [], []
+    placed, refused = list[PlacedAttention](), fold_rotations(program)
     for node in program.calls("llmc.cached_attention"):
         problem = problem_of(program, node)
         row, misfits = choose(problem)

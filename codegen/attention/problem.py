@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 # Queries of one step that a decode kernel takes; more are a prompt, which torch's SDPA does better.
 QUERIES = 16
+# Places of `llmc.cached_attention`'s optional tensors.
+BIAS, SINKS, COS, UP = 5, 6, 7, 9
 
 
 @dataclass(frozen=True)
