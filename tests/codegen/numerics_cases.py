@@ -2,29 +2,34 @@
 
 `sample` covers every allowed value of every field of every row, every tile, every way that x may
 lie in memory and the edges of each size, then draws on. `near_misses` are problems that differ from
-a served one in one field, by as little as makes a requirement fail.
+a served one in one field, by as little as makes a requirement fail. The long run:
+
+    TRITON_INTERPRET=1 python tests/codegen/numerics_cases.py --count 2000 --shard 0/8
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
 import sympy
-from numerics import STRIDES, Case
+import torch
+from numerics import STRIDES, Case, answered, judge
 
 from llmc.codegen.kernels import ROWS
 from llmc.codegen.problem import DEFAULTS, FEATURES, PARTS, Problem, Requirement
-from llmc.codegen.row import KernelRow, _expression
+from llmc.codegen.row import KernelRow, TileConfig, _expression
 from llmc.compiler.ir.levels import WIDTHS
 
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 33)
 # Small, as an interpreted step takes milliseconds; with one, odd ones and both sides of a tile.
 NUMBERS: dict[str, tuple[int, ...]] = {
-    "N": (1, 2, 7, 16, 33, 34, 64, 65, 70, 96, 128, 130),
+    "N": (1, 2, 7, 16, 33, 34, 64, 65, 70, 96, 128, 130, 193),
     "K": (16, 17, 32, 40, 96, 100, 130, 136, 160, 200, 256, 260, 264, 328, 512, 520),
     "bits": (1, 2, 3, 4, 5, 6, 7, 8, 16, 32),
     "group": (0, 8, 16, 32, 64, 128, 256),
@@ -121,14 +126,16 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
     spoils: dict[str, int] = {}
     for at in range(count):
         problem = _covering(row, rng, missing)
-        grid = [c for c in row.configs(problem)]
-        tile = next((t for t in tiles if any(t == (c.BM, c.BN) for c in grid)), None)
-        if tile is not None and at % 2:
-            tiles.remove(tile)
-            config = rng.choice([c for c in grid if tile == (c.BM, c.BN)])
-        else:
-            config = rng.choice(grid)
+        for _ in range(100):
+            # A tile that no case had yet; the widest fit few problems, so that some are drawn anew.
+            grid = [c for c in row.configs(problem) if not tiles or (c.BM, c.BN) in tiles]
+            if grid:
+                break
+            problem = drawn(row, rng, {}) or problem
+        config = rng.choice(grid or row.configs(problem))
+        tiles = [t for t in tiles if t != (config.BM, config.BN)]
         M = tokens.pop(rng.randrange(len(tokens))) if tokens else rng.choice(TOKENS)
+        M = _cheap(row, problem, config, M)
         stride = strides.pop() if strides else rng.choice(STRIDES)
         values = {f.name: getattr(problem, f.name) for f in fields(problem)}
         told = {n: v for n, v in values.items() if n in "NK" or v != DEFAULTS.get(n)}
@@ -139,10 +146,18 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
         # Each part is spoiled before one is spoiled again; a third of the cases are.
         parts = [p for p in parts_named(problem) if p not in _FIXED]
         spoil = min(parts, key=lambda p: spoils.get(p, 0))
-        if at % 3 == 0 or spoil not in spoils:
+        if at % 4 == 0 or spoil not in spoils:
             spoils[spoil] = spoils.get(spoil, 0) + 1
             case = replace(case, spoil=spoil)
         yield case
+
+
+def _cheap(row: KernelRow, p: Problem, config: TileConfig, M: int) -> int:
+    """M, or less where that takes many interpreted steps: 15 ms for each 32 columns of a tile."""
+    columns = -(-p.K // row.step) * row.step // 32
+    while M > 1 and columns * -(-p.N // config.BN) * -(-M // config.BM) > 32:
+        M = max(t for t in (1, *TOKENS) if t < M)
+    return M
 
 
 def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]]) -> Problem:
@@ -210,3 +225,25 @@ def _outside(row: KernelRow, base: Problem, need: Requirement, names: list[str])
                 if not _holds(need, other):
                     return other
     raise AssertionError(f"{row.name}: nothing near misses {need.field}: {need.test}")
+
+
+def main() -> int:
+    """Make a shard of the long run's cases, judge their answers, exit 1 on any that is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--shard", default="0/1", help="which of how many, from 0")
+    parser.add_argument("--row", default="", help="one row alone")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    at, shards = map(int, args.shard.split("/"))
+    cases = sample(args.count, args.seed, args.row)[at::shards]
+    wrong = [(c, w) for c in cases if (w := judge(c, answered(c)))]
+    for case, why in wrong:
+        print(f"{case.label}: {why}")
+    print(f"{len(cases)} cases, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
