@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 def open_headers(source: str, trust_remote_code: bool = False) -> tuple[Program, Loaded | None]:
     """The program of an artefact (headers alone) or of a model folder."""
-    from .. import api
     from ..runtime.artefact import is_artefact, load
 
     if is_artefact(source):
         found = load(Path(source).expanduser(), verify=False)
         return found.program, found
+    # Imports passes and planner, which an artefact's headers do not need.
+    from .. import api
+
     program = api.capture(source, trust_remote_code=trust_remote_code)
     if not program.segments:
         from ..analysis.blocks import apply_segments

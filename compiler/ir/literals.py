@@ -6,6 +6,7 @@ Printer, parser and JSON share these tables, so that all three accept one and th
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from typing import Any
 
@@ -105,10 +106,23 @@ def parse_type(text: Any) -> ValueType:
         ModelError: another text.
     """
     source = check_text(text, "a type", limit=1 << 16)
+    # Layers are alike, so a big model has few types; what a stranger makes long is not kept.
+    return _kept_type(source) if len(source) <= _KEPT else _parse_type(source)
+
+
+_KEPT = 256
+
+
+@functools.lru_cache(1 << 12)
+def _kept_type(source: str) -> ValueType:
+    return _parse_type(source)
+
+
+def _parse_type(source: str) -> ValueType:
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ModelError(f"expected a type such as f32[B, S], found {_brief(text)}") from None
+        raise ModelError(f"expected a type such as f32[B, S], found {_brief(source)}") from None
     return _type(tree)
 
 

@@ -7,12 +7,14 @@ recipe on one model give the same report; times are kept apart.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..ir.graph import Program
 from ..ir.packing import unpack
-from ..pipeline.compile import Compiled
 from .text import Table, number, size
+
+if TYPE_CHECKING:
+    from ..pipeline.compile import Compiled
 
 FORMAT = 1
 
