@@ -104,42 +104,80 @@ def _int_mm(x: torch.Tensor, packed: Mapping[str, torch.Tensor]) -> torch.Tensor
     return torch._int_mm(x, packed["codes"].t()).float().mul_(packed["scale"])
 
 
-def codes_of(
-    problem: Problem, x: torch.Tensor, in_scale: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [M, K] and their scale, [M, 1] or [1, 1]."""
+def _size(x: torch.Tensor) -> torch.Tensor:
+    """max |x| of each token, fp32 [M, 1]."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # Bits of 16-bit floats without their sign are ordered as the floats are.
+        bits = (x.view(torch.int16) & 0x7FFF).amax(-1, keepdim=True)
+        return bits.view(x.dtype).float()
+    return x.abs().amax(-1, keepdim=True).float()
+
+
+def units(
+    problem: Problem, x: torch.Tensor, packed: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The one scale of all tokens [1, 1]; None where each has its own."""
     found, _ = grid(problem)
     assert found is not None
-    if in_scale is not None:
-        unit = in_scale.reshape(1, 1)
-    else:
-        low, high = torch.aminmax(x, dim=-1, keepdim=True)
-        size = torch.maximum(-low, high)
-        size = size if found.per == "token" else size.amax().reshape(1, 1)
-        unit = scale_of(size, "int", found.bits, found.power)
-    top = grid_top("int", found.bits)
+    if "in_scale" in packed:
+        return packed["in_scale"].reshape(1, 1)
+    if found.per == "token":
+        return None
+    return scale_of(_size(x).amax().reshape(1, 1), "int", found.bits, found.power)
+
+
+def codes_of(
+    problem: Problem, x: torch.Tensor, unit: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [M, K] and their scale, [M, 1] or the one that is given."""
+    found, _ = grid(problem)
+    assert found is not None
+    own = unit is None
+    if unit is None:
+        unit = scale_of(_size(x), "int", found.bits, found.power)
     # Dividing, as the reference does: the reciprocal would move codes that lie half way.
-    return torch.div(x, unit).round_().clamp_(-top, top).to(torch.int8), unit
+    codes = torch.div(x.float(), unit).round_()
+    if not own:
+        top = grid_top("int", found.bits)
+        codes.clamp_(-top, top)
+    return codes.to(torch.int8), unit
+
+
+_AT_ONCE = 1 << 19  # floats of a block of tokens that stay in the cache
 
 
 def _by(product: Product) -> Callable[..., torch.Tensor]:
     def call(problem: Problem, x: torch.Tensor, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Tokens beyond the limit were not rounded and take products of floats."""
-        x = x.float()
-        codes, unit = codes_of(problem, x, packed.get("in_scale"))
-        y = product(codes, packed)
-        moved = packed.get("moved")
-        if moved is not None:
-            y = torch.addr(y, codes.sum(-1).float(), moved)
-        y.mul_(unit)
-        found, _ = grid(problem)
-        if found is not None and found.limit:
-            loose = (x.abs() > found.limit).any(-1)
-            if bool(loose.any()):
-                y[loose] = x[loose] @ _floats(problem, packed).t()
+        """A block of tokens at a time, so that what lies between stays in the cache."""
+        unit, step = units(problem, x, packed), max(16, _AT_ONCE // max(problem.N, problem.K))
+        if len(x) <= step:
+            return _block(product, problem, x, unit, packed)
+        y = x.new_empty(len(x), problem.N)
+        for part, given in zip(y.split(step), x.split(step), strict=True):
+            part.copy_(_block(product, problem, given, unit, packed))
         return y
 
     return call
+
+
+def _block(
+    product: Product, problem: Problem, x: torch.Tensor, unit: torch.Tensor | None,
+    packed: Mapping[str, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """y fp32; tokens beyond the limit were not rounded and take products of floats."""
+    codes, unit = codes_of(problem, x, unit)
+    y = product(codes, packed)
+    moved = packed.get("moved")
+    if moved is not None:
+        y = torch.addr(y, codes.sum(-1).float(), moved)
+    y.mul_(unit)
+    found, _ = grid(problem)
+    if found is not None and found.limit:
+        x = x.float()
+        loose = (x.abs() > found.limit).any(-1)
+        if bool(loose.any()):
+            y[loose] = x[loose] @ _floats(problem, packed).t()
+    return y
 
 
 def _floats(problem: Problem, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
