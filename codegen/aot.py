@@ -1,8 +1,8 @@
 """Compile a rendered kernel for sm_80 and sm_90 without a GPU and read the machine code.
 
 The facts come from the cubin through the cuobjdump and nvdisasm that ship with Triton: registers,
-stack, shared memory, matrix instructions, and issue slots per weight in the main loop (the longest
-backward branch). They bound speed; they do not measure it.
+stack, shared memory, matrix instructions, and issue slots per weight in the main loop (the one with
+most matrix instructions). They bound speed; they do not measure it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.ir.errors import ResourceError
+from . import workspace
 from .launch import function, interpreting
 from .problem import Problem
-from .render import arguments, render
+from .render import arguments, render, shares
 from .row import MAX_REGISTERS, KernelRow, TileConfig
 
+PROCESSORS = 132  # of an H100 or H200: the one fact of a device that a kernel compiles in
 CAPABILITY = {"sm_80": 80, "sm_90": 90}
 
 
@@ -68,6 +70,8 @@ def compile_variant(row: KernelRow, problem: Problem, config: TileConfig, target
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if row.inner:
+        row, problem = row.inner(row, problem, config)
     rendered = render(row, problem)
     jit = function(rendered)
     signature, constants = _signature(row, problem, config, jit.arg_names)
@@ -112,6 +116,10 @@ def _signature(
     known: dict[str, Any] = {
         "K": problem.K, "EPS": 1e-6, "BM": config.BM, "BN": config.BN, "STAGES": config.stages,
     }  # fmt: skip
+    if shares(row):
+        known |= workspace.constants(problem, config, config.BM, PROCESSORS)
+        if not workspace.needed(problem, config):
+            known |= {"scratch_ptr": None, "counts_ptr": None}
     constants = {n: known[n] for n in names if n in known}
     pointers = {f"{a.name}_ptr": f"*{a.dtype or problem.x_dtype}" for a in arguments(row, problem)}
     types = {n: pointers.get(n, "i32") for n in names}
@@ -144,7 +152,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def instructions(code: str) -> tuple[list[str], list[str]]:
-    """All mnemonics, and those of the main loop: the longest backward branch to a label."""
+    """All mnemonics, and those of the main loop: the one with most matrix instructions."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -155,11 +163,18 @@ def instructions(code: str) -> tuple[list[str], list[str]]:
         instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line)
         if instruction:
             lines.append(instruction[1])
-    start, end = 0, 0
+    loops = [(0, 0)]
     for at, text in enumerate(lines):
         jump = re.search(r"\bBRA\b.*(\.L_x_\d+)", text)
-        back = labels.get(jump[1], at) if jump else at
-        if at - back > end - start:
-            start, end = back, at
+        if jump and labels.get(jump[1], at) < at:
+            loops.append((labels[jump[1]], at))
+    products = [sum("MMA." in text for text in lines[a : b + 1]) for a, b in loops]
+    # Of nested loops with the same products the inner one, of loops apart the longest.
+    held = [loop for loop, found in zip(loops, products, strict=True) if found == max(products)]
+    inner = [
+        (a, b) for a, b in held
+        if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in held if max(products))
+    ]  # fmt: skip
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0])
     mnemonics = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in lines]
     return mnemonics, mnemonics[start : end + 1]

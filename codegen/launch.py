@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
+from . import workspace
 from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
-from .render import Rendered, arguments, render
+from .render import Rendered, arguments, render, shares
 from .row import MAX_REGISTERS, KernelRow, TileConfig
 
 
@@ -115,7 +116,11 @@ def fused_linear(
     if M == 0:
         return y.reshape(*x.shape[:-1], problem.outputs)
     rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in given.items()}
-    _launch(packed.row, problem, config, M, {**packed.tensors, **rows, "y": y})
+    tensors = {**packed.tensors, **rows, "y": y, **_workspace(packed, problem, config, M)}
+    if packed.row.call:
+        packed.row.call(_launch, packed.row, problem, config, M, tensors)
+    else:
+        _launch(packed.row, problem, config, M, tensors)
     return y.reshape(*x.shape[:-1], problem.outputs)
 
 
@@ -125,21 +130,50 @@ _FLAGS = {"bias": "bias", "residual": "residual", "gain": "norm", "smooth": "smo
 
 
 def _launch(
-    row: KernelRow, problem: Problem, config: TileConfig, M: int, given: dict[str, torch.Tensor]
+    row: KernelRow,
+    problem: Problem,
+    config: TileConfig,
+    M: int,
+    given: dict[str, torch.Tensor],
+    grid: tuple[int, ...] | None = None,
 ) -> None:
     rendered = render(row, problem, interpret=interpreting())
     wanted = arguments(row, problem)
-    tensors = [given[a.name] for a in wanted]
-    strides = [t.stride(0) for a, t in zip(wanted, tensors, strict=True) if a.strided]
+    tensors = [given.get(a.name) for a in wanted]
+    strides = [given[a.name].stride(0) for a in wanted if a.strided]
     constants: dict[str, Any] = {"K": problem.K}
     if problem.norm:
         constants["EPS"] = problem.eps
     constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
-    grid = (-(-problem.N // config.BN), -(-M // config.BM))
+    if shares(row):
+        processors = 1 if interpreting() else _processors(given["y"].device)
+        constants |= workspace.constants(problem, config, M, processors)
+    grid = grid or (-(-problem.N // config.BN), -(-M // config.BM), config.split)
     function(rendered)[grid](
         *tensors, M, problem.outputs, *strides,
         **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
+
+
+def _workspace(
+    packed: Packed, problem: Problem, config: TileConfig, M: int
+) -> dict[str, torch.Tensor]:
+    """Scratch for one launch, and the counters of this weight, zero between its launches."""
+    if not shares(packed.row) or not workspace.needed(problem, config):
+        return {}
+    scratch, counters = workspace.sizes(problem, config, M)
+    device = next(iter(packed.tensors.values())).device
+    counts = packed.kept.get("counts")
+    if counts is None or counts.numel() < counters:
+        counts = torch.zeros(max(counters, 64), dtype=torch.int32, device=device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            packed.kept["counts"] = counts  # a graph's own memory must not outlive it
+    return {"scratch": torch.empty(scratch, device=device), "counts": counts}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:

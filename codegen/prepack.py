@@ -9,14 +9,15 @@ scale bits low, zero point high), because 4 bytes is the least that an asynchron
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..compiler.ir import packing
 from ..compiler.ir.errors import ModelError, UsageError
 from .problem import DTYPES, PARTS, Parts, Problem
-from .row import TILE_ROWS, KernelRow, packed_groups
+from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Packed:
     """A prepacked weight: the row it was packed for, its problem and its tensors by argument.
 
     ``sides`` are those that stay as they are: bias, gain and whatever else a call would bring.
+    ``kept`` is what launches keep from call to call.
     """
 
     row: KernelRow
     problem: Problem
     tensors: dict[str, torch.Tensor]
     sides: dict[str, torch.Tensor]
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -58,7 +61,12 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
     ordered, given = order_rows(problem, given)
     if problem.pairs and "bias" in given:
         sides["bias"] = pad(given["bias"][:, None], TILE_ROWS, 1)[:, 0].contiguous()
-    return Packed(row, problem, row.pack(row, ordered, given), sides)
+    tensors = row.pack(row, ordered, given)
+    if problem.rank and problem.weights != "factors":
+        tensors |= low_rank(ordered, given)
+    if problem.sparse:
+        tensors |= entries(ordered, given)
+    return Packed(row, problem, tensors, sides)
 
 
 # Parts with a row of their own for each output feature.
@@ -126,6 +134,45 @@ def check_parts(problem: Problem, parts: Parts) -> None:
         expect("codes", parts.get("codes"), (N, words))
     if problem.m and "meta" not in parts:
         raise ModelError("expected the positions of the kept values, found none")
+
+
+def low_rank(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    """left [Np, Rp] and right [Rp, K up to whole 128s]."""
+    left, right = parts.get("left"), parts.get("right")
+    expect("left", left, (problem.N, problem.rank))
+    expect("right", right, (problem.rank, problem.K))
+    assert left is not None
+    assert right is not None
+    return {
+        "left": pad(left, TILE_ROWS, RANK_STEP).contiguous(),
+        "right": pad(right, RANK_STEP, 128).contiguous(),
+    }
+
+
+def entries(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    """Compressed rows -> for every 64 rows, the n-th entry of each together, up to the longest.
+
+    entry_index and entry_values [sum of lengths, 64], entry_starts [Np/64 + 1] where each 64 begin.
+    """
+    starts = parts["csr_starts"].to(torch.int64)
+    expect("csr_starts", starts, (problem.N + 1,))
+    index, values = parts["csr_index"], parts["csr_values"]
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < problem.K:
+        raise ModelError(f"expected entries in columns below {problem.K}, found {int(index.max())}")
+    lengths = starts.diff()
+    short = -problem.N % TILE_ROWS
+    longest = torch.nn.functional.pad(lengths, (0, short)).reshape(-1, TILE_ROWS).amax(1)
+    begins = torch.nn.functional.pad(longest.cumsum(0), (1, 0))
+    rows = torch.repeat_interleave(torch.arange(problem.N, device=starts.device), lengths)
+    nth = torch.arange(len(rows), device=starts.device) - starts[rows]
+    at = (begins[rows // TILE_ROWS] + nth) * TILE_ROWS + rows % TILE_ROWS
+    room = int(begins[-1]) * TILE_ROWS
+    narrow = torch.int16 if problem.K <= 1 << 15 else torch.int32
+    return {
+        "entry_starts": begins.to(torch.int32),
+        "entry_index": index.new_zeros(room, dtype=narrow).scatter(0, at, index.to(narrow)),
+        "entry_values": values.new_zeros(room).scatter(0, at, values),
+    }
 
 
 def scale_tiles(row: KernelRow, problem: Problem, parts: Parts) -> torch.Tensor:

@@ -15,6 +15,7 @@ import jinja2
 import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
+from .literals import integer_bytes
 from .problem import Problem
 from .row import Argument, KernelRow
 
@@ -27,6 +28,7 @@ CONSTANTS: dict[str, type] = {
     "interpret": bool,
     "name": str,
     "signature": str,
+    "splits": bool,
     "step": int,
 }
 
@@ -52,8 +54,14 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         "interpret": interpret,
         "name": variant_name(row, problem),
         "signature": signature(row, problem),
+        "splits": shares(row),
         "step": row.step,
     }
+
+
+def shares(row: KernelRow) -> bool:
+    """Whether programs of this row leave each other what they found (see `workspace`)."""
+    return any(a.name == "scratch" for a in row.args)
 
 
 def arguments(row: KernelRow, problem: Problem) -> list[Argument]:
@@ -67,6 +75,8 @@ def signature(row: KernelRow, problem: Problem) -> str:
     names = [f"{a.name}_ptr" for a in given] + ["M", "N"]
     names += [f"stride_{a.name}" for a in given if a.strided]
     fixed = ["K", *(["EPS"] if problem.norm else []), "BM", "BN", "STAGES"]
+    if shares(row):
+        fixed += ["SPLIT", *(["RUNS", "MAKERS"] if problem.rank else [])]
     lines = names + [f"{name}: tl.constexpr" for name in fixed]
     return "\n".join(f"    {line}," for line in lines)
 
@@ -155,10 +165,12 @@ def check_template(template: str) -> frozenset[str]:
 @functools.cache
 def environment() -> jinja2.Environment:
     """The Jinja environment: shipped templates only, undefined names raise."""
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__ or "llmc.codegen", "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.filters["integer_bytes"] = integer_bytes
+    return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import sympy
 import torch
@@ -17,6 +17,8 @@ from .problem import DEFAULTS, FEATURES, Misfit, Parts, Problem, Requirement
 
 # Two blocks of four warps fit a multiprocessor at this many; left alone, ptxas spills to fit six.
 MAX_REGISTERS = 255
+MIN_STEPS = 4  # of each program where several share the columns of a tile: a pipeline to fill
+RANK_STEP = 16  # ranks beside a weight are padded to whole ones
 TILE_ROWS = 64  # output features of one prepacked weight tile; every BN divides it or is a multiple
 
 
@@ -65,11 +67,17 @@ class KernelRow:
         pack: (row, problem, canonical parts) -> the tensors that the kernel reads, by argument.
         product: what is multiplied: "float" (fp16, bf16 or tf32), "int8" or "fp8".
         moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
-            activation), out (columns of y), tiles (N and K rounded up to whole tiles: Np, Kp, Gp).
-        tiles, stages: the tuning space: (BM, BN) pairs and pipeline depths.
+            activation), out (columns of y), tiles (N and K rounded up to whole tiles: Np, Kp, Gp), Tp
+            (rows of a stored table).
+        tiles, stages, splits: the tuning space: (BM, BN) pairs, pipeline depths, and programs that
+            share the columns of a tile.
         fits: predicates over BM, BN and the problem (`wide`: fp32 activations) that keep a tile
             free of register spills.
         rtol: expected relative error of an fp16 or bf16 call.
+        call: (launch, row, problem, config, M, tensors) -> None, where a call of this row is more
+            than the launch of its own kernel.
+        inner: (row, problem, config) -> the row and problem of the product that such a call
+            launches with ``config``.
     """
 
     name: str
@@ -88,6 +96,9 @@ class KernelRow:
     product: str = "float"
     targets: tuple[str, ...] = ("sm_80", "sm_90")
     rtol: float = 1e-2
+    splits: tuple[int, ...] = (1,)
+    call: Callable[..., None] | None = None
+    inner: Callable[[KernelRow, Problem, TileConfig], tuple[KernelRow, Problem]] | None = None
 
     def misfits(self, problem: Problem) -> list[Misfit]:
         """All reasons why this row cannot serve `problem`; empty when it can."""
@@ -105,6 +116,8 @@ class KernelRow:
             "Kp": Kp,
             "Gp": packed_groups(self, problem),
             "out": problem.outputs,
+            "Rp": _up(problem.rank, RANK_STEP),
+            "Tp": Np if problem.table == "row" else TILE_ROWS,
         }
         return int(_evaluate(self.moves, values))
 
@@ -113,14 +126,20 @@ class KernelRow:
         return _configs(self, problem)
 
     def default_config(self, problem: Problem, M: int, processors: int = 132) -> TileConfig:
-        """The untuned choice: the smallest BM that covers M, the widest BN that fills the GPU."""
+        """The untuned choice: the smallest BM that covers M, the widest BN that fills the GPU.
+
+        Where no BN does alone, columns are split among as few programs as fill nine tenths of it.
+        """
         grid = self.configs(problem)
         BM = min((c.BM for c in grid if c.BM >= M), default=max(c.BM for c in grid))
-        wide_first = sorted({c.BN for c in grid if BM == c.BM}, reverse=True)
         tokens = -(-M // BM)
-        filling = [b for b in wide_first if -(-problem.N // b) * tokens >= processors]
-        BN = (filling or wide_first[-1:])[0]
-        return next(c for c in grid if (c.BM, c.BN, c.stages) == (BM, BN, self.stages[1]))
+        held = [c for c in grid if (c.BM, c.stages) == (BM, self.stages[1])]
+        programs = {c: -(-problem.N // c.BN) * tokens * c.split for c in held}
+        whole = [c for c in held if c.split == 1 and programs[c] >= processors]
+        enough = whole or [c for c in held if 10 * programs[c] >= 9 * processors]
+        if enough:
+            return max(enough, key=lambda c: (c.BN, -c.split))
+        return max(held, key=lambda c: (programs[c], c.BN))
 
     def matrix_instruction(self, target: str, x_dtype: str, config: TileConfig) -> str:
         """The matrix instruction (SASS mnemonic prefix) that this tile must compile to."""
@@ -136,7 +155,7 @@ def _eight_bits(product: str, target: str, config: TileConfig) -> str:
     """Of int8 and e4m3 products; e4m3 without a warp group falls to products of fp16."""
     group = target == "sm_90" and config.BM >= 16 and config.BN >= 64
     if product == "int8":
-        return f"IGMMA.64x{config.BM}x32.S8.S8" if group else "IMMA.16832.S8.S8"
+        return f"IGMMA.64x{config.BM}x32.S8.S8" if group else "IMMA.16832.S8.S8.SAT"
     return f"QGMMA.64x{config.BM}x32.F32.E4M3.E4M3" if group else "HMMA.16816.F32"
 
 
@@ -171,10 +190,17 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
         and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
     ]
     # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
-    return tuple(
+    whole = tuple(
         TileConfig(BM, BN, stages, 2 if BN == 32 else 8 if BM * BN >= 16384 else 4)
         for BM, BN in tiles
         for stages in row.stages
+    )
+    steps = -(-problem.K // row.step)
+    return tuple(
+        replace(config, split=split)
+        for split in row.splits
+        for config in whole
+        if split == 1 or steps >= MIN_STEPS * split
     )
 
 
@@ -199,14 +225,14 @@ def _integers(problem: Problem) -> dict[str, int]:
         for f in fields(problem)
         if not isinstance(getattr(problem, f.name), (str, float))
     }
-    return {**values, "group": problem.dense_group}
+    return {**values, "group": problem.dense_group, "limited": int(problem.limited)}
 
 
 @functools.cache
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
-    names = [f.name for f in fields(Problem)] + ["M", "xb", "out"]
-    names += ["Np", "Kp", "Gp", "BM", "BN", "wide"]
+    names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp"]
+    names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 
 

@@ -7,6 +7,21 @@ from ..row import Argument
 FLOATS = ("fp16", "bf16", "fp32")
 
 
+class UpTo(tuple[object, ...]):
+    """Choices of a count: ``least`` to ``most``."""
+
+    least: int
+    most: int
+
+    def __new__(cls, most: int, least: int = 0) -> UpTo:
+        made = super().__new__(cls, (f"{least} to {most}",))
+        made.least, made.most = least, most
+        return made
+
+    def __contains__(self, count: object) -> bool:
+        return isinstance(count, int) and self.least <= count <= self.most
+
+
 def linear_args(*weight: Argument) -> tuple[Argument, ...]:
     """x, the tensors of the weight, every side input and y, in the order of the signature."""
     return (
@@ -15,6 +30,13 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("bias", "[N]", FLOATS, "bias"),
         Argument("residual", "[M, out]", FLOATS, "residual", strided=True),
         Argument("gain", "[K]", FLOATS, "gained", dtype="fp32"),
+        Argument("left", "[Np, Rp]", FLOATS, "rank"),
+        Argument("right", "[Rp, Kp]", FLOATS, "rank"),
+        Argument("entry_starts", "[Np/64 + 1]", ("i32",), "sparse", dtype="i32"),
+        Argument("entry_index", "[entries, 64]", ("i16", "i32"), "sparse", dtype="i16"),
+        Argument("entry_values", "[entries, 64]", FLOATS, "sparse"),
+        Argument("scratch", "[parts]", ("fp32",), dtype="fp32"),
+        Argument("counts", "[tiles]", ("i32",), dtype="i32"),
         Argument("y", "[M, out]", FLOATS, strided=True),
     )
 
@@ -22,6 +44,9 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
 SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
 # Bytes of everything but the weight; four bytes per group hold scale and zero point.
 SIDES = "xb*M*K + xb*M*out*(1 + residual) + 4*Gp*Np + xb*N*bias + 4*K*Max(norm, smooth)"
+SIDES += " + xb*Rp*(Np + 128*ceiling(K/128))"
+# Programs that may share a tile's columns, for templates that loop from LO to HI.
+SPLITS = (1, 2, 4, 8)
 # What plain Triton and its interpreter can compute.
 ACTS = ("", "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
 # What the shared includes of the templates serve.
@@ -31,4 +56,6 @@ CHOICES: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("asym", "bias", "residual", "norm", "smooth"), (False, True)),
     "act": ACTS,
     "pairs": ("", "gate"),
+    "rank": UpTo(1024),
+    "sparse": (False, True),
 }

@@ -9,7 +9,7 @@ from ...compiler.ir.errors import ModelError
 from ..prepack import expect, pad, scale_tiles, words
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .common import CHOICES, SCALE, SIDES, linear_args
+from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
 def _codes(shape: str) -> Argument:
@@ -100,6 +100,7 @@ W4A16 = KernelRow(
         (64, 64),
     ),
     stages=(3, 4, 6),
+    splits=SPLITS,
     fits=("Eq(wide, 0) | (BM <= 16)", "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"),
     pack=_dense,
 )
@@ -127,6 +128,7 @@ W4A16_24 = KernelRow(
     moves=f"3*Np*Kp/8 + {SIDES}",
     tiles=((8, 32), (16, 32), (16, 64), (16, 128), (32, 64)),
     stages=(2, 3),
+    splits=SPLITS,
     fits=("Eq(wide, 0) | (BM * BN <= 1024)", "Eq(norm, 0) | (BN <= 64)"),
     pack=_sparse,
 )

@@ -83,7 +83,8 @@ def test_the_default_tile_covers_the_tokens_and_fills_the_gpu() -> None:
     assert W4A16.default_config(wide, 1) == TileConfig(8, 128)
     assert W4A16.default_config(wide, 9) == TileConfig(16, 128)
     assert W4A16.default_config(wide, 1000) == TileConfig(64, 64)
-    assert W4A16.default_config(Problem(N=4096, K=4096), 1) == TileConfig(8, 32, warps=2)
+    assert W4A16.default_config(Problem(N=4096, K=4096), 1) == TileConfig(8, 128, split=4)
+    assert W4A16.default_config(Problem(N=4096, K=512), 1) == TileConfig(8, 32, warps=2)
     assert W4A16_24.default_config(dataclasses.replace(wide, n=2, m=4), 1).BM == 8
 
 

@@ -1,0 +1,77 @@
+"""What the programs of one launch leave for each other: partial sums, and counters that every
+launch finds and leaves at zero.
+
+Two things need it. Under ``split`` several programs share the columns of a tile, and the last one
+to finish adds what all of them left, in the order of their columns. Beside a product of low rank,
+the programs that start first multiply x by right, and the epilogues wait for it. They wait for
+programs that have started only: a ticket tells who makes, and tickets that make are never more
+than processors, so those before them always find room to run.
+"""
+
+from __future__ import annotations
+
+from .problem import Problem
+from .row import RANK_STEP as JOB  # rows of right that a program multiplies at a time
+from .row import TileConfig
+
+DEPTH = 128  # columns of right at a time; its rows are padded to whole ones
+MOST_RUNS = 8
+
+
+def ranks(problem: Problem) -> int:
+    """The rank as packed."""
+    return -(-problem.rank // JOB) * JOB
+
+
+def runs(problem: Problem) -> int:
+    """Runs of columns into which one row of right is cut: more make sooner what all wait for, but
+    everybody adds their parts."""
+    count = MOST_RUNS
+    while count > 1 and (256 * count > problem.K or ranks(problem) // JOB * count > 128):
+        count //= 2
+    return count
+
+
+def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> dict[str, int]:
+    """The compile-time constants that say who does what; one processor: programs run in turn."""
+    found = {"SPLIT": config.split}
+    if problem.rank:
+        columns, rows = _tiles(problem, config, M)
+        jobs = ranks(problem) // JOB * runs(problem)
+        makers = max(1, min(jobs, columns * config.split, processors // rows))
+        # One kernel for all numbers of tokens of a bucket: a power of two.
+        found |= {"RUNS": runs(problem), "MAKERS": 1 << (makers.bit_length() - 1)}
+    return found
+
+
+def needed(problem: Problem, config: TileConfig) -> bool:
+    """Whether a launch has a workspace at all."""
+    return config.split > 1 or problem.rank > 0
+
+
+def sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
+    """Elements of the scratch (fp32) and of the counters (int32)."""
+    columns, rows = _tiles(problem, config, M)
+    scratch = counters = 0
+    if problem.rank:
+        scratch += rows * runs(problem) * ranks(problem) * config.BM
+        counters += 2 * rows
+    if config.split > 1:
+        scratch += columns * rows * config.split * (config.BN + 1) * config.BM
+        counters += columns * rows
+    return scratch, counters
+
+
+def moved(problem: Problem, config: TileConfig, M: int) -> int:
+    """Bytes of partial sums: written once and read once."""
+    values = 0
+    if problem.rank:
+        values += runs(problem) * ranks(problem) * M
+    if config.split > 1:
+        columns, _ = _tiles(problem, config, M)
+        values += columns * config.split * (config.BN + problem.norm) * M
+    return 8 * values
+
+
+def _tiles(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
+    return -(-problem.N // config.BN), -(-M // config.BM)
