@@ -113,6 +113,7 @@ def check(fitted: Fitted, folder: Path) -> tuple[float, float]:
             raise GateError(
                 f"expected a checkpoint that loads whole, found {kind.replace('_', ' ')}: {first}"
             )
+
     def run_model(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         out = model.eval()(input_ids=inputs["input_ids"])
         logits: torch.Tensor = out.logits if "logits" in out else out[0]

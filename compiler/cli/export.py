@@ -28,7 +28,7 @@ _LIST = "\b\nFormats:\n" + "\n".join(f"  {f.name:{_WIDTH}}  {f.help}" for f in F
 @click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path),
               help="The folder to write.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["f32", "bf16", "f16"]), default=None,
-              help="Of dense weights.  [default: as most of them are stored; gptq and awq: not f32]")  # fmt: skip
+              help="Of dense weights.  [default: as stored most; gptq, awq: not f32]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
 @click.option("--drop-exits", is_flag=True,
               help="Write the full model of a result with early exits.")  # fmt: skip

@@ -99,7 +99,8 @@ class CompressedTensors:
         else:
             out["weight"] = parts.codes.view(torch.float8_e4m3fn)
         if in_scale is not None:
-            out["input_scale"] = in_scale.to(parts.scale.dtype)
+            # Linears that share an input share its scale; the file holds one for each.
+            out["input_scale"] = in_scale.float().clone()
         return out
 
     def config(self, whole: Whole) -> dict[str, Any]:

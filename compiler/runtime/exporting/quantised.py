@@ -136,8 +136,8 @@ def _whole(fitted: Any, grids: Mapping[str, Any], format: str) -> Whole:
     linears = {n for n, m in kinds.items() if isinstance(m, torch.nn.Linear)}
     modules = {p.name: _module(p.names) for p in captured.params.values()}
     found = []
-    for name, node in fitted.match.values.items():
-        path, names = modules[name], captured.params[name].names
+    for name in (n for n in captured.params if n in fitted.match.values):
+        path, names, node = modules[name], captured.params[name].names, fitted.match.values[name]
         weight = coded(fitted.program, name, path, node, grids)
         if weight is None:
             continue
