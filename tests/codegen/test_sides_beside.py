@@ -103,10 +103,9 @@ def test_entries_lie_in_runs_of_64_rows() -> None:
             for lane in range(64):
                 at = int(packed["entry_index"][n * 64 + lane])
                 dense[tile * 64 + lane, at] += packed["entry_values"][n * 64 + lane].float()
-    wanted = add_csr(
-        torch.zeros(130, 96), *[parts[f"csr_{n}"] for n in ("values", "index", "starts")]
-    )
-    assert torch.equal(dense[:130], wanted.float())
+    values = parts["csr_values"].float()
+    wanted = add_csr(torch.zeros(130, 96), values, parts["csr_index"], parts["csr_starts"])
+    assert torch.equal(dense[:130], wanted)
     assert not dense[130:].any()
 
 
