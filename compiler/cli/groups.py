@@ -68,7 +68,8 @@ def groups_command(
     blocked = sum(bool(g.blocked) for g in found)
     out.text(f"{counted(len(found), 'group')}, {blocked} of them blocked")
     if picture is not None:
-        write_picture(picture, lambda: svg(program, rows), lambda: dot(program, rows))
+        drawings = {".svg": lambda: svg(program, rows), ".dot": lambda: dot(program, rows)}
+        write_picture(picture, drawings)
         out.note(f"drawn to {picture}")
     out.data("groups", {"source": source, "groups": groups_json(program, found)})
 

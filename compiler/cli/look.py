@@ -50,8 +50,8 @@ def open_headers(source: str, trust_remote_code: bool = False) -> tuple[Program,
               help="Nodes that meet FIELD=VALUE,...; also != ~ > >= < <=, and input.FIELD for what "
               "a node reads.")  # fmt: skip
 @click.option("--picture", default=None, metavar="FILE",
-              help="Draw the data flow of what is shown: FILE.svg, or FILE.dot for "
-              "Graphviz.")  # fmt: skip
+              help="Draw the data flow of what is shown: FILE.svg, FILE.dot for Graphviz, or "
+              "FILE.json for Model Explorer.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True,
               help="Run modelling code that lies in the model's folder.")  # fmt: skip
 @output_options
@@ -65,7 +65,7 @@ def inspect_command(
     """
     if sum(x is not None for x in (block, prefix, text)) + as_python > 1:
         raise UsageError("expected one of --block, --path, --where and --python, found several")
-    check_picture(picture)
+    check_picture(picture, (".svg", ".dot", ".json"))
     program, artefact = open_headers(source, trust_remote_code)
     if as_python:
         python = program.print_python(source)
@@ -78,12 +78,27 @@ def inspect_command(
         names = [n.name for n in program.graph.nodes]
         _overview(program, artefact, source, out)
     if picture is not None:
-        from ..report.flow import alone, dot, flow
-        from ..report.flow import picture as drawn
-
-        found = flow(program, names)
-        write_picture(picture, lambda: alone(drawn(found, source)), lambda: dot(found))
+        selected = names if len(names) < len(program.graph.nodes) else None
+        _draw(picture, program, artefact, source, selected)
         out.note(f"drawn to {picture}")
+
+
+def _draw(
+    goal: str, program: Program, artefact: Loaded | None, source: str, names: list[str] | None
+) -> None:
+    """Draw the selected nodes, or everything; for Model Explorer then every pass's graph too."""
+    from ..report.explorer import explorer_json
+    from ..report.flow import alone, dot, flow
+    from ..report.flow import picture as drawn
+
+    graphs = [("program", program)]
+    if names is None and artefact is not None:
+        graphs += [(name, artefact.graph(name)) for name in artefact.graphs]
+    found = flow(program, [n.name for n in program.graph.nodes] if names is None else names)
+    write_picture(goal, {
+        ".svg": lambda: alone(drawn(found, source)), ".dot": lambda: dot(found),
+        ".json": lambda: explorer_json(Path(source).name, graphs, names),
+    })  # fmt: skip
 
 
 def _nodes(

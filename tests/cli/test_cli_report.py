@@ -135,6 +135,28 @@ def test_inspect_draws_what_it_shows(
     assert llmc("inspect", artefact, "--picture", tmp_path / "all.dot").code == 0
     assert (tmp_path / "all.dot").read_text(encoding="utf-8").count('[label="aten.linear') == 15
     done = llmc("inspect", artefact, "--picture", tmp_path / "a.png")
-    assert (done.code, "a name ending in .svg or .dot" in done.error) == (2, True)
+    assert (done.code, "a name ending in .svg, .dot or .json" in done.error) == (2, True)
     done = llmc("inspect", artefact, "--picture", tmp_path / "no" / "a.svg")
     assert (done.code, "expected a file that can be written" in done.error) == (2, True)
+
+
+def test_inspect_writes_for_model_explorer(
+    llmc: Callable[..., Any], artefact: Path, tmp_path: Path
+) -> None:
+    """A collection as its reader wants it: every pass's graph, or the nodes that were asked for."""
+    assert llmc("inspect", artefact, "--picture", tmp_path / "all.json").code == 0
+    told = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
+    assert set(told) == {"label", "graphs"}
+    assert told["graphs"][1]["id"].endswith("captured")
+    for graph in told["graphs"]:
+        ids = [n["id"] for n in graph["nodes"]]
+        assert len(set(ids)) == len(ids)
+        read = {e["sourceNodeId"] for n in graph["nodes"] for e in n["incomingEdges"]}
+        assert read < set(ids)
+        values = [a["value"] for n in graph["nodes"] for a in n["attrs"]]
+        assert all(isinstance(v, str) for v in values)
+    places = {n["namespace"] for n in told["graphs"][0]["nodes"]}
+    assert any(p.startswith("block0/model/layers/0/mlp") for p in places)
+    assert llmc("inspect", artefact, "--block", 0, "--picture", tmp_path / "b.json").code == 0
+    (one,) = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["graphs"]
+    assert {n["namespace"].partition("/")[0] for n in one["nodes"]} == {"block0"}
