@@ -65,7 +65,7 @@ def random_gptq(
     q = torch.randint(top, (rows, columns), generator=g)
     z = torch.full((rows, count), top // 2)
     if not symmetric:
-        z = torch.randint(version == 1, top, (rows, count), generator=g)
+        z = torch.randint(int(version == 1), top, (rows, count), generator=g)
     s = (torch.rand(rows, count, generator=g) * 0.05 + 0.01).half()
     index = torch.arange(columns) // group
     if order is not None:
@@ -73,7 +73,7 @@ def random_gptq(
     tensors = {
         "qweight": torch.tensor([words_of(r, bits) for r in q.tolist()], dtype=torch.int32).t(),
         "qzeros": torch.tensor(
-            [words_of(c, bits) for c in (z - (version == 1)).t().tolist()], dtype=torch.int32
+            [words_of(c, bits) for c in (z - int(version == 1)).t().tolist()], dtype=torch.int32
         ),
         "scales": s.t(),
         "g_idx": index.int(),
