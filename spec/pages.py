@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..codegen.kernels import ROWS as KERNELS
@@ -143,6 +145,7 @@ def kernels_page() -> str:
             for a in row.args
         ]
         parts.append(table(("argument", "shape", "dtypes", "present"), args) + "\n")
+        parts.append(compiled_table(row.name))
     return "".join(parts).rstrip() + "\n"
 
 
@@ -157,6 +160,34 @@ def _kernel_facts(row: KernelRow) -> list[tuple[str, str]]:
         ("tiles (tokens x features)", tiles),
         ("pipeline stages", ", ".join(map(str, row.stages))),
     ]
+
+
+FACTS = Path(__file__).with_name("kernels.json")
+"""Facts of compiled kernels, written by `python -m llmc.codegen.facts spec/kernels.json`."""
+
+
+def compiled_table(row: str) -> str:
+    """What the machine code of a row's documented variants shows; empty where none was compiled."""
+    if not FACTS.is_file():
+        return ""
+    told = json.loads(FACTS.read_text())
+    rows = []
+    for f in told["facts"]:
+        if f["row"] != row:
+            continue
+        c = f["config"]
+        tile = f"{c['BM']} x {c['BN']}" + (f" / {c['split']}" if c["split"] > 1 else "")
+        if "unsupported" in f:
+            rows.append((f["what"], f["target"], tile, f["unsupported"], *("",) * 6))
+            continue
+        numbers = ("registers", "stack", "shared", "local_memory", "loop_stores", "slots")
+        rows.append((f["what"], f["target"], tile, " ".join(f["matrix"]) or "none",
+                     *(str(f[n]) for n in numbers)))  # fmt: skip
+    head = ("variant", "machine", "tile", "matrix instruction", "registers", "stack", "shared",
+            "LDL and STL", "shared stores in the loop", "slots per weight")  # fmt: skip
+    if not rows:
+        return ""
+    return f"Compiled without a GPU by Triton {told['triton']}.\n\n{table(head, rows)}\n"
 
 
 def artefact_page() -> str:

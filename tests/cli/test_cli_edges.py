@@ -124,16 +124,16 @@ def test_a_folder_is_no_data_file(llmc: Call, artefact: Path, tmp_path: Path) ->
 
 
 def test_kernels_without_a_model(llmc: Call) -> None:
-    """Every row's machine code, for typical problems; without --aot there is nothing to show."""
-    from llmc.codegen.kernels import ROWS
-
+    """A row's machine code, for its documented variants; without --aot there is nothing to show."""
     assert "--aot" in llmc("kernels").error
-    done = llmc("kernels", "--aot", "sm_80", "--json")
+    done = llmc("kernels", "--aot", "sm_80", "--row", "w4a16_24", "--json")
     assert done.code == 0, done.err
     facts = done.json["aot"]
-    assert {f["row"] for f in facts} == {r.name for r in ROWS}
+    assert {f["row"] for f in facts} == {"w4a16_24"}
     assert all(f["registers"] > 0 and f["stack"] == 0 and f["matrix"] for f in facts)
     assert any(f["problem"]["norm"] and f["problem"]["bias"] for f in facts)
+    assert all(f["faults"] == [] for f in facts)
+    assert "did you mean 'w4a16_24'" in llmc("kernels", "--aot", "sm_80", "--row", "w4a16_2").error
 
 
 def test_shipped_recipes_have_names(llmc: Call, tiny: Path, tmp_path: Path) -> None:
