@@ -9,24 +9,28 @@ Kernel names are for reports only; an artefact never holds them, nor any packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from ..compiler.ir.errors import ResourceError, UsageError, nearest
-from ..compiler.ir.graph import Program
+from ..compiler.ir.graph import Param, Program
 from ..compiler.ir.refusal import Refusal
+from ..compiler.ir.segments import refresh_segments
 from . import cpu, sparse
 from .attention.lower import PlacedAttention, attention_implementations
-from .fuse import Fused, FusePlan, fuse
+from .fuse import Fused, fuse
+from .fuse_nodes import MAKER
+from .gains import in_range
 from .kernels import choose
 from .prepack import Packed, prepack
-from .problem import Problem
+from .problem import DTYPES, Problem
 from .row import KernelRow
 
-Canonical = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Target = Literal["reference", "cpu", "triton"]
 TARGETS: tuple[Target, ...] = ("reference", "cpu", "triton")
 TOKENS = 8192  # kept ones, for the bytes of a cached attention in a report
@@ -39,7 +43,7 @@ class Placed:
 
     Attributes:
         bytes: moved by one call at one token, every operand once.
-        resident: bytes of its weight in the kernel's layout. stored: of its canonical tensors.
+        resident: bytes of the tensors made for it. stored: of the parameters that they replace.
         note: what the kernel does differently from the reference.
     """
 
@@ -56,10 +60,10 @@ class Lowered:
     """A program ready for a runner.
 
     Attributes:
-        program: rewritten; fused nodes keep the types of canonical storage while the tensors behind
-            their codes and scales are laid out for the target (those of zero and meta are empty).
+        program: rewritten; a placed node reads x, what is added to it, and packed tensors, which
+            are parameters of their own: its body says what it means, not what it reads now.
         implementations: callables by node name; other nodes run their row's reference.
-        resident_bytes: by name of the codes parameter, the bytes of the packed weight.
+        resident_bytes: by fused node, the bytes of the tensors that were made for it.
         attention: cached attention that runs on a kernel row.
     """
 
@@ -88,56 +92,46 @@ def lower(program: Program, target: str, *, device: torch.device | str = "cpu") 
     raise UsageError(f"expected a target of {', '.join(TARGETS)}, found {target!r}", hint=hint)
 
 
+# What the CPU's kernels are asked for: norms, sums and gates gain nothing there.
+CPU_FEATURES = frozenset({
+    "rank", "rounds", "outliers", "sparse", "table", "masked", "factors",
+})  # fmt: skip
+
+
 def _lower_cpu(program: Program) -> Lowered:
-    plan = fuse(program, lambda p: cpu.choose(p)[1] or None, norm=False, residual=False)
-    lowered = _start("cpu", program, plan)
+    plan = fuse(program, cpu_accept, CPU_FEATURES)
+    lowered = Lowered("cpu", program, refused=list(plan.refused))
     for fused in plan.fused:
         known = _input_grid(program, fused)
         problem = cpu.with_limit(fused.problem, known.get("limit", 0.0))
         kernel, _ = cpu.choose(problem)
         assert kernel is not None
-        names = ("codes", "scale", "zero", "meta")
-        canonical = zip(names, _load(program, fused, torch.device("cpu")), strict=True)
-        parts = {n: t for n, t in canonical if t is not None}
+        canonical = fused.canonical(program)
         if "unit" in known:
-            parts["in_scale"] = known["unit"]
-        packed = cpu.pack(kernel, problem, parts)
-        codes, scale = packed["codes"], packed["scale"]
+            canonical["in_scale"] = known["unit"]
+        packed = cpu.pack(kernel, problem, canonical)
         choice = cpu.ways_by_tokens(kernel, problem)
         note = f"{kernel.note}; {choice}" if len(kernel.ways) > 1 else kernel.note
         if problem.m:
             note += f"; {problem.n}:{problem.m} spread to dense codes"
-        traffic = codes.nbytes + scale.nbytes + 2 * (problem.N + problem.K) * (1 + problem.rank)
-        _place(lowered, fused, kernel.name, codes, scale, traffic, note)
-        lowered.implementations[fused.node] = _cpu_implementation(kernel, problem, packed, choice)
+        traffic = sum(t.nbytes for t in packed.values())
+        traffic += DTYPES[problem.x_dtype].itemsize * (problem.outputs + problem.K)
+        call = partial(_on_cpu, kernel, problem, choice)
+        _place(lowered, fused, kernel.name, canonical, packed, traffic, note, call)
+    refresh_segments(program)
     return _sides(lowered, torch.device("cpu"))
 
 
-def _cpu_implementation(
-    kernel: cpu.CpuKernel, problem: Problem, packed: dict[str, torch.Tensor], choice: cpu.Choice
-) -> Callable[..., torch.Tensor]:
-    """`llmc.fused_linear` over packed tensors; what a call does not bring stays as packed."""
-    rest = {n: t for n, t in packed.items() if n not in ("codes", "scale")}
+def cpu_accept(problem: Problem) -> str | None:
+    """Why torch has no CPU kernel for a problem; None when it has one."""
+    return cpu.choose(problem)[1] or None
 
-    def call(
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor | None = None,
-        meta: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        gain: torch.Tensor | None = None,
-        left: torch.Tensor | None = None,
-        right: torch.Tensor | None = None,
-        **attrs: Any,
-    ) -> torch.Tensor:
-        sides = {"bias": bias, "gain": gain, "left": left, "right": right}
-        given = {n: t for n, t in sides.items() if t is not None}
-        given |= rest | {"codes": codes, "scale": scale}
-        return cpu.call(kernel, problem, given, x, residual, choice)
 
-    return call
+def _on_cpu(
+    kernel: cpu.CpuKernel, problem: Problem, choice: cpu.Choice, x: torch.Tensor,
+    residual: torch.Tensor | None, packed: dict[str, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    return cpu.call(kernel, problem, packed, x, residual, choice)
 
 
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
@@ -152,59 +146,53 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
         raise UsageError(
             "expected a CUDA device for target triton, found cpu", hint="pass device='cuda'"
         )
-
-    def accept(problem: Problem) -> str | None:
-        chosen, misfits = choose(problem)
-        return None if chosen else "; ".join(str(m) for m in misfits)
-
-    plan = fuse(program, accept)
-    lowered = _start("triton", program, plan)
+    plan = fuse(program, triton_accept)
+    lowered = Lowered("triton", program, refused=list(plan.refused))
     for fused in plan.fused:
         row, _ = choose(fused.problem)
         assert row is not None
-        names = ("codes", "scale", "zero", "meta")
-        parts = dict(zip(names, _load(program, fused, device), strict=True))
-        packed = prepack(row, fused.problem, **parts)
+        canonical = in_range(fused.problem, fused.canonical(program, device))
+        packed = prepack(row, fused.problem, **canonical)
         traffic = row.bytes_moved(fused.problem, 1)
-        _place(lowered, fused, row.name, packed["codes"], packed["scale"], traffic, "")
-        lowered.implementations[fused.node] = _triton_implementation(row, fused.problem)
+        call = partial(_on_triton, row, fused.problem, frozenset(packed.sides))
+        tensors = packed.tensors | packed.sides
+        _place(lowered, fused, row.name, canonical, tensors, traffic, "", call)
     made, lowered.attention, refused = attention_implementations(program)
     lowered.implementations |= made
     lowered.refused += refused
+    refresh_segments(program)
     return _sides(lowered, device)
 
 
-def _triton_implementation(row: KernelRow, problem: Problem) -> Callable[..., torch.Tensor]:
-    """`llmc.fused_linear` over prepacked tensors; columns of x and residual are made contiguous."""
+def triton_accept(problem: Problem) -> str | None:
+    """Why no kernel row serves a problem, by the rows that come closest; None when one does."""
+    if problem.norm and problem.x_dtype == "fp16" and "limit=" in problem.rounds:
+        return "x * gain may leave the range of fp16, and the limit of the grid forbids to scale it"
+    chosen, misfits = choose(problem)
+    if chosen is not None:
+        return None
+    by_row: dict[str, list[str]] = {}
+    for m in misfits:
+        by_row.setdefault(m.row, []).append(str(m))
+    least = min(len(found) for found in by_row.values())
+    return "; ".join(text for found in by_row.values() if len(found) == least for text in found)
+
+
+def _on_triton(
+    row: KernelRow, problem: Problem, sides: frozenset[str], x: torch.Tensor,
+    residual: torch.Tensor | None, tensors: dict[str, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """Over prepacked tensors; columns of x and residual are made contiguous."""
     from . import launch
 
-    def call(
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor | None = None,
-        meta: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        residual: torch.Tensor | None = None,
-        gain: torch.Tensor | None = None,
-        **attrs: Any,
-    ) -> torch.Tensor:
-        sides = {"bias": bias, "residual": residual, "gain": gain}
-        given = {
-            n: t if n != "residual" else _columns(t) for n, t in sides.items() if t is not None
-        }
-        packed = Packed(row, problem, {"codes": codes, "scale": scale}, {})
-        return launch.fused_linear(packed, _columns(x), **given)
-
-    return call
+    held = {n: t for n, t in tensors.items() if n not in sides}
+    packed = Packed(row, problem, held, {n: tensors[n] for n in sides})
+    given = {} if residual is None else {"residual": _columns(residual)}
+    return launch.fused_linear(packed, _columns(x), **given)
 
 
 def _columns(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _start(target: Target, program: Program, plan: FusePlan) -> Lowered:
-    return Lowered(target, program, refused=list(plan.refused))
 
 
 def _sides(lowered: Lowered, device: torch.device) -> Lowered:
@@ -215,55 +203,87 @@ def _sides(lowered: Lowered, device: torch.device) -> Lowered:
     return lowered
 
 
-def _names(program: Program, fused: Fused) -> list[str | None]:
-    """Names of the parameters behind codes, scale, zero and meta."""
-    node = program.node(fused.node)
-    params = [program.param_of(a) for a in node.args[1:5]]
-    return [None if p is None else p.name for p in params]
-
-
 def _input_grid(program: Program, fused: Fused) -> dict[str, Any]:
     """What stands in the call that rounded a fused node's input: static scale and limit."""
     if not fused.problem.rounded:
         return {}
-    rounded = program.node(fused.node).all_input_nodes[0]
+    rounded = inputs_of(program, fused)[0]
     scale = program.param_of(rounded.args[1]) if len(rounded.args) > 1 else None
     given: dict[str, Any] = {"limit": rounded.kwargs.get("limit", 0.0)}
     return given if scale is None else given | {"unit": program.weights.load(scale.name)}
 
 
-def _load(program: Program, fused: Fused, device: torch.device) -> Canonical:
-    """Canonical codes, scale, zero and meta on `device`."""
-    codes, scale, zero, meta = (
-        None if name is None else program.weights.load(name).to(device)
-        for name in _names(program, fused)
-    )
-    assert codes is not None
-    assert scale is not None
-    return codes, scale, zero, meta
+Call = Callable[[torch.Tensor, "torch.Tensor | None", dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`llmc.fused` of a placed node: its inputs are x, what is added, then packed tensors.
+
+    names: of the inputs, in order.
+    """
+
+    names: tuple[str, ...]
+    call: Call
+
+    def __call__(self, inputs: Sequence[torch.Tensor], *, body: str = "") -> torch.Tensor:
+        given = dict(zip(self.names, inputs, strict=True))
+        return self.call(given.pop("x"), given.pop("residual", None), given)
 
 
 def _place(
-    lowered: Lowered,
-    fused: Fused,
-    kernel: str,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    traffic: int,
-    note: str,
-) -> None:
-    """Put packed tensors behind a fused node's parameters; the canonical ones are let go."""
+    lowered: Lowered, fused: Fused, kernel: str, canonical: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor], traffic: int, note: str, call: Call,
+) -> None:  # fmt: skip
+    """Let a node read packed tensors as parameters of their own; the canonical ones are let go.
+
+    A part that stays as it is stays the parameter that it was.
+    """
     program = lowered.program
-    names = _names(program, fused)
-    stored = sum(program.params[n].bytes for n in names if n is not None)
-    empty = torch.empty(0, dtype=torch.uint8, device=codes.device)
-    for name, tensor in zip(names, (codes, scale, empty, empty.to(torch.int32)), strict=True):
-        if name is not None:
-            program.set_tensor(name, tensor)
-            program.params[name] = replace(program.params[name], keep=True)
-    resident = codes.nbytes + scale.nbytes
-    lowered.resident_bytes[str(names[0])] = resident
+    node, before = program.node(fused.node), dict(program.params)
+    old = inputs_of(program, fused)
+    alone = {
+        p.role: old[int(p.refs[0][1:])]
+        for p in fused.parts
+        if len(p.refs) == 1 and p.refs[0] is not None and p.refs[0][0] == "a"
+    }
+    base = before_last(next(p.name for n in old if (p := program.param_of(n)) is not None))
+    names, inputs, resident = ["x"], [old[0]], 0
+    if fused.residual:
+        names.append("residual")
+        inputs.append(old[int(fused.residual[1:])])
+    for role, tensor in tensors.items():
+        there = alone.get(role)
+        names.append(role)
+        if there is not None and tensor is canonical.get(role) and _same(program, there, tensor):
+            inputs.append(there)
+            continue
+        name = f"{base}.packed.{role}"
+        param = Param(name, tuple(tensor.shape), tensor.dtype, trained=True, keep=True)
+        inputs.append(program.add_param(param, tensor, before=node, made_by=MAKER, like=node))
+        resident += tensor.nbytes
+    node.args = (inputs,)
+    program.prune(*(n for n in old if n.op == "get_attr"))
+    stored = sum(p.bytes for name, p in before.items() if name not in program.params)
+    lowered.resident_bytes[fused.node] = resident
     lowered.placed.append(Placed(fused, kernel, traffic, resident, stored, note))
+    lowered.implementations[fused.node] = Implementation(tuple(names), call)
+
+
+def _same(program: Program, node: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether a parameter's value is that very tensor, or its copy on another device."""
+    value = program.fetch(str(node.target))
+    return value.dtype == tensor.dtype and torch.equal(value, tensor.to(value.device))
+
+
+def before_last(name: str) -> str:
+    """`p2.codes` -> `p2`; a name without parts stays."""
+    return name.rpartition(".")[0] or name
+
+
+def inputs_of(program: Program, fused: Fused) -> list[fx.Node]:
+    """The nodes that a fused node reads, in the order of its body's inputs."""
+    return list(program.node(fused.node).args[0])  # type: ignore[arg-type]
 
 
 def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any]:
@@ -277,7 +297,7 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
         scheme = asdict(p.fused.problem)
         rows.append({
             "node": p.fused.node, "path": p.fused.path, "kernel": p.kernel,
-            "parts": list(p.fused.parts), "problem": scheme, "bytes": p.bytes,
+            "parts": list(p.fused.ops), "problem": scheme, "bytes": p.bytes,
             "floor_us": round(1e6 * p.bytes / bandwidth, 3), "resident_bytes": p.resident,
             "stored_bytes": p.stored, "note": p.note,
         })  # fmt: skip

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..ir.errors import LlmcError, UsageError, nearest
+from ..ir.errors import UsageError, nearest
+from .kernel_facts import documented, of_problems, show_facts
 from .look import open_headers
 from .output import Out, examples, output_options
-from .progress import waiting
 
 if TYPE_CHECKING:
-    from ...codegen.problem import Problem
     from ..ir.graph import Program
 
 MACHINES = ("sm_80", "sm_90")
@@ -24,7 +22,8 @@ MACHINES = ("sm_80", "sm_90")
     "llmc kernels out --target cpu",
     "llmc kernels out --tokens 16",
     "llmc kernels out --aot sm_80,sm_90",
-    "llmc kernels --aot sm_80 --dtype bf16",
+    "llmc kernels --aot sm_80,sm_90 --json",
+    "llmc kernels --aot sm_80 --row w4a16 --dtype bf16",
 ))  # fmt: skip
 @click.argument("source", metavar="[ARTEFACT_OR_MODEL]", required=False)
 @click.option("--target", type=click.Choice(["triton", "cpu"]), default="triton", show_default=True,
@@ -38,16 +37,18 @@ MACHINES = ("sm_80", "sm_90")
 @click.option("--aot", default=None, metavar="LIST",
               help="Compile the kernels for sm_80,sm_90 without a GPU; show registers, stack and "
               "shared memory.")  # fmt: skip
+@click.option("--row", "row_name", default=None, metavar="NAME",
+              help="With --aot and no model, this kernel alone.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True,
               help="Run modelling code that lies in the model's folder.")  # fmt: skip
 @output_options
 def kernels_command(
     source: str | None, target: str, tokens: int, dtype: str, bandwidth: float | None,
-    aot: str | None, trust_remote_code: bool, out: Out,
+    aot: str | None, row_name: str | None, trust_remote_code: bool, out: Out,
 ) -> None:  # fmt: skip
     """Show how an artefact or a model is lowered. Reads headers; needs neither a GPU nor a tensor.
 
-    With --aot and no model, every kernel is compiled for 4096 x 4096 weights.
+    With --aot and no model, every documented variant is compiled for 4096 x 4096 weights.
     """
     from ...codegen.problem import Problem
     from ...codegen.targets import BANDWIDTH
@@ -61,10 +62,10 @@ def kernels_command(
     if source is None:
         if not machines:
             raise UsageError("expected an artefact, a model or --aot, found none")
-        problems = _typical(dtype)
+        wanted = documented(machines, dtype, row_name)
         out.data("kernels", {
             "source": None, "target": target, "tokens": tokens, "dtype": dtype,
-            "aot": _compile(problems, machines, tokens, out),
+            "aot": show_facts(wanted, out),
         })  # fmt: skip
         return
     program, _ = open_headers(source, trust_remote_code)
@@ -83,6 +84,18 @@ def kernels_command(
     table = Table("Not fused", ("node", "condition", "reason", "path"))
     table.rows = [(r["node"], r["predicate"], r["reason"], r["path"]) for r in told["not_fused"]]
     out.table(table)
+    if told["attention"]:
+        table = Table("Attention to the cache", ("node", "kernel", "note", "path"))
+        table.rows = [(r["node"], r["kernel"], r["note"], r["path"]) for r in told["attention"]]
+        out.table(table)
+    if target == "triton" and told["launches_per_block"] is not None:
+        most = told["launches_per_block"]
+        table = Table("Launches of a decode step", ("segment", "launches", "calls"),
+                      right=("launches",))  # fmt: skip
+        table.rows = [(name, str(b["launches"]), " ".join(b["calls"]))
+                      for name, b in told["blocks"].items()]  # fmt: skip
+        out.table(table)
+        out.text(f"at most {most} launches in a block")
     out.text(
         f"{len(told['fused'])} fused, {len(told['not_fused'])} not; "
         f"{size(told['bytes'])} moved, floor {told['floor_us']:.4g} us "
@@ -90,62 +103,42 @@ def kernels_command(
     )
     if machines:
         problems = list(dict.fromkeys(Problem(**r["problem"]) for r in told["fused"]))
-        told["aot"] = _compile(problems, machines, tokens, out)
+        told["aot"] = show_facts(of_problems(problems, machines, tokens), out)
     out.data("kernels", {"source": source, **told})
 
 
 def lowering(
     program: Program, target: str, tokens: int, dtype: str, bandwidth: float
 ) -> dict[str, Any]:
-    """Fused nodes with kernel, bytes and floor, and refusals, from types alone."""
-    from ...codegen import cpu
-    from ...codegen.fuse import fuse
-    from ...codegen.kernels import choose
+    """Fused nodes with kernel, bytes and floor, refusals and launches, from types alone.
 
-    def accept(problem: Problem) -> str | None:
-        if target == "cpu":
-            return cpu.choose(problem)[1] or None
-        row, misfits = choose(replace(problem, x_dtype=dtype))
-        return None if row is not None else "; ".join(str(m) for m in misfits)
+    A program that can keep state is looked at as it decodes.
+    """
+    from ...codegen.survey import survey
+    from ..analysis.cacheable import cache_refusals
+    from ..runtime.cache import add_cache
 
-    own = program.clone()
-    beside = target == "triton"
-    plan = fuse(own, accept, norm=beside, residual=beside)
-    rows: list[dict[str, Any]] = []
-    for fused in plan.fused:
-        problem = replace(fused.problem, x_dtype=dtype)
-        stored = sum(
-            p.bytes for n in own.node(fused.node).args[1:5] if (p := own.param_of(n)) is not None
-        )
-        if target == "cpu":
-            kernel, _ = cpu.choose(problem)
-            name = kernel.name if kernel is not None else ""
-            # torch's layouts: dense codes (N:M is spread), two bf16 values per group.
-            weight = problem.N * problem.K * problem.bits // 8 + 4 * problem.N * problem.groups
-            moved = weight + 2 * tokens * (problem.N + problem.K)
-        else:
-            row, _ = choose(problem)
-            assert row is not None
-            name, moved = row.name, row.bytes_moved(problem, tokens)
-        rows.append({
-            "node": fused.node, "path": fused.path, "kernel": name, "parts": list(fused.parts),
-            "problem": asdict(problem), "bytes": moved, "stored_bytes": stored,
-            "floor_us": 1e6 * moved / bandwidth,
-        })  # fmt: skip
-    return {
-        "target": target, "tokens": tokens, "dtype": dtype, "bandwidth": bandwidth, "fused": rows,
-        "not_fused": [r.to_json() for r in plan.refused],
-        "bytes": sum(r["bytes"] for r in rows), "floor_us": sum(r["floor_us"] for r in rows),
-    }  # fmt: skip
+    if not program.states and any(program.calls("llmc.attention")) and not cache_refusals(program):
+        program = add_cache(program)
+    return survey(program, target, tokens, dtype, bandwidth)
 
 
 def scheme_text(problem: dict[str, Any]) -> str:
     """``2:4 w4 g128``; the group counts dense columns."""
     n, m, group = problem["n"], problem["m"], problem["group"]
     parts = [f"{n}:{m}"] if m else []
-    whole = group <= 0 or group >= (problem["K"] * n // m if m else problem["K"])
-    dense = group * m // n if m else group
-    parts += [f"w{problem['bits']}", "row" if whole else f"g{dense}"]
+    parts += ["bitmap"] if problem.get("bitmap") else []
+    kind = problem.get("weights", "int")
+    if kind in ("dense", "factors"):
+        parts.append(kind)
+    else:
+        whole = group <= 0 or group >= (problem["K"] * n // m if m else problem["K"])
+        dense = group * m // n if m else group
+        levels = problem.get("levels") or ("table" if kind == "table" else "w")
+        parts += [f"{levels}{problem['bits']}", "row" if whole else f"g{dense}"]
+    parts += [f"r{problem['rank']}"] if problem.get("rank") else []
+    parts += ["sparse"] if problem.get("sparse") else []
+    parts += [f"outliers {problem['outliers']}"] if problem.get("outliers") else []
     return " ".join(parts + (["asym"] if problem["asym"] else []))
 
 
@@ -162,55 +155,3 @@ def _machines(aot: str | None, target: str) -> tuple[str, ...]:
                 hint=nearest(name, MACHINES),
             )
     return names
-
-
-def _typical(dtype: str) -> list[Problem]:
-    """For each kernel row the problems that it is for: plain, with zero points, with every side."""
-    from ...codegen.kernels import ROWS
-    from ...codegen.problem import Problem
-
-    schemes = [
-        Problem(4096, 4096, bits=bits, group=128 * n // m if m else 128, n=n, m=m, x_dtype=dtype)
-        for bits in (4, 8, 3, 2)
-        for n, m in ((0, 0), (2, 4), (4, 8))
-    ]
-    out = []
-    for row in ROWS:
-        fits = next((p for p in schemes if not row.misfits(p)), None)
-        if fits is None:
-            raise LlmcError(f"expected a typical problem for kernel {row.name}, found none")
-        sides = replace(fits, asym=True, bias=True, residual=True, norm=True)
-        out += [p for p in (fits, replace(fits, asym=True), sides) if not row.misfits(p)]
-    return out
-
-
-def _compile(
-    problems: list[Problem], machines: tuple[str, ...], tokens: int, out: Out
-) -> list[dict[str, Any]]:
-    """Machine-code facts of each distinct problem, at its untuned tile."""
-    from ...codegen.aot import compile_variant
-    from ...codegen.kernels import choose
-    from ..report.text import Table
-
-    facts: list[dict[str, Any]] = []
-    table = Table("Compiled ahead of time",
-                  ("kernel", "shape", "scheme", "sides", "machine", "tile", "registers", "stack",
-                   "shared", "matrix", "slots per weight"),
-                  right=("registers", "stack", "shared", "slots per weight"))  # fmt: skip
-    with waiting(f"compiling {len(problems)} variants for {', '.join(machines)}", out):
-        for problem in problems:
-            row, _ = choose(problem)
-            assert row is not None
-            config = row.default_config(problem, tokens)
-            sides = [s for s in ("norm", "bias", "residual") if getattr(problem, s)]
-            for machine in machines:
-                found = compile_variant(row, problem, config, machine).json()
-                facts.append(found | {"N": problem.N, "K": problem.K, "problem": asdict(problem)})
-                table.rows.append((
-                    row.name, f"{problem.N}x{problem.K}", scheme_text(asdict(problem)),
-                    " ".join(sides) or "-", machine, f"{config.BM}x{config.BN}",
-                    str(found["registers"]), str(found["stack"]), str(found["shared"]),
-                    " ".join(found["matrix"]), str(found["slots"]),
-                ))  # fmt: skip
-    out.table(table)
-    return facts

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from llmc.codegen import meaning
+from llmc.codegen.fuse import FusePlan
+from llmc.codegen.problem import PARTS
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.build import result_type
 from llmc.compiler.ir.dims import BATCH, SEQ
 from llmc.compiler.ir.graph import DictWeights, Info, Param, Program
 from llmc.compiler.ir.ops import row
 from llmc.compiler.ir.ops.base import infer
+from llmc.compiler.ir.ops.fused import fused as body_value
+from llmc.compiler.ir.ops.fused import recast
 from llmc.compiler.ir.ops.sparse import csr
 from llmc.compiler.ir.segments import make_segments
 from llmc.compiler.ir.types import TensorType
@@ -126,3 +131,30 @@ def hidden(dtype: torch.dtype = torch.float32, width: int = 64) -> torch.Tensor:
     """An input [2, 3, width]."""
     g = torch.Generator().manual_seed(7)
     return torch.randn(2, 3, width, generator=g).to(dtype)
+
+
+def law(program: Program, plan: FusePlan) -> None:
+    """Every fused node's problem, with its parts, means in fp64 what its body means."""
+    g = torch.Generator().manual_seed(3)
+
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        return t.double() if t.is_floating_point() else t
+
+    for one in plan.fused:
+        parts = one.canonical(program, wide=torch.float64)
+        assert set(parts) <= set(PARTS)
+        x = torch.randn(2, 3, one.problem.K, generator=g, dtype=torch.float64)
+        residual = torch.randn(2, 3, one.problem.outputs, generator=g, dtype=torch.float64)
+        given = []
+        for i, node in enumerate(program.node(one.node).args[0]):
+            param = program.param_of(node)
+            if param is not None:
+                given.append(wide(program.fetch(param.name)))
+            else:
+                assert i == 0 or f"a{i}" == one.residual
+                given.append(residual if i else x)
+        if one.residual == "a0":
+            residual = x
+        want = body_value(given, body=recast(one.body, torch.float64))
+        got = meaning.linear(one.problem, parts, x, residual if one.residual else None)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

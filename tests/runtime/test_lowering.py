@@ -87,7 +87,7 @@ def test_recast_refuses_other_dtypes(make_tiny: Make) -> None:
 def test_cpu_target_runs_its_kernels(two_linears: Program) -> None:
     before = str(two_linears.graph)
     fast = runner_for(two_linears, "cpu")
-    assert len(list(fast.program.calls("llmc.fused_linear"))) == 2
+    assert len(list(fast.program.calls("llmc.fused"))) == 2
     want = Runner(two_linears).forward(IDS)
     assert (fast.forward(IDS) - want).norm() < 0.03 * want.norm()
     assert str(two_linears.graph) == before

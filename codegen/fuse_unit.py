@@ -1,0 +1,241 @@
+"""One fused op in the making: its linears, what joins them before and behind, body and parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compiler.ir.ops import row_of
+from ..compiler.ir.ops.fused import Ref, Step, inputs_of, write
+from .fuse_before import Before, grid_words
+from .fuse_chain import Core
+from .problem import Problem
+
+# Parts that all linears of one input share.
+_COMMON = ("columns",)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one kernel call shall do.
+
+    Attributes:
+        cores: linears of one input, their rows joined in this order.
+        before: what it does to its input, nearest to the linear first.
+        gate: the call that joins two linears to act(gate) · up; act: the activation behind one;
+            add: the sum behind.
+    """
+
+    cores: tuple[Core, ...]
+    before: tuple[Before, ...] = ()
+    gate: fx.Node | None = None
+    act: fx.Node | None = None
+    add: fx.Node | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """What a kernel must serve."""
+        first = self.cores[0].problem
+        out = replace(
+            first, N=sum(c.problem.N for c in self.cores),
+            bias=any(c.problem.bias for c in self.cores), residual=self.add is not None,
+        )  # fmt: skip
+        if len(self.cores) > 1:
+            table = "row" if first.table else ""
+            out = replace(out, rank=sum(c.problem.rank for c in self.cores), table=table)
+        kinds = {b.kind: b.node for b in self.before}
+        if "rounds" in kinds:
+            out = replace(out, rounded="", rounds=grid_words(kinds["rounds"], values=True))
+        if "norm" in kinds:
+            out = replace(out, norm=True, eps=float(str(kinds["norm"].kwargs["eps"])))
+        elif "smooth" in kinds:
+            out = replace(out, smooth=True)
+        behind = self.gate or self.act
+        if behind is not None:
+            pairs = "gate" if self.gate is not None else ""
+            out = replace(out, act=str(behind.kwargs["act"]), pairs=pairs)
+        return out
+
+    @property
+    def root(self) -> fx.Node | None:
+        """The call whose value it gives; None where it gives those of several linears."""
+        for node in (self.add, self.gate, self.act):
+            if node is not None:
+                return node
+        return self.cores[0].result if len(self.cores) == 1 else None
+
+    @property
+    def tail(self) -> fx.Node | None:
+        """The same without the sum."""
+        return replace(self, add=None).root
+
+    @property
+    def x(self) -> fx.Node:
+        """What it reads, as the graph stands now."""
+        return self.before[-1].reads if self.before else self.cores[0].reads
+
+    @property
+    def residual(self) -> fx.Node | None:
+        """What is added, as the graph stands now."""
+        if self.add is None:
+            return None
+        a, b = self.add.args
+        other = b if a is self.tail else a
+        assert isinstance(other, fx.Node)
+        return other
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """All calls that it stands for."""
+        behind = {n for n in (self.gate, self.act, self.add) if n is not None}
+        return behind.union({b.node for b in self.before}, *(c.nodes for c in self.cores))
+
+    def fewer(self) -> Iterator[tuple[Unit, str, fx.Node]]:
+        """The same with less and less behind it; with each the name and node of what was left."""
+        unit = self
+        if unit.add is not None:
+            left, unit = unit.add, replace(unit, add=None)
+            yield unit, "residual", left
+        for name in ("act", "gate"):
+            node = getattr(unit, name)
+            if node is not None:
+                unit = replace(unit, **{name: None})
+                yield unit, "pairs" if name == "gate" else name, node
+
+
+def alike(problem: Problem) -> Problem:
+    """What linears must have in common to be joined by rows."""
+    return replace(
+        problem, N=0, bias=False, rank=min(problem.rank, 1), table="row" if problem.table else ""
+    )
+
+
+# ** body **
+
+
+@dataclass(frozen=True)
+class Part:
+    """Values of a body that make one canonical part, joined by rows; None is a row of zeros."""
+
+    role: str
+    refs: tuple[str | None, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Body:
+    """The text of a fused op, the nodes that it reads, and its parts."""
+
+    text: str
+    inputs: tuple[fx.Node, ...]
+    parts: tuple[Part, ...]
+    ops: tuple[str, ...]
+
+
+def body_of(unit: Unit) -> Body:
+    """Spell a unit's calls; x is its first input, the residual the second."""
+    inside = unit.nodes
+    inputs: list[fx.Node] = [unit.x]
+    residual = unit.residual
+    if residual is not None and residual is not unit.x:
+        inputs.append(residual)
+    names = dict(zip(inputs, inputs_of(len(inputs)), strict=True))
+    steps: list[Step] = []
+
+    def visit(node: fx.Node) -> None:
+        if node in names:
+            return
+        if node not in inside:
+            inputs.append(node)
+            names[node] = inputs_of(len(inputs))[-1]
+            return
+        for used in node.all_input_nodes:
+            visit(used)
+        names[node] = f"v{len(steps)}"
+        steps.append(Step(names[node], row_of(node).name, *_spelled(node, names)))
+
+    root = unit.root
+    ends = [c.result for c in unit.cores] if root is None else [root]
+    for end in ends:
+        visit(end)
+    if root is None:
+        joined: Any = [Ref(names[e]) for e in ends]
+        steps.append(Step(f"v{len(steps)}", "aten.cat.default", (joined, -1), {}))
+    ops = tuple(s.op for s in steps)
+    return Body(write(steps), tuple(inputs), tuple(_parts(unit, names)), ops)
+
+
+def _spelled(node: fx.Node, names: Mapping[fx.Node, str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def one(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return Ref(names[value])
+        if isinstance(value, (list, tuple)):
+            return [one(v) for v in value]
+        return value
+
+    return tuple(one(a) for a in node.args), {k: one(v) for k, v in node.kwargs.items()}
+
+
+def _parts(unit: Unit, names: Mapping[fx.Node, str]) -> Iterator[Part]:
+    roles = dict.fromkeys(r for c in unit.cores for r in c.parts)
+    for role in roles:
+        nodes = [c.parts.get(role) for c in unit.cores]
+        if role in _COMMON:
+            nodes = nodes[:1]
+        yield Part(role, tuple(None if n is None else names[n] for n in nodes))
+    for before in unit.before:
+        for role, node in before.parts.items():
+            offset = float(str(before.node.kwargs.get("offset", 0.0)))
+            yield Part(role, (names[node],), offset if role == "gain" else 0.0)
+
+
+def join(
+    problem: Problem, parts: tuple[Part, ...], values: Mapping[str, torch.Tensor],
+    sections: tuple[int, ...],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Canonical parts by role from the values of a body.
+
+    sections: rows of each linear that is joined. A norm's gain takes a smoothing vector in; a norm
+    without one gets ones.
+    """
+    out: dict[str, torch.Tensor] = {}
+    if problem.norm:
+        like = next(v for v in values.values() if v is not None)
+        out["gain"] = torch.ones(problem.K, device=like.device)
+    for part in parts:
+        given = [None if r is None else values[r] for r in part.refs]
+        out[part.role] = _joined(part.role, given, sections)
+        if part.role == "gain":  # in fp32 at least, as the norm multiplies
+            wide = torch.promote_types(torch.float32, out["gain"].dtype)
+            out["gain"] = out["gain"].to(wide) + part.offset
+    if "gain" in out and "smooth" in out:
+        out["gain"] = out["gain"] * out.pop("smooth").to(out["gain"].dtype)
+    for role, dtype in (("zero", torch.uint8), ("columns", torch.int64)):
+        if role in out:
+            out[role] = out[role].to(dtype)
+    return out
+
+
+def _joined(role: str, given: list[torch.Tensor | None], sections: tuple[int, ...]) -> torch.Tensor:
+    like = next(t for t in given if t is not None)
+    if len(given) == 1:
+        return like
+    tensors = [
+        like.new_zeros(n, *like.shape[1:]) if t is None else t
+        for t, n in zip(given, sections, strict=True)
+    ]
+    if role == "left":
+        return torch.block_diag(*tensors)
+    if role == "table":
+        tensors = [t.expand(n, -1) for t, n in zip(tensors, sections, strict=True)]
+    if role == "csr_starts":
+        ends = [0]
+        for t in tensors:
+            ends.append(ends[-1] + int(t[-1]))
+        moved = [t[:-1] + end for t, end in zip(tensors, ends, strict=False)]
+        return torch.cat([*moved, like.new_tensor(ends[-1:])])
+    return torch.cat(tensors)

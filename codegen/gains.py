@@ -1,0 +1,49 @@
+"""Norms in fp16: a gain whose product with x stays in range, and weights that make up for it.
+
+The kernel multiplies x by the gain before 1/rms is known. With the gain over 2**k, so that none is
+above 1, the product is never larger than x; what multiplies it is scaled by 2**k, which is exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..compiler.ir.errors import ModelError
+from .problem import Problem
+
+
+def in_range(problem: Problem, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parts of the same meaning with gain at most 1 in magnitude, where x is fp16 behind a norm.
+
+    Raises:
+        ModelError: a weight that 2**k takes out of its dtype's range.
+    """
+    if problem.x_dtype != "fp16" or not problem.norm:
+        return parts
+    top = float(parts["gain"].abs().max()) if parts["gain"].numel() else 0.0
+    power = 2.0 ** math.ceil(math.log2(top)) if top > 1 and math.isfinite(top) else 1.0
+    if power == 1.0:
+        return parts
+    out = {**parts, "gain": parts["gain"] / power}
+    if "in_scale" in out:
+        out["in_scale"] = out["in_scale"] / power
+    for role in scaled(problem):
+        out[role] = parts[role] * power
+        if not bool(out[role].isfinite().all()):
+            raise ModelError(
+                f"expected {role} that can be scaled by {power:g} in {parts[role].dtype}, found "
+                "one that leaves its range", hint="run the model in bf16",
+            )  # fmt: skip
+    return out
+
+
+def scaled(problem: Problem) -> list[str]:
+    """The parts that the normed input is multiplied with, one of each product."""
+    weight = {"int": "scale", "dense": "values", "factors": "left"}.get(problem.weights, "table")
+    if problem.weights == "table" and problem.scale_dtype:
+        weight = "scale"
+    beside = {"left": problem.rank and problem.weights != "factors",
+              "csr_values": problem.sparse, "column_weights": problem.outliers}  # fmt: skip
+    return [weight, *(role for role, there in beside.items() if there)]

@@ -1,0 +1,122 @@
+"""A lowering from types alone: fused ops with kernel, bytes and floor, what is left, launches.
+
+It reads no tensor and needs no GPU, so it tells of a model on any machine what another would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import fx
+
+from ..compiler.ir.errors import ModelError
+from ..compiler.ir.graph import Program
+from ..compiler.ir.ops import row_of
+from ..compiler.ir.segments import refresh_segments
+from . import cpu
+from .attention.lower import PlacedAttention, attention_implementations
+from .fuse import FEATURES, Fused, fuse
+from .fuse_nodes import constant
+from .kernels import choose
+from .problem import Problem
+from .targets import CPU_FEATURES, TOKENS, cpu_accept, triton_accept
+
+# Calls that only look at a tensor in another way, or ask for its size.
+VIEWS = frozenset({
+    "aten.reshape.default", "aten.view.default", "aten.transpose.int", "aten.permute.default",
+    "aten.slice.Tensor", "aten.select.int", "aten.unsqueeze.default", "aten.squeeze.dim",
+    "aten.expand.default", "aten.sym_size.int", "operator.getitem", "aten.split_with_sizes.default",
+    "aten.split.Tensor", "aten.chunk.default", "aten.t.default", "aten.narrow.default",
+    "aten.unflatten.int", "aten.flatten.using_ints", "aten.detach.default", "aten.alias.default",
+})  # fmt: skip
+# New keys and values are written, then attended to; what splits a run joins it in the same launch.
+ATTENTION = 2
+
+
+def survey(
+    program: Program, target: str, tokens: int, dtype: str, bandwidth: float
+) -> dict[str, Any]:
+    """How `program` is lowered, as plain values.
+
+    Args:
+        tokens: of the call whose bytes are counted. dtype: of its activations. bandwidth: bytes
+            per second that floors are taken at.
+    Returns:
+        ``fused`` and ``attention``, a row per node with kernel, bytes and floor; ``not_fused``;
+        ``blocks``, of each segment the launches of a decode step and the calls that make them;
+        ``launches_per_block``, the largest of those of decoder blocks (None where there are none).
+    """
+    own = program.clone()
+
+    def accept(problem: Problem) -> str | None:
+        if target == "cpu":
+            return cpu_accept(problem)
+        return triton_accept(replace(problem, x_dtype=dtype))
+
+    plan = fuse(own, accept, CPU_FEATURES if target == "cpu" else FEATURES)
+    rows = [_row(own, f, target, tokens, dtype, bandwidth) for f in plan.fused]
+    refused, attended = list(plan.refused), list[PlacedAttention]()
+    if target == "triton" and own.states:
+        try:
+            _, attended, left = attention_implementations(own)
+        except ModelError:
+            left = []  # its sizes are not fixed: the op's own reference runs
+        refused += left
+        refresh_segments(own)
+    blocks = launches(own, {p.node for p in attended})
+    decoders = [b["launches"] for name, b in blocks.items() if name.startswith("block")]
+    return {
+        "target": target, "tokens": tokens, "dtype": dtype, "bandwidth": bandwidth, "fused": rows,
+        "attention": [p.json(batch=1, tokens=TOKENS, speed=bandwidth) for p in attended],
+        "not_fused": [r.to_json() for r in refused],
+        "bytes": sum(r["bytes"] for r in rows), "floor_us": sum(r["floor_us"] for r in rows),
+        "blocks": blocks, "launches_per_block": max(decoders) if decoders else None,
+    }  # fmt: skip
+
+
+def _row(
+    program: Program, fused: Fused, target: str, tokens: int, dtype: str, bandwidth: float
+) -> dict[str, Any]:
+    problem = replace(fused.problem, x_dtype=dtype)
+    inputs: Iterable[fx.Node] = program.node(fused.node).args[0]  # type: ignore[assignment]
+    stored = sum(p.bytes for n in inputs if (p := program.param_of(n)) is not None)
+    if target == "cpu":
+        kernel, _ = cpu.choose(fused.problem)
+        name = kernel.name if kernel is not None else ""
+        # torch's layouts: dense codes (N:M is spread), two bf16 values per group.
+        weight = problem.N * problem.K * problem.bits // 8 + 4 * problem.N * problem.groups
+        moved = weight + 2 * tokens * (problem.N + problem.K)
+    else:
+        row, _ = choose(problem)
+        assert row is not None
+        name, moved = row.name, row.bytes_moved(problem, tokens)
+    return {
+        "node": fused.node, "path": fused.path, "kernel": name, "parts": list(fused.ops),
+        "linears": list(fused.linears), "sections": list(fused.sections),
+        "problem": asdict(problem), "bytes": moved, "stored_bytes": stored, "launches": 1,
+        "floor_us": 1e6 * moved / bandwidth,
+    }  # fmt: skip
+
+
+def launches(program: Program, attended: set[str]) -> dict[str, dict[str, Any]]:
+    """By segment: how many kernels a step starts, and by which calls.
+
+    Views and what hangs on parameters alone start none; another call counts as one, which is the
+    least that it can be. attended: cached attention that a kernel row runs.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    for segment in program.segments:
+        calls = []
+        for name in segment.nodes:
+            node = program.node(name)
+            if node.op == "call_function" and not constant(node) and _starts(node):
+                calls.append(name)
+        extra = (ATTENTION - 1) * sum(1 for c in calls if c in attended)
+        out[segment.name] = {"launches": len(calls) + extra, "calls": calls}
+    return out
+
+
+def _starts(node: fx.Node) -> bool:
+    return row_of(node).name not in VIEWS
