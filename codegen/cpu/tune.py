@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -13,10 +14,12 @@ from ...compiler.ir.errors import ResourceError
 from ..problem import DTYPES, Problem
 from ..tuning.tuners import Trial, Tuner
 from .choose import choose
+from .decoded import DENSE
 from .serve import pack
 from .table import key_of, machine, one_thread
 
 SHAPES = ((4096, 4096), (1024, 1024), (512, 2048))
+DTYPES_TRIED = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SECONDS = 0.4  # per way and number of tokens, at most about so long
 TURNS = 15
 
@@ -25,11 +28,17 @@ def typical() -> list[Problem]:
     """Common schemes at common shapes."""
     schemes = [(4, 128, False), (4, 32, False), (4, 128, True), (3, 128, False), (8, 0, False),
                (8, 128, False)]  # fmt: skip
-    return [
+    found = [
         Problem(N, K, bits=bits, group=group, asym=asym, x_dtype="bf16")
         for N, K in SHAPES
         for bits, group, asym in schemes
     ]
+    return found + [_dense(N, K) for N, K in SHAPES]
+
+
+def _dense(N: int, K: int) -> Problem:
+    """A linear without a scheme: what the dtype of a whole model is chosen by."""
+    return Problem(N, K, bits=16, group=0, weights="dense", x_dtype="bf16", scale_dtype="")
 
 
 def trials(problems: Sequence[Problem], tokens: Sequence[int]) -> list[Trial]:
@@ -37,11 +46,14 @@ def trials(problems: Sequence[Problem], tokens: Sequence[int]) -> list[Trial]:
     found: dict[tuple[str, int], Trial] = {}
     for problem in problems:
         kernel, _ = choose(problem)
-        if kernel is None or len(kernel.ways) < 2:
+        if kernel is None:
+            continue
+        ways = tuple(DTYPES_TRIED) if kernel is DENSE else tuple(kernel.ways)
+        if len(ways) < 2:
             continue
         key = key_of(kernel, problem)
         for count in tokens:
-            found.setdefault((key, count), Trial(key, count, tuple(kernel.ways), problem))
+            found.setdefault((key, count), Trial(key, count, ways, problem))
     return list(found.values())
 
 
@@ -52,22 +64,18 @@ def measure(trial: Trial) -> dict[str, float]:
     if kernel is None:
         raise ResourceError(f"expected a CPU kernel for {trial.key}, found none: {why}")
     g = torch.Generator().manual_seed(0)
+    x = torch.randn(trial.tokens, problem.K, generator=g)
+    if kernel is DENSE:
+        weight = torch.randn(problem.N, problem.K, generator=g)
+        both = {n: (x.to(d), weight.to(d)) for n, d in DTYPES_TRIED.items()}
+        return timed({n: partial(torch.nn.functional.linear, *given) for n, given in both.items()})
     packed = pack(kernel, problem, random_parts(problem, g))
-    dtype = DTYPES.get(problem.x_dtype, torch.bfloat16)
-    x = torch.randn(trial.tokens, problem.K, generator=g).to(dtype)
-    calls = {n: _bound(way, problem, x, packed) for n, way in kernel.ways.items()}
-    return timed(calls)
-
-
-def _bound(
-    way: Callable[..., torch.Tensor], problem: Problem, x: torch.Tensor,
-    packed: dict[str, torch.Tensor],
-) -> Callable[[], torch.Tensor]:  # fmt: skip
-    return lambda: way(problem, x, packed)
+    x = x.to(DTYPES.get(problem.x_dtype, torch.bfloat16))
+    return timed({n: partial(way, problem, x, packed) for n, way in kernel.ways.items()})
 
 
 def timed(
-    calls: dict[str, Callable[[], object]], *, turns: int = TURNS, seconds: float = SECONDS
+    calls: Mapping[str, Callable[[], object]], *, turns: int = TURNS, seconds: float = SECONDS
 ) -> dict[str, float]:
     """Median seconds by name, taken in turn; fewer turns where one takes long.
 

@@ -10,7 +10,7 @@ import click
 from ..ir.errors import GateError, UsageError
 from .output import Out, examples, output_options
 from .progress import Progress, waiting
-from .use import lowering_arguments, lowering_options
+from .use import lowering_arguments, lowering_options, settled
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -68,6 +68,7 @@ def eval_command(
     from ..runtime.evaluate import compare, peak_rss
     from ..runtime.stepwise import Stepwise
 
+    lowering = settled(lowering, out)
     with waiting(f"loading {source}", out):
         model = api.open_any(source, **lowering_arguments(lowering))
     stream = read_stream(data, model.tokenizer)

@@ -20,8 +20,8 @@ TARGETS = ("reference", "cpu", "triton")
 F = TypeVar("F")
 
 
-def lowering_options(target: str) -> Callable[[F], F]:
-    """Add the options that say what a graph is lowered for; ``target`` is the default one."""
+def lowering_options(target: str, dtype: str = "f32") -> Callable[[F], F]:
+    """Add the options that say what a graph is lowered for; with the default target and dtype."""
 
     def add(command: F) -> F:
         made: Any = command
@@ -30,8 +30,10 @@ def lowering_options(target: str) -> Callable[[F], F]:
                          help="Run modelling code that lies in the model's folder."),
             click.option("--resident", type=click.Choice(["packed", "dense"]), default="packed",
                          show_default=True, help="Decode weights in every call, or once (memory)."),
-            click.option("--dtype", type=click.Choice(["f32", "bf16", "f16"]), default="f32",
-                         show_default=True, help="In which the graph computes."),
+            click.option("--dtype", type=click.Choice(["auto", "f32", "bf16", "f16"]),
+                         default=dtype, show_default=True,
+                         help="In which the graph computes; auto: on the CPU the one that was "
+                         "measured to be faster, elsewhere f32."),
             click.option("--target", type=click.Choice(TARGETS), default=target,
                          show_default=True,
                          help="What the graph is lowered for: plain torch (the oracle), torch's "
@@ -43,8 +45,22 @@ def lowering_options(target: str) -> Callable[[F], F]:
     return add
 
 
+def settled(given: dict[str, Any], out: Out) -> dict[str, Any]:
+    """The values of :func:`lowering_options` with a dtype in place of ``auto``; the reason said."""
+    if given["dtype"] != "auto":
+        return given
+    if given["target"] != "cpu":
+        return given | {"dtype": "f32"}
+    from ...codegen.cpu.dtypes import compute_dtype
+    from ..ir.types import short
+
+    dtype, why = compute_dtype()
+    out.note(f"computes in {short(dtype)}: {why}; --dtype says otherwise")
+    return given | {"dtype": short(dtype)}
+
+
 def lowering_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """The values of :func:`lowering_options` as arguments of ``api.open_any``."""
+    """The values of :func:`settled` as arguments of ``api.open_any``."""
     from ..ir.types import DTYPES
 
     return given | {"dtype": DTYPES[given["dtype"]]}
@@ -67,7 +83,7 @@ def lowering_arguments(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--top-p", type=float, default=None,
               help="Draw from the smallest set of tokens of that probability.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
-@lowering_options("cpu")
+@lowering_options("cpu", "auto")
 @output_options
 def run_command(
     source: str, prompts: tuple[str, ...], max_new_tokens: int, greedy: bool,
@@ -84,6 +100,7 @@ def run_command(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     sampling.check()
+    lowering = settled(lowering, out)
     with waiting(f"loading {source}", out):
         model = api.open_any(source, **lowering_arguments(lowering))
         runner = model.generator
@@ -125,7 +142,8 @@ def run_command(
     if used is not None:
         out.note(_layers(depths, model))
     out.data("run", {
-        "source": source, "target": lowering["target"], "cached": runner.cached, "seed": seed,
+        "source": source, "target": lowering["target"], "dtype": lowering["dtype"],
+        "cached": runner.cached, "seed": seed,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seconds": took,
         "first_token_seconds": times[0] - began if times else None,
         "layers_per_token": sum(depths) / len(depths) if depths else None,
