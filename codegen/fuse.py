@@ -23,7 +23,7 @@ from ..compiler.ir.ops.fused import values_of
 from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
 from ..compiler.ir.types import same_type
-from .fuse_chain import Core
+from .fuse_chain import Core, halves
 from .fuse_family import Family
 from .fuse_find import find
 from .fuse_nodes import MAKER, Accept, is_op, is_sum, only_user, path_of
@@ -132,8 +132,9 @@ def _sums(program: Program, cores: Sequence[Core], home: dict[str, str]) -> dict
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     tails = {}
     for core in cores:
-        only = only_user(core.result)
+        only, split = only_user(core.result), halves(core)
         behind = only if is_op(only, "llmc.gated") or is_op(only, "llmc.activation") else None
+        behind = behind if split is None else split[0]
         tails[behind or core.result] = None
     found: dict[fx.Node, fx.Node] = {}
     taken: set[fx.Node] = set()

@@ -17,7 +17,7 @@ from torch import fx
 from ..compiler.ir.graph import Program, tensor_type
 from ..compiler.ir.ops import row_of
 from .fuse_before import grid_words
-from .fuse_nodes import LINEAR, Unfit, argument, constant, is_op, is_sum
+from .fuse_nodes import LINEAR, Unfit, argument, constant, is_op, is_sum, only_user
 from .problem import Problem, dtype_name
 
 # What only moves a stored tensor's values; whatever else makes a weight would decode it for good.
@@ -25,6 +25,9 @@ MOVES = frozenset({
     "aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.slice.Tensor",
     "aten.contiguous.default", "aten.clone.default",
 })  # fmt: skip
+
+
+DENSE = "its weight is stored dense, not decoded from codes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +135,8 @@ def _weight(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
     for role, part in parts.items():
         if not constant(part):
             raise Unfit(f"{part} is computed from the inputs, not stored", "stored")
+        if role == "values" and part.op == "get_attr" and len(part.users) != 1 and not chain:
+            raise Unfit(DENSE, "decoded")  # a head that is tied to the embedding, say
         _own(part, role)
     return facts
 
@@ -279,3 +284,24 @@ def _with_outliers(core: Core) -> Core | None:
         parts={**core.parts, "columns": columns, "column_weights": apart},
         problem=replace(core.problem, outliers=count), rounding=rounded,
     )  # fmt: skip
+
+
+def halves(core: Core) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """gated(y[: N/2], y[N/2 :]) of a linear's result y that nothing else reads, and the slices."""
+    cuts = list(core.result.users)
+    rows = core.problem.N
+    if len(cuts) != 2 or rows % 2 or not all(is_op(c, "aten.slice.Tensor") for c in cuts):
+        return None
+    last = tensor_type(core.result).rank - 1
+    wanted = [(last, 0, rows // 2), (last, rows // 2, rows)]
+    found = sorted(cuts, key=lambda c: str(c.args[2:3]) != "(0,)")
+    for cut, (axis, start, stop) in zip(found, wanted, strict=True):
+        given = cut.args[1:4]
+        if cut.kwargs or len(cut.args) != 4 or given[0] not in (axis, -1):
+            return None
+        if given[1] != start or min(int(str(given[2])), rows) != stop:
+            return None
+    gate = only_user(found[0])
+    if gate is None or gate is not only_user(found[1]) or not is_op(gate, "llmc.gated"):
+        return None
+    return (gate, tuple(found)) if list(gate.args[:2]) == found else None

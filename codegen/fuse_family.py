@@ -9,7 +9,7 @@ from torch import fx
 
 from ..compiler.ir.refusal import Refusal
 from .fuse_before import Before, norm_refusal, read_before
-from .fuse_chain import Core
+from .fuse_chain import Core, halves
 from .fuse_nodes import Accept, Unfit, argument, is_op, only_user, refusal
 from .fuse_unit import Unit, alike
 
@@ -93,7 +93,7 @@ class Family:
         groups: dict[object, list[Core]] = {}
         for core in left:
             unit = self.alone(core)
-            if unit.act is not None or unit.add is not None or not concat:
+            if unit.act or unit.gate or unit.add or not concat:
                 found.append(unit)
             else:
                 key = (self.scheme(core), self.home.get(core.linear.name))
@@ -108,7 +108,10 @@ class Family:
         return found
 
     def alone(self, core: Core) -> Unit:
-        """One linear with its activation and sum."""
+        """One linear with its activation, or the product of its halves, and the sum behind."""
+        split = halves(core) if "pairs" in self.features else None
+        if split is not None and self.home.get(split[0].name) == self.home.get(core.linear.name):
+            return Unit((core,), gate=split[0], cuts=split[1], add=self.sums.get(split[0]))
         act = only_user(core.result)
         if not is_op(act, "llmc.activation") or "act" not in self.features:
             act = None

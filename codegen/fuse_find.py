@@ -10,7 +10,7 @@ from torch import fx
 from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from .fuse_before import read_before
-from .fuse_chain import Core, read_core, read_factors
+from .fuse_chain import DENSE, Core, read_core, read_factors
 from .fuse_nodes import LINEAR, MAKER, Accept, Unfit, is_op, is_sum, only_user, refusal
 from .fuse_unit import Unit
 from .problem import Problem
@@ -70,9 +70,8 @@ def plain(problem: Problem) -> bool:
 
 
 def _dense(core: Core, accept: Accept, features: Collection[str]) -> Core | Refusal:
-    reason = "its weight is stored dense, not decoded from codes"
     answer = best([core], accept, features) if "dense" in features else None
-    return answer if isinstance(answer, Core) else refusal(core.linear, reason, "decoded")
+    return answer if isinstance(answer, Core) else refusal(core.linear, DENSE, "decoded")
 
 
 def best(cores: list[Core], accept: Accept, features: Collection[str]) -> Core | Refusal:

@@ -26,13 +26,14 @@ class Unit:
     Attributes:
         cores: linears of one input, their rows joined in this order.
         before: what it does to its input, nearest to the linear first.
-        gate: the call that joins two linears to act(gate) · up; act: the activation behind one;
-            add: the sum behind.
+        gate: the call that joins two linears, or the halves of one, to act(gate) · up; cuts: those
+            halves; act: the activation behind one; add: the sum behind.
     """
 
     cores: tuple[Core, ...]
     before: tuple[Before, ...] = ()
     gate: fx.Node | None = None
+    cuts: tuple[fx.Node, ...] = ()
     act: fx.Node | None = None
     add: fx.Node | None = None
 
@@ -92,7 +93,8 @@ class Unit:
     def nodes(self) -> set[fx.Node]:
         """All calls that it stands for."""
         behind = {n for n in (self.gate, self.act, self.add) if n is not None}
-        return behind.union({b.node for b in self.before}, *(c.nodes for c in self.cores))
+        before = {b.node for b in self.before}
+        return behind.union(before, self.cuts, *(c.nodes for c in self.cores))
 
     def fewer(self) -> Iterator[tuple[Unit, str, fx.Node]]:
         """The same with less and less behind it; with each the name and node of what was left."""
@@ -103,7 +105,7 @@ class Unit:
         for name in ("act", "gate"):
             node = getattr(unit, name)
             if node is not None:
-                unit = replace(unit, **{name: None})
+                unit = replace(unit, cuts=(), **{name: None})
                 yield unit, "pairs" if name == "gate" else name, node
 
 

@@ -133,6 +133,21 @@ def test_an_activation_and_the_sum_behind_it_join() -> None:
     assert told(fused(m.output(m.call("aten.add.Tensor", y, h)))) == ["act+add"]
 
 
+def test_the_halves_of_one_linear_are_gate_and_up() -> None:
+    m = Maker()
+    h = m.input("h", 64)
+    y = m.linear(h, "both", Weight(96, 64))
+    cuts = [m.call("aten.slice.Tensor", y, 2, *ends) for ends in ((0, 48), (48, 96))]
+    program = m.output(m.call("llmc.gated", *cuts, act="silu"))
+    turned = m.program.clone()
+    plan = fused(program)
+    assert told(plan) == ["gate"]
+    assert (plan.fused[0].problem.N, plan.fused[0].problem.outputs) == (96, 48)
+    gate = next(turned.calls("llmc.gated"))
+    gate.args = gate.args[::-1]
+    assert told(fused(turned)) == [""], "the second half is no gate"
+
+
 @pytest.mark.parametrize("gain", [True, False])
 def test_a_gemma_gain_and_none_at_all(gain: bool) -> None:
     """The part is what is multiplied: 1 + g, or ones."""
