@@ -22,11 +22,10 @@ import torch
 from llmc.codegen import meaning
 from llmc.codegen.kernels import row as row_named
 from llmc.codegen.problem import DTYPES, Problem
+from llmc.codegen.samples import levels_of, random_parts
 from llmc.compiler.ir import packing
-from llmc.compiler.ir.levels import levels as named_levels
-from llmc.compiler.ir.ops.rounding import grid_top, round_input, scale_of
+from llmc.compiler.ir.ops.rounding import round_input, scale_of
 from llmc.compiler.ir.ops.semantic import activation, rms_norm
-from llmc.compiler.ir.ops.sparse import csr
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
 _SUM = 2.0**-24  # unit roundoff of the fp32 sums
@@ -58,73 +57,8 @@ class Case:
 
 
 def parts_of(case: Case) -> dict[str, torch.Tensor]:
-    """Random canonical parts of a problem: every feature that it has (see `problem.PARTS`)."""
-    p, g = case.problem, torch.Generator().manual_seed(case.seed)
-    dtype = DTYPES[p.x_dtype]
-    parts: dict[str, torch.Tensor] = {}
-    if p.weights in ("int", "table"):
-        parts["codes"] = packing.pack(_codes(p, g), p.bits)
-    if p.scale_dtype:
-        top = 1 << (p.bits - 1)
-        if p.weights == "table":
-            top = float(named_levels(p.levels, p.bits).nan_to_num().abs().max()) if p.levels else 1
-        scale = (torch.rand(p.N, p.groups, generator=g) * 0.75 + 0.25) * 0.3 / top
-        parts["scale"] = scale.to(DTYPES[p.scale_dtype])
-    if p.asym:
-        parts["zero"] = torch.randint(0, 1 << p.bits, (p.N, p.groups), generator=g).to(torch.uint8)
-    if p.table:
-        rows = p.N if p.table == "row" else 1
-        parts["table"] = torch.randn(rows, 1 << p.bits, generator=g).to(dtype)
-    if p.m:
-        order = torch.rand(p.N, p.K // p.m, p.m, generator=g).argsort(-1)
-        where = order[..., : p.n].sort(-1).values.flatten(1)
-        parts["meta"] = packing.pack(where, packing.nm_bits(p.m))
-    if p.weights == "dense":
-        parts["values"] = (torch.randn(p.N, p.columns, generator=g) * 0.1).to(dtype)
-    if p.bitmap:
-        mask = torch.rand(p.N, p.K, generator=g) < 0.05 + 0.35 * torch.rand(1, generator=g)
-        parts["bitmap"] = packing.pack(mask.to(torch.int64), 1)
-        if p.weights == "dense":
-            parts["values"] = parts["values"][mask]
-    if p.rank:
-        parts["left"] = (torch.randn(p.N, p.rank, generator=g) * 0.2).to(dtype)
-        parts["right"] = (torch.randn(p.rank, p.K, generator=g) * 0.1).to(dtype)
-    if p.sparse:
-        support = torch.rand(p.N, p.K, generator=g) < 0.03
-        support[0, 0] = True
-        parts["csr_index"], parts["csr_starts"] = csr(support)
-        parts["csr_values"] = torch.randn(int(support.sum()), generator=g).to(dtype)
-    if p.outliers:
-        parts["columns"] = torch.randperm(p.K, generator=g)[: p.outliers].sort().values
-        parts["column_weights"] = torch.randn(p.N, p.outliers, generator=g).to(dtype)
-    if p.norm:
-        parts["gain"] = _side(case, "gain", torch.rand(p.K, generator=g) + 0.5)
-    if p.smooth:
-        parts["smooth"] = _side(case, "smooth", torch.rand(p.K, generator=g) + 0.5)
-    if "static" in p.rounds:
-        kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
-        parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits))
-    if p.bias:
-        parts["bias"] = torch.randn(p.N, generator=g).to(dtype)
-    return parts
-
-
-def _codes(p: Problem, g: torch.Generator) -> torch.Tensor:
-    """Codes [N, columns]; of levels only those that stand for a number."""
-    q = torch.randint(0, 1 << p.bits, (p.N, p.columns), generator=g)
-    if not p.levels:
-        return q
-    return named_levels(p.levels, p.bits).isfinite().nonzero().flatten()[q % _count(p)]
-
-
-def _count(p: Problem) -> int:
-    return int(named_levels(p.levels, p.bits).isfinite().sum())
-
-
-def _side(case: Case, name: str, value: torch.Tensor) -> torch.Tensor:
-    """A side vector in the dtype that the row's argument has."""
-    given = next((a.dtype for a in row_named(case.row).args if a.name == name), "fp32")
-    return value.to(DTYPES[given or case.problem.x_dtype])
+    """Random canonical parts of a problem: every feature that it has."""
+    return random_parts(case.problem, case.seed)
 
 
 def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -284,8 +218,8 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
 def _other_codes(p: Problem, q: torch.Tensor) -> torch.Tensor:
     if not p.levels:
         return q ^ (1 << (p.bits - 1))
-    known = named_levels(p.levels, p.bits).isfinite().nonzero().flatten()
-    place = torch.searchsorted(known, q)
+    known = levels_of(p).isfinite().nonzero().flatten()
+    place = torch.searchsorted(known, q.contiguous())
     return known[(place + len(known) // 2) % len(known)]
 
 
