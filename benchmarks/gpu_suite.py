@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from llmc.codegen import meaning
 from llmc.codegen.kernels import ROWS
 from llmc.codegen.launch import fused_linear, interpreting, unavailable
 from llmc.codegen.prepack import Packed, prepack
 from llmc.codegen.problem import Problem
 from llmc.codegen.row import KernelRow
 from llmc.compiler.ir import packing
-from llmc.compiler.ir.ops import compressed
 
 _ROTATE = 3 * 60 * 2**20
 
@@ -51,13 +51,9 @@ def check(row: KernelRow, problem: Problem, tokens: int, device: str) -> dict[st
     parts = weight(problem, 0, device)
     x = torch.randn(tokens, problem.K, generator=torch.Generator().manual_seed(1)).half().to(device)
     y = fused_linear(prepack(row, problem, **parts), x)
-    attrs = {"bits": problem.bits, "group": problem.group or problem.columns, "n": problem.n,
-             "m": problem.m, "columns": problem.K}  # fmt: skip
-    want = compressed.fused_linear(x.double(), *parts.values(), **attrs)
-    w = compressed.fused_linear(
-        torch.eye(problem.K, device=device).double(), *parts.values(), **attrs
-    )
-    reach = x.double().abs() @ w.abs()
+    given = {name: part for name, part in parts.items() if part is not None}
+    want = meaning.linear(problem, given, x.double())
+    reach = x.double().abs() @ meaning.weight(problem, given).abs().T
     eps = torch.finfo(x.dtype).eps
     bound = problem.K * torch.finfo(torch.float32).eps * reach + 2 * eps * want.abs() + eps * reach
     return {"worst_over_bound": float(((y.double() - want).abs() / bound).max())}

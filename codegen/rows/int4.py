@@ -70,7 +70,7 @@ def _sparse_tiles(
 
 W4A16 = KernelRow(
     name="w4a16",
-    op="llmc.fused_linear",
+    op="llmc.fused",
     template="w4a16.py.j2",
     summary="4-bit weights, symmetric or with zero points, one scale per group or per row",
     args=linear_args(_codes("[Np/64, Kp/128, 64, 16]"), SCALE),
@@ -107,7 +107,7 @@ W4A16 = KernelRow(
 
 W4A16_24 = KernelRow(
     name="w4a16_24",
-    op="llmc.fused_linear",
+    op="llmc.fused",
     template="w4a16_24.py.j2",
     summary="2:4 sparse 4-bit weights: kept codes and keep masks, spread to dense in registers",
     args=linear_args(_codes("[Np/64, Kp/256, 3, 64, 8]"), SCALE),

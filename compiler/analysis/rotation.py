@@ -23,7 +23,7 @@ from .cacheable import cache_refusals
 
 _MATRICES = frozenset({
     "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default",
-    "aten.bmm.default", "aten.embedding.default", "llmc.csr_linear", "llmc.fused_linear",
+    "aten.bmm.default", "aten.embedding.default", "llmc.csr_linear", "llmc.fused",
     "llmc.tt_lookup",
 })  # fmt: skip
 

@@ -35,7 +35,6 @@ _ARGUMENTS = {
     "llmc.decode_bilevel": ("codes", "step", "low"),
     "llmc.expand_nm": ("values", "meta"),
     "llmc.expand_bitmap": ("values", "bitmap"),
-    "llmc.fused_linear": ("", "codes", "scale", "zero", "meta"),
     "llmc.add_csr": ("", "values", "index", "starts"),
     "llmc.csr_linear": ("", "", "values", "index", "starts"),
     "llmc.round_input": ("", "scale", "outliers"),

@@ -34,7 +34,7 @@ all others are standardised within each group first."""
 
 _DECODED = (
     "llmc.dequantize", "llmc.lookup", "llmc.sum_signs", "llmc.expand_nm", "llmc.expand_bitmap",
-    "llmc.fused_linear",
+    "llmc.fused",
 )  # fmt: skip
 
 

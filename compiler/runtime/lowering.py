@@ -12,7 +12,7 @@ from torch import fx
 from ..ir.build import result_type
 from ..ir.errors import ModelError, UsageError
 from ..ir.graph import Program, info, tensor_type
-from ..ir.ops import infer, row_of
+from ..ir.ops import fused, infer, row_of
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType, short
 from .attend import attention_implementations
@@ -29,11 +29,10 @@ _DECODES = ("llmc.dequantize", "llmc.lookup", "llmc.sum_signs", "llmc.decode_pai
 _ONE_DTYPE = {
     "aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.bmm.default",
     "aten.addmm.default", "aten.baddbmm.default", "llmc.attention", "llmc.cached_attention",
-    "llmc.fused_linear", "llmc.add_csr", "llmc.csr_linear", "llmc.experts", "llmc.tt_linear",
+    "llmc.add_csr", "llmc.csr_linear", "llmc.experts", "llmc.tt_linear",
     "aten.cat.default", "aten.index_add.default",
 }  # fmt: skip
 _KEPT_ARGUMENTS = {
-    "llmc.fused_linear": {"codes", "scale", "zero", "meta", "gain"},
     "llmc.cached_attention": {"k_cos", "k_sin"},
 }
 
@@ -129,6 +128,8 @@ def recast(program: Program, dtype: torch.dtype) -> Program:
         elif node.op == "call_function":
             if row_of(node).name in _DECODES and node.kwargs.get("dtype", old) == old:
                 node.kwargs = {**node.kwargs, "dtype": dtype}
+            if row_of(node).name == fused.NAME:
+                node.kwargs = {"body": fused.recast(str(node.kwargs["body"]), dtype)}
             _unify(out, node, dtype)
             node.meta["llmc"] = replace(info(node), type=infer(node))
     result = out.output

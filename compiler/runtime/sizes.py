@@ -122,14 +122,6 @@ def _matrices(node: fx.Node) -> list[tuple[int, list[fx.Node]]]:
         if isinstance(weight, fx.Node) and _constant(weight):
             count = numel(tensor_type(weight).shape)
             return [(count, [weight])] if isinstance(count, int) else []
-    if name == "llmc.fused_linear":
-        codes = node.args[1]
-        assert isinstance(codes, fx.Node)
-        parts = [a for a in node.args[1:5] if isinstance(a, fx.Node)]
-        parts += [a for k in ("zero", "meta") if isinstance(a := node.kwargs.get(k), fx.Node)]
-        columns = node.kwargs["columns"]
-        assert isinstance(columns, int)
-        return [(int(tensor_type(codes).shape[0]) * columns, parts)]
     if name == "llmc.experts":
         weights = [a for a in node.args[3:7] if isinstance(a, fx.Node)]
         return [(int(numel(tensor_type(w).shape)), [w]) for w in weights]

@@ -45,7 +45,7 @@ _FIXED = ("csr_index", "csr_starts")
 
 def linear_rows() -> list[KernelRow]:
     """The rows that a call of `fused_linear` reaches with floats."""
-    return [r for r in ROWS if r.op == "llmc.fused_linear" and "fp16" in r.args[0].dtypes]
+    return [r for r in ROWS if r.op == "llmc.fused" and "fp16" in r.args[0].dtypes]
 
 
 def allowed(row: KernelRow, name: str) -> list[Any]:

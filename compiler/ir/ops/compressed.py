@@ -1,4 +1,4 @@
-"""Rows of compressed weights: decode steps that compose, and the fused linear that lowering emits.
+"""Rows of compressed weights: decode steps that compose.
 
 Canonical storage (see spec/artefact.md): unsigned codes in dense bit streams, w = (q - zero)·scale.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import packing
-from ..dims import Dim, numel, same
+from ..dims import same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
@@ -165,117 +165,4 @@ llmc_op(
     _expand_bitmap,
     ties=_bitmap_ties,
     samples=_bitmap_sample,
-)
-
-
-def _fused_type(
-    x: TensorType, codes: TensorType, scale: TensorType, zero: TensorType | None = None,
-    meta: TensorType | None = None, bias: TensorType | None = None,
-    residual: TensorType | None = None, gain: TensorType | None = None,
-    left: TensorType | None = None, right: TensorType | None = None, *, bits: int, group: int,
-    columns: int, n: int = 0, m: int = 0, eps: float = 0.0,
-) -> TensorType:  # fmt: skip
-    kept = columns // m * n if m else columns
-    inner = _dequantize_type(codes, scale, zero, bits=bits, group=group, columns=kept)
-    if m:
-        if meta is None:
-            raise ModelError(f"expected mask positions for {n}:{m}, found none")
-        _expand_nm_type(inner, meta, n=n, m=m, columns=columns)
-    if not same(x.shape[-1], columns):
-        raise ModelError(f"expected x[…, {columns}], found {x}")
-    out = x.with_shape(*x.shape[:-1], codes.shape[0])
-    if residual is not None and residual.shape != out.shape:
-        raise ModelError(f"expected a residual like {out}, found {residual}")
-    if (left is None) != (right is None):
-        raise ModelError("expected both factors of a product of low rank, found one")
-    if left is not None and right is not None:
-        fits = left.rank == right.rank == 2 and same(left.shape[1], right.shape[0])
-        if not (fits and same(left.shape[0], codes.shape[0]) and same(right.shape[1], columns)):
-            raise ModelError(
-                f"expected factors of {out.shape[-1]} x {columns}, found {left}, {right}"
-            )
-    return out
-
-
-def fused_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None,
-    meta: torch.Tensor | None = None, bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, gain: torch.Tensor | None = None,
-    left: torch.Tensor | None = None, right: torch.Tensor | None = None, *, bits: int,
-    group: int, columns: int, n: int = 0, m: int = 0, eps: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
-    """y = h · Wᵀ + (h · rightᵀ) · leftᵀ + bias + residual, h = norm(x), W decoded from its codes.
-
-    Args:
-        x: [..., K]; with ``gain`` [K] the input is rms_norm(x; eps)·gain, else x itself.
-        codes, scale, zero: as in ``dequantize``, over the kept columns when ``m`` is set.
-        meta: positions of the kept values of an n:m mask.
-        bias: [N]; residual: [..., N]; left: [N, R]; right: [R, K].
-    """
-    wide = torch.promote_types(torch.float32, scale.dtype)
-    kept = columns // m * n if m else columns
-    w = dequantize(codes, scale, zero, bits=bits, group=group, columns=kept, dtype=wide)
-    if m:
-        assert meta is not None
-        w = packing.expand_nm(w, meta, n, m, columns)
-    if gain is not None:
-        h = x.to(torch.promote_types(torch.float32, x.dtype))
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-        x = (h * gain.to(h.dtype)).to(x.dtype)
-    y = torch.nn.functional.linear(x, w.to(x.dtype), bias)
-    if left is not None and right is not None:
-        few = torch.nn.functional.linear(x, right.to(x.dtype))
-        y = y + torch.nn.functional.linear(few, left.to(x.dtype))
-    return y if residual is None else y + residual
-
-
-def _fused_flops(out: TensorType, x: TensorType, *rest: Any, columns: int, **attrs: Any) -> Dim:
-    product = 2 * numel(out.shape) * columns
-    if len(rest) < 9 or rest[7] is None:
-        return product
-    rank = rest[7].shape[1]
-    return product + 2 * numel(out.shape) * rank + 2 * numel(x.shape) * rank
-
-
-def _fused_ties(out: TensorType, x: TensorType, *rest: Any, **attrs: Any) -> list[Tie]:
-    last = out.rank - 1
-    codes, scale, zero, meta, bias, residual, gain, left, right = [*rest, *([None] * 9)][:9]
-    rows = [(i, 0) for i, t in ((1, codes), (2, scale), (3, zero), (4, meta), (5, bias)) if t]
-    inner = [(i, 1) for i, t in ((1, codes), (2, scale), (3, zero), (4, meta)) if t]
-    ties = []
-    for a in range(last):
-        tokens = ((0, a), (6, a)) if residual is not None else ((0, a),)
-        ties.append(Tie("same", tokens, (a,)))
-    rows += [(6, last)] if residual is not None else []
-    inner += [(0, last)] + ([(7, 0)] if gain is not None else [])
-    if left is not None and right is not None:
-        rows.append((8, 0))
-        inner.append((9, 1))
-        ties.append(Tie("contract", ((8, 1), (9, 0))))
-    return [*ties, Tie("same", tuple(rows), (last,)), Tie("mix", tuple(inner))]
-
-
-def _fused_sample() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    (codes, scale), attrs = _codes_sample()[0]
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 8, generator=g, dtype=torch.float64)
-    gain = torch.randn(8, generator=g, dtype=torch.float64)
-    residual = torch.randn(2, 3, generator=g, dtype=torch.float64)
-    attrs = {k: attrs[k] for k in ("bits", "group", "columns")} | {"eps": 1e-6}
-    left, right = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((3, 2), (2, 8)))
-    given = (x, codes, scale, None, None, None, residual, gain)
-    return [(given, attrs), ((*given, left, right), attrs)]
-
-
-llmc_op(
-    "fused_linear",
-    "(Tensor x, Tensor codes, Tensor scale, Tensor? zero=None, Tensor? meta=None, "
-    "Tensor? bias=None, Tensor? residual=None, Tensor? gain=None, Tensor? left=None, "
-    "Tensor? right=None, *, int bits, int group, int columns, int n=0, int m=0, float eps=0.0) "
-    "-> Tensor",
-    _fused_type,
-    fused_linear,
-    ties=_fused_ties,
-    flops=_fused_flops,
-    samples=_fused_sample,
 )
