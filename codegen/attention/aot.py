@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ...compiler.ir.errors import ResourceError
-from ..aot import CAPABILITY, disassemble, instructions
+from ..aot import CAPABILITY, disassemble
 from ..launch import function, interpreting
 from ..render import Rendered
 from ..row import MAX_REGISTERS
@@ -87,7 +88,7 @@ def compile_source(
         options={"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS},
     )  # fmt: skip
     usage, code = disassemble(kernel.asm["cubin"])
-    mnemonics, loop = instructions(code)
+    mnemonics, loop = _instructions(code)
     inside = Counter(m.split(".")[0] for m in loop)
     return CodeFacts(
         variant=rendered.name,
@@ -103,6 +104,30 @@ def compile_source(
         stores=inside["STS"],
         slots=round(len(loop) * 32 * warps / numbers, 2),
     )
+
+
+def _instructions(code: str) -> tuple[list[str], list[str]]:
+    """All mnemonics, and those of the main loop: the one with most copies into shared memory.
+
+    Only the loop over kept tokens is pipelined, so that the loops over the newest have none.
+    """
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops = [(0, 0)]
+    for line in code.splitlines():
+        label = re.match(r"(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(names)
+            continue
+        found = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+?)(?:\s(.*))?;", line)
+        if found is None:
+            continue
+        jump = re.search(r"(\.L_x_\d+)", found[2] or "")
+        if found[1].startswith("BRA") and jump and jump[1] in labels:
+            loops.append((labels[jump[1]], len(names)))
+        names.append(found[1])
+    parts = [names[a : b + 1] for a, b in loops]
+    return names, max(parts, key=lambda p: (sum(n.startswith("LDGSTS") for n in p), len(p)))
 
 
 def compile_attention(

@@ -15,7 +15,7 @@ from ...compiler.ir.held import Held, HeldSide
 from ..launch import function, interpreting, unavailable
 from ..row import MAX_REGISTERS
 from .problem import AttentionProblem
-from .render import render
+from .render import joined, render
 from .row import AttentionRow, SplitConfig
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -76,8 +76,8 @@ def attend(
 
 def sizes(problem: AttentionProblem, config: SplitConfig) -> dict[str, Any]:
     """What is compiled in: sizes, padded ones, and the tile."""
-    # A product is at least 16 deep; of codes one product takes two channels of each word.
-    least = 16 if problem.cache == "kv" else 16 * (16 // problem.bits)
+    # A product is at least 16 deep; each shift of a word gives two channels.
+    least = 16 if problem.cache == "kv" else 16 * (16 // problem.bits) // joined(problem)
     return {
         "GROUP": problem.repeat, "D": problem.D, "E": problem.E,
         "BD": max(least, _power(problem.D)), "BE": max(least, _power(problem.E)),
@@ -112,7 +112,10 @@ def _side(name: str, problem: AttentionProblem, side: HeldSide) -> dict[str, Any
         out |= {f"stride_{name}sb": others[0].stride(0), f"stride_{name}sh": others[0].stride(1)}
     assert side.tail is not None
     tail = side.tail if side.tail.stride(-1) == 1 else side.tail.contiguous()
-    out |= {f"{name}_tail_ptr": tail, "BASE": side.base, "RING": tail.shape[2]}
+    # Tokens of the tail are at most one ring, so that they wrap around once.
+    ring = tail.shape[2]
+    base = side.base + (side.due - side.base) // ring * ring
+    out |= {f"{name}_tail_ptr": tail, "BASE": base, "RING": ring}
     return out | dict(zip((f"stride_{name}t{a}" for a in "bht"), tail.stride(), strict=False))
 
 

@@ -31,8 +31,18 @@ def render(row: AttentionRow, problem: AttentionProblem, *, interpret: bool = Fa
                   "valid", "window", "x_dtype")
     }  # fmt: skip
     return render_stated(
-        row.template, row.name, {**values, "interpret": interpret, "name": _name(row, problem)}
+        row.template,
+        row.name,
+        {**values, "interpret": interpret, "joined": joined(problem), "name": _name(row, problem)},
     )
+
+
+def joined(problem: AttentionProblem) -> int:
+    """Shifts of a word of codes that make one product.
+
+    Two of 2-bit codes: eight products of 16 channels take twice the instructions of four of 32.
+    """
+    return 2 if problem.bits == 2 else 1
 
 
 def render_stated(template: str, row: str, values: dict[str, object]) -> Rendered:
