@@ -27,12 +27,10 @@ from .kernels import row as row_named
 from .launch import cache_folder, interpreting
 from .render import render
 from .row import TileConfig
-from .variants import Variant, unsupported
+from .variants import SHARED, Variant, unsupported
 
 PROCESSES = 2
 COMMAND = "python -m llmc.codegen.facts spec/kernels.json"
-# Shared memory that a block may take, bytes.
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 
 def gather(
@@ -51,7 +49,7 @@ def gather(
         )
     found: dict[Variant, AotFacts | str] = {}
     for variant in wanted:
-        known = unsupported(row_named(variant.row), variant.target) or _kept(variant)
+        known = unsupported(row_named(variant.row), variant.target) or kept(variant)
         if known is not None:
             found[variant] = known
     left = [v for v in dict.fromkeys(wanted) if v not in found]
@@ -142,7 +140,8 @@ def _path(variant: Variant) -> Path:
     return cache_folder().parent / "facts" / f"{digest(variant)[:32]}-{_reader()}.json"
 
 
-def _kept(variant: Variant) -> AotFacts | None:
+def kept(variant: Variant) -> AotFacts | None:
+    """Facts that an earlier call left in the cache; None where it left none."""
     try:
         return from_json(json.loads(_path(variant).read_text()))
     except (OSError, ValueError, TypeError, KeyError):

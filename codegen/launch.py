@@ -23,6 +23,7 @@ from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
 from .render import Rendered, arguments, render, shares
 from .row import MAX_REGISTERS, KernelRow, TileConfig
+from .tuning.choices import tuned_config
 
 
 def unavailable() -> str | None:
@@ -107,6 +108,7 @@ def fused_linear(
     given = {"x": x, **packed.sides, **sides}
     problem = _problem_of_call(packed, given)
     M = x.numel() // problem.K
+    config = config or tuned_config(packed.row, problem, M)
     config = config or packed.row.default_config(problem, M)
     _check_config(packed.row, problem, config)
     y = x.new_empty(M, problem.outputs)

@@ -17,6 +17,8 @@ from .problem import DEFAULTS, Problem
 from .row import KernelRow, TileConfig
 
 TARGETS = ("sm_80", "sm_90")
+# Shared memory that a block may take, bytes.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 SIZE = 4096
 # What is tried, in order, to find a problem that a row is made for.
 _BITS = (4, 8, 3, 2, 16)

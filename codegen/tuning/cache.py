@@ -26,12 +26,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Machine:
-    """What measurements hold for: the processor or GPU, torch and llmc."""
+    """What measurements hold for: the processor or GPU, torch, llmc and what compiles kernels."""
 
     target: str
     name: str
     torch: str = torch.__version__
     llmc: str = __version__
+    compiler: str = ""
 
     def differs(self, other: Machine) -> str | None:
         """In which field another machine differs, in words; None when it does not."""
@@ -90,7 +91,8 @@ class Table:
             {"key": e.key, "tokens": e.tokens, "best": e.best, "seconds": dict(e.seconds)}
             for e in sorted(self.entries, key=lambda e: (e.key, e.tokens))
         ]
-        return {"format": FORMAT, "machine": asdict(self.machine), "entries": rows}
+        machine = {k: v for k, v in asdict(self.machine).items() if v}
+        return {"format": FORMAT, "machine": machine, "entries": rows}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..problem import Problem
 from .cache import Entry, Machine
 
 # Target -> (module beside this package, its `TUNER`).
-TUNERS = {"cpu": "codegen.cpu.tune"}
+TUNERS = {"cpu": "codegen.cpu.tune", "triton": "codegen.tuning.triton"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Tuner:
         trials: the decisions that problems need, at given numbers of tokens.
         tokens: the numbers of tokens measured when nobody names any.
         measure: a trial's seconds by candidate. ResourceError when none of them runs.
+        bucket: the numbers of tokens that one number stands for, in words.
     """
 
     target: str
@@ -45,6 +46,7 @@ class Tuner:
     trials: Callable[[Sequence[Problem], Sequence[int]], list[Trial]]
     tokens: tuple[int, ...]
     measure: Callable[[Trial], dict[str, float]]
+    bucket: Callable[[int], str] = str
 
     def entry(self, trial: Trial) -> Entry:
         """A trial measured."""

@@ -96,6 +96,11 @@ def kernels_command(
                       for name, b in told["blocks"].items()]  # fmt: skip
         out.table(table)
         out.text(f"at most {most} launches in a block")
+    if target == "triton":
+        from ...codegen.tuning.choices import reason
+
+        told["tiles"] = reason()
+        out.text(f"tiles {told['tiles']}")
     out.text(
         f"{len(told['fused'])} fused, {len(told['not_fused'])} not; "
         f"{size(told['bytes'])} moved, floor {told['floor_us']:.4g} us "

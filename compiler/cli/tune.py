@@ -65,7 +65,7 @@ def tune_command(
         "machine": vars(machine), "path": str(held.path), "cache": held.reason or "used",
     }  # fmt: skip
     if dry_run:
-        _plan(trials, machine, held, found.unavailable(), out)
+        _plan(trials, found, machine, held, out)
         out.data("tune", result | {"trials": [_row(t) for t in trials]})
         return
     if held.table is None and held.path.exists():
@@ -125,16 +125,18 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 
 def _plan(
-    trials: list[Trial], machine: Machine, held: Found, why_not: str | None, out: Out
+    trials: list[Trial], found: Tuner, machine: Machine, held: Found, out: Out
 ) -> None:
     from ..report.text import Table, counted
 
     table = Table(f"To measure for {machine.target}", ("problem", "tokens", "candidates"),
                   right=("tokens",))  # fmt: skip
-    table.rows = [(t.key, str(t.tokens), " ".join(t.candidates)) for t in trials]
+    mark = ", " if any(" " in c for t in trials for c in t.candidates) else " "
+    table.rows = [(t.key, found.bucket(t.tokens), mark.join(t.candidates)) for t in trials]
     out.table(table)
     out.text(f"{counted(len(trials), 'choice')} on {machine.name}, torch {machine.torch}")
     out.text(f"cache {held.path}: {held.reason or f'{len(held.table.entries)} choices in use'}")
+    why_not = found.unavailable()
     if why_not is not None:
         out.text(f"cannot be measured here: {why_not}")
 

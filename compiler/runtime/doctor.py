@@ -175,14 +175,15 @@ def _ahead_of_time() -> Check:
 def _caches() -> Iterator[Check]:
     from ...codegen.launch import cache_folder
     from ...codegen.tuning.cache import Machine, cpu_name, read
+    from ...codegen.tuning.choices import gpu
 
     try:
         yield Check("caches", "kernels", str(cache_folder()))
     except LlmcError as error:
         yield Check("caches", "kernels", error.message, "no", error.hint or "make it your own")
     machines = [Machine("cpu", cpu_name())]
-    if torch.cuda.is_available():
-        machines.append(Machine("triton", torch.cuda.get_device_name()))
+    if (device := gpu()) is not None:
+        machines.append(device)
     for machine in machines:
         found = read(machine)
         name = f"measured for {machine.target}"
