@@ -36,5 +36,7 @@ _ROWS = (
     Format("gptq", "w2, w3, w4, w8; version 1 where symmetric, gptq_v2 else; vLLM, GPTQModel",
            "gptq"),
     Format("awq", "w4 in groups, GEMM layout; vLLM, SGLang and others", "awq"),
+    Format("gguf", "w4, w5 and w8 as Q4, Q5 and Q8 blocks; llama.cpp and what is built on it",
+           "gguf"),
 )  # fmt: skip
 FORMATS = {f.name: f for f in _ROWS}
