@@ -11,6 +11,14 @@ from ..row import TILE_ROWS, Argument, KernelRow
 from .common import CHOICES, SCALE, SIDES, linear_args
 
 
+def spread(row: KernelRow, q: torch.Tensor) -> torch.Tensor:
+    """q [N, K] -> int64 [Np/64, Kp/step, 64, 16, step/16]: codes c = 2 j + e of word w, for
+    column 32 j + 2 w + e of a step."""
+    q = pad(q, TILE_ROWS, row.step)
+    q = q.reshape(q.shape[0] // TILE_ROWS, TILE_ROWS, -1, row.step // 32, 16, 2)
+    return q.permute(0, 2, 1, 4, 3, 5).flatten(-2)
+
+
 def byte_tiles(row: KernelRow, q: torch.Tensor) -> torch.Tensor:
     """q [N, K] of 8 bits -> int32 [Np/64, Kp/128, 2, 64, 16].
 
@@ -37,11 +45,12 @@ SHAPE = (
     Requirement("N", "N >= 1", "at least 1"),
     Requirement("K", "K >= 16", "at least 16"),
 )
+TILES = ((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64))
 DENSE = Requirement("m", "Eq(m, 0)", "0 (dense)")
 
 W8A16 = KernelRow(
     name="w8a16",
-    op="llmc.fused_linear",
+    op="llmc.fused",
     template="w8a16.py.j2",
     summary="8-bit weights, symmetric or with zero points, one scale per group or per row",
     args=linear_args(CODES, SCALE),
@@ -49,8 +58,8 @@ W8A16 = KernelRow(
     choices=CHOICES,
     requires=(Requirement("bits", "Eq(bits, 8)", "8"), DENSE, GROUP, *SHAPE),
     moves=f"Np*Kp + {SIDES}",
-    tiles=((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64)),
+    tiles=TILES,
     stages=(3, 4, 6),
     fits=("Eq(wide, 0) | (BM <= 16)", "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"),
     pack=_integers,
-)  # fmt: skip
+)

@@ -1,0 +1,179 @@
+"""The cases of `test_rows_weights`, family by family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numerics import Case
+
+from llmc.codegen.kernels import row
+from llmc.codegen.row import TileConfig
+
+Fields = dict[str, Any]
+ALL_SIDES: Fields = {"bias": True, "residual": True, "norm": True, "eps": 1e-5}
+GATE: Fields = {"pairs": "gate", "act": "silu"}
+ALL: list[str] = []
+CASES: list[Case] = []
+# Row, problem that is served, change, field that the refusal names.
+MISSES: list[tuple[str, Fields, Fields, str]] = []
+# Row, problem, tile, target, the most issue slots per weight and stores to shared memory.
+FACTS: list[tuple[str, Fields, TileConfig, str, float, int]] = []
+# Problems whose every tile must compile without spills.
+TILED: dict[str, list[Fields]] = {}
+
+
+def case(name: str, M: int, N: int, K: int, spoil: str = "codes", **fields: Any) -> Case:
+    """A case; "stride" and "tile" go beside the problem's fields."""
+    own = {k: fields.pop(k) for k in ("stride", "tile") if k in fields}
+    return Case(name, {"N": N, "K": K, **fields}, M, spoil="" if "tile" in own else spoil, **own)
+
+
+def family(name: str, base: Fields, cases: list[Case], tiled: Fields) -> None:
+    """Register a row's cases: those given, and one for each of its tiles."""
+    ALL.append(name)
+    CASES.extend(cases)
+    for BM, BN in row(name).tiles:
+        CASES.append(case(name, 9, max(BN, 64), **{**base, **tiled}, tile=(BM, BN)))
+
+
+def grid(base: Fields, *, zeros: bool = True, wide: bool = True) -> list[Fields]:
+    """Schemes over a row's features: least groups with all sides, whole rows, each dtype."""
+    schemes: list[Fields] = [
+        {"group": 32, "x_dtype": "fp16", "asym": zeros, **ALL_SIDES},
+        {"group": 32, "x_dtype": "bf16", "asym": zeros},
+        {"group": 64, "x_dtype": "bf16", **ALL_SIDES},
+        {"group": 128, "x_dtype": "fp16"},
+        {"group": 0, "x_dtype": "bf16", "asym": zeros, **ALL_SIDES},
+    ]
+    if wide:
+        schemes.append({"group": 32, "x_dtype": "fp32", "asym": zeros, **ALL_SIDES})
+    return [{**base, **s} for s in schemes]
+
+
+# ** 8-bit integers **
+W8: Fields = {"bits": 8}
+family("w8a16", W8, [
+    case("w8a16", 1, 33, 96, **W8, group=32),
+    case("w8a16", 3, 70, 200, **W8, group=64, asym=True, spoil="zero"),
+    case("w8a16", 17, 65, 300, **W8, group=128, asym=True),
+    case("w8a16", 3, 64, 600, **W8, group=256, spoil="scale"),
+    case("w8a16", 2, 1, 130, **W8, group=0, asym=True, x_dtype="fp32", stride="padded"),
+    case("w8a16", 2, 70, 260, **W8, group=64, asym=True, x_dtype="bf16", scale_dtype="bf16"),
+    case("w8a16", 1, 40, 260, **W8, x_dtype="bf16", stride="halves", residual=True),
+    case("w8a16", 3, 66, 200, **W8, group=64, asym=True, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 96, "asym": True, "group": 32})  # fmt: skip
+MISSES += [
+    ("w8a16", W8, {"bits": 7}, "bits"),
+    ("w8a16", W8, {"group": 48}, "group"),
+    ("w8a16", W8, {"group": 16}, "group"),
+    ("w8a16", W8, {"K": 15}, "K"),
+    ("w8a16", W8, {"n": 2, "m": 4, "group": 64}, "m"),
+    ("w8a16", W8, {"weights": "table", "levels": "e4m3"}, "weights"),
+]
+FACTS += [
+    ("w8a16", W8, TileConfig(8, 64), "sm_80", 4.0, 2),
+    ("w8a16", W8, TileConfig(16, 128), "sm_90", 3.6, 2),
+    ("w8a16", W8 | {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), "sm_90", 5.4, 2),
+]
+TILED["w8a16"] = grid(W8)
+
+# ** small floats **
+F8: Fields = {"bits": 8, "weights": "table", "levels": "e4m3"}
+F4: Fields = {"weights": "table", "levels": "e2m1"}
+family("w8_float", F8, [
+    case("w8_float", 1, 33, 96, **F8, group=32),
+    case("w8_float", 3, 70, 200, **F8 | {"levels": "e5m2"}, group=64, spoil="scale"),
+    case("w8_float", 17, 65, 300, **F8 | {"levels": "e5m2"}, group=128, x_dtype="bf16"),
+    case("w8_float", 2, 64, 300, **F8, group=256, x_dtype="bf16", stride="halves"),
+    case("w8_float", 2, 1, 130, **F8, group=0, scale_dtype="", stride="padded"),
+    case("w8_float", 2, 66, 200, **F8, x_dtype="fp32", **ALL_SIDES, **GATE),
+], {"K": 96, "group": 32})  # fmt: skip
+family("w4_float", F4, [
+    case("w4_float", 1, 33, 96, **F4, group=32),
+    case("w4_float", 3, 70, 200, **F4, group=64, spoil="scale"),
+    case("w4_float", 17, 65, 300, **F4, group=128, x_dtype="bf16"),
+    case("w4_float", 2, 1, 130, **F4, group=0, scale_dtype="", x_dtype="fp32", stride="padded"),
+    case("w4_float", 2, 66, 200, **F4, group=32, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 96, "group": 32})  # fmt: skip
+MISSES += [
+    ("w8_float", F8, {"levels": "nf"}, "levels"),
+    ("w8_float", F8, {"asym": True}, "asym"),
+    ("w8_float", F8, {"group": 48}, "group"),
+    ("w4_float", F4, {"bits": 3}, "bits"),
+    ("w4_float", F4, {"group": 16}, "group"),
+    ("w4_float", F4, {"m": 4, "n": 2, "group": 64}, "m"),
+]
+FACTS += [
+    ("w8_float", F8, TileConfig(8, 64), "sm_80", 4.5, 2),
+    ("w8_float", F8 | {"x_dtype": "bf16"}, TileConfig(16, 128), "sm_90", 4.1, 2),
+    ("w4_float", F4 | {"group": 32}, TileConfig(16, 128), "sm_90", 4.3, 2),
+    ("w4_float", F4 | {"x_dtype": "bf16"}, TileConfig(8, 64), "sm_80", 4.2, 2),
+]
+TILED["w8_float"] = grid(F8, zeros=False)
+TILED["w4_float"] = grid(F4, zeros=False)
+
+# ** looked-up levels, and integers of 3 and 2 bits **
+NF4: Fields = {"weights": "table", "levels": "nf"}
+NF3, NF2 = NF4 | {"bits": 3}, NF4 | {"bits": 2}
+STORED: Fields = {"weights": "table", "table": "row", "scale_dtype": "", "group": 0}
+W3: Fields = {"bits": 3}
+W2: Fields = {"bits": 2}
+family("w4_lut", NF4, [
+    case("w4_lut", 1, 33, 96, **NF4, group=32),
+    case("w4_lut", 3, 70, 200, **NF4 | {"levels": "midrise"}, group=64, spoil="scale"),
+    case("w4_lut", 17, 65, 300, **STORED, x_dtype="bf16", spoil="table"),
+    case("w4_lut", 2, 1, 130, **STORED | {"table": "matrix"}, stride="padded"),
+    case("w4_lut", 2, 66, 200, **NF4, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 96, "group": 32})  # fmt: skip
+family("w3_lut", NF3, [
+    case("w3_lut", 1, 33, 96, **NF3, group=32),
+    case("w3_lut", 3, 70, 300, **STORED, bits=3, x_dtype="bf16"),
+    case("w3_lut", 2, 66, 520, **NF3, group=256, **ALL_SIDES, **GATE),
+], {"K": 192, "group": 32})  # fmt: skip
+family("w2_lut", NF2, [
+    case("w2_lut", 1, 33, 96, **NF2 | {"levels": "ternary"}, group=32),
+    case("w2_lut", 3, 70, 300, **STORED | {"table": "matrix"}, bits=2, spoil="table"),
+    case("w2_lut", 2, 66, 520, **NF2, group=64, x_dtype="bf16", **ALL_SIDES, **GATE),
+], {"K": 192, "group": 32})  # fmt: skip
+family("w3a16", W3, [
+    case("w3a16", 1, 33, 96, **W3, group=32),
+    case("w3a16", 3, 70, 300, **W3, group=64, asym=True, spoil="zero"),
+    case("w3a16", 17, 65, 300, **W3, group=128, asym=True, x_dtype="bf16"),
+    case("w3a16", 3, 64, 600, **W3, group=256, spoil="scale"),
+    case("w3a16", 2, 1, 130, **W3, group=0, asym=True, x_dtype="fp32", stride="padded"),
+    case("w3a16", 2, 66, 300, **W3, asym=True, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 192, "asym": True, "group": 32})  # fmt: skip
+family("w2a16", W2, [
+    case("w2a16", 1, 33, 96, **W2, group=32),
+    case("w2a16", 3, 70, 300, **W2, group=64, asym=True, spoil="zero"),
+    case("w2a16", 17, 65, 300, **W2, group=0, asym=True, x_dtype="bf16", scale_dtype="bf16"),
+    case("w2a16", 2, 1, 130, **W2, group=256, x_dtype="fp32", stride="halves"),
+    case("w2a16", 2, 66, 300, **W2, asym=True, **ALL_SIDES, **GATE),
+], {"K": 192, "asym": True, "group": 32})  # fmt: skip
+MISSES += [
+    ("w4_lut", NF4, {"levels": "e2m1"}, "levels"),
+    ("w4_lut", NF4, {"x_dtype": "fp32"}, "x_dtype"),
+    ("w4_lut", NF4, {"asym": True}, "asym"),
+    ("w3_lut", NF3, {"levels": "ternary"}, "levels"),
+    ("w3_lut", NF3, {"bits": 5}, "bits"),
+    ("w2_lut", NF2, {"weights": "int", "levels": ""}, "weights"),
+    ("w3a16", W3, {"group": 192}, "group"),
+    ("w3a16", W3, {"group": 384}, "group"),
+    ("w3a16", W3, {"m": 4, "n": 2, "group": 64}, "m"),
+    ("w2a16", W2, {"bits": 1}, "bits"),
+    ("w2a16", W2, {"weights": "table", "levels": "nf"}, "weights"),
+]
+FACTS += [
+    ("w4_lut", NF4 | {"group": 64}, TileConfig(16, 64), "sm_90", 5.6, 2),
+    ("w4_lut", STORED, TileConfig(8, 64), "sm_80", 4.7, 2),
+    ("w3_lut", NF3, TileConfig(8, 64), "sm_90", 3.7, 2),
+    ("w3a16", W3 | {"asym": True}, TileConfig(16, 128), "sm_90", 3.5, 2),
+    ("w3a16", W3 | {"x_dtype": "bf16"}, TileConfig(8, 64), "sm_80", 4.4, 2),
+    ("w2_lut", NF2, TileConfig(8, 64), "sm_90", 3.3, 2),
+    ("w2a16", W2 | {"asym": True}, TileConfig(16, 128), "sm_90", 2.8, 2),
+]
+TILED["w4_lut"] = [*grid(NF4, zeros=False, wide=False), STORED | {"x_dtype": "bf16"}]
+TILED["w3_lut"] = [*grid(NF3, zeros=False, wide=False), STORED | {"bits": 3}]
+TILED["w2_lut"] = [*grid(NF2, zeros=False, wide=False), STORED | {"bits": 2}]
+TILED["w3a16"] = grid(W3)
+TILED["w2a16"] = grid(W2)
