@@ -35,6 +35,13 @@ def unavailable() -> str | None:
     return "no CUDA device, and TRITON_INTERPRET=1 is not set"
 
 
+def machine(device: torch.device) -> str:
+    """The target of a CUDA device, "sm_80" or "sm_90"; "" where kernels are interpreted."""
+    if device.type != "cuda":
+        return ""
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU (its flag as it stands now)."""
     import triton
@@ -105,6 +112,11 @@ def fused_linear(
     why = unavailable()
     if why:
         raise ResourceError(f"cannot launch {packed.row.name}: {why}")
+    target = machine(x.device)
+    if target and target not in packed.row.targets:
+        raise ResourceError(
+            f"expected {' or '.join(packed.row.targets)} for {packed.row.name}, found {target}"
+        )
     given = {"x": x, **packed.sides, **sides}
     problem = _problem_of_call(packed, given)
     M = x.numel() // problem.K

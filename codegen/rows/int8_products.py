@@ -25,7 +25,7 @@ def pack(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tens
 
 W8A8_CODES = KernelRow(
     name="w8a8_codes",
-    op="llmc.fused_linear",
+    op="llmc.fused",
     template="products8.py.j2",
     summary="int8 weights times the int8 codes of x that round_int8 made",
     args=rounded.product_args("i8"),
@@ -44,10 +44,10 @@ W8A8_CODES = KernelRow(
 def _row(name: str, summary: str, outliers: tuple[object, ...], limits: bool) -> KernelRow:
     return KernelRow(
         name=name,
-        op="llmc.fused_linear",
+        op="llmc.fused",
         template="products8.py.j2",
         summary=summary,
-        args=rounded.ARGS,
+        args=rounded.args("i8"),
         step=STEP,
         choices=rounded.choices(Grids(*INT8, limits=limits), outliers=outliers),
         requires=_REQUIRES,

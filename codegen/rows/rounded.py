@@ -81,20 +81,26 @@ def choices(rounds: tuple[str, ...], **more: tuple[object, ...]) -> dict[str, tu
 
 
 _X = Argument("x", "[M, K]", FLOATS, strided=True)
-_CODES = Argument("codes", "[Np/64, Kp/128, 64, 128]", ("i8",), dtype="i8")
 _OUT = (
     Argument("bias", "[N]", FLOATS, "bias"),
     Argument("residual", "[M, out]", FLOATS, "residual", strided=True),
     Argument("y", "[M, out]", FLOATS, strided=True),
 )
-ARGS = (_X, _GAIN, *_SCALES, _CODES, SCALE, *_COLUMNS, _KEPT, *_OUT)
-"""Arguments of a product that rounds x itself."""
+
+
+def _codes(dtype: str) -> Argument:
+    return Argument("codes", "[Np/64, Kp/128, 64, 128]", (dtype,), dtype=dtype)
+
+
+def args(dtype: str) -> tuple[Argument, ...]:
+    """Arguments of a product that rounds x itself; codes are "i8" or "fp8e4nv"."""
+    return (_X, _GAIN, *_SCALES, _codes(dtype), SCALE, *_COLUMNS, _KEPT, *_OUT)
 
 
 def product_args(dtype: str) -> tuple[Argument, ...]:
-    """Arguments of a product that reads the codes of x ("i8" or "fp8e4nv") and their scales."""
+    """Arguments of a product that reads the codes of x and their scales."""
     x = Argument("x", "[M, Kp]", (dtype,), dtype=dtype)
-    return (x, _CODES, SCALE, *_MADE, _KEPT, *_OUT)
+    return (x, _codes(dtype), SCALE, *_MADE, _KEPT, *_OUT)
 
 
 def byte_tiles(codes: torch.Tensor) -> torch.Tensor:
@@ -175,6 +181,12 @@ def codes_problem(problem: Problem) -> Problem:
     )
 
 
+def round_problem(problem: Problem) -> Problem:
+    """What the kernel before a product must know: nothing of the weight."""
+    names = ("x_dtype", "norm", "smooth", "rounds", "outliers", "eps")
+    return Problem(problem.N, problem.K, **{name: getattr(problem, name) for name in names})
+
+
 def round_config(K: int) -> TileConfig:
     """One token per program; a row of up to 8192 columns stays in registers."""
     width = min(8192, max(1024, 1 << (K - 1).bit_length()))
@@ -233,8 +245,14 @@ def call(rounding: KernelRow, product: KernelRow) -> Launch:
         if problem.outliers:
             made["x_apart"] = x.new_empty(M, -(-problem.outliers // 32) * 32)
         given = {**given, **made, "y": given["y"]}
-        alone = dataclasses.replace(problem, bias=False, residual=False, act="", pairs="")
-        launch(rounding, alone, round_config(problem.K), M, {**given, **made}, grid=(1, M))
+        launch(
+            rounding,
+            round_problem(problem),
+            round_config(problem.K),
+            M,
+            {**given, **made},
+            grid=(1, M),
+        )
         launch(product, codes_problem(problem), config, M, {**given, "x": made["y"]})
 
     return launches

@@ -153,13 +153,12 @@ def expected(
     if case.pairs:
         products = products.split(problem.outputs, -1)
         products = products[0] * products[1] + products[0] + products[1]
-    sides = sum(
-        float(t.abs().max()) for t in [*bias.values(), *([residual] if case.residual else [])]
-    )
+    beside = [t for t in (bias.get("bias"), residual) if t is not None]
+    sides = sum(float(t.abs().max()) for t in beside)
     half = torch.finfo(x.dtype).eps / 2
     # Scales and sums behind exact products; floats where a token is not rounded or kept apart.
     floats = torch.where(beyond, float(case.K), float(case.outliers))
-    steps = problem.groups + 12 + floats + (32 * case.K if problem.levels else 0) / 32
+    steps = problem.groups + 12 + floats + (case.K if problem.levels else 0)
     bound = steps * 2.0**-24 * (products + sides) + 2 * half * exact.abs() + 1e-12
     if (case.norm or case.smooth) and (case.outliers or case.spike):
         bound = bound + 2 * half * products

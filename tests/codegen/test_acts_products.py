@@ -17,6 +17,7 @@ import pytest
 from acts_cases import Case, expected, inputs_of, parts_of, problem_of
 
 ALL = {"bias": True, "residual": True, "norm": True, "smooth": True}
+CODES = [f"{kind} {per}" for kind in ("int8", "e4m3") for per in ("token", "token power", "static")]
 WIDE = (32, 128)  # a tile whose x is rounded by a kernel of its own
 CASES = [
     # one launch: every program rounds what it reads
@@ -44,8 +45,18 @@ CASES = [
          norm=True, tile=WIDE),
     Case("int8_split", 3, 70, 300, 32, outliers=37, dtype="fp32", **ALL, tile=WIDE),
     # every tile
-    *[Case("w8a8", 19, 256, 160, residual=t != (128, 256), tile=t) for t in
-      ((8, 64), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (128, 64), (128, 128), (128, 256))],
+    *[Case("w8a8", 19, 256, 160, residual=t != (128, 256), tile=t) for t in (
+        (8, 64), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (128, 64), (128, 128),
+        (128, 256))],
+    # e4m3
+    Case("fp8", 1, 33, 96, rounds="e4m3 token"),
+    Case("fp8", 3, 70, 200, 32, rounds="e4m3 token", **ALL),
+    Case("fp8", 3, 70, 256, rounds="e4m3 static", dtype="fp32", smooth=True),
+    Case("fp8", 3, 70, 300, 128, rounds="e4m3 token limit=6.0", spike=True, strided=True),
+    Case("fp8", 3, 70, 200, rounds="e4m3 token", dtype="fp32", bias=True, norm=True, tile=WIDE),
+    Case("fp8", 3, 70, 200, 64, rounds="e4m3 token power", tile=WIDE),
+    Case("fp8", 33, 70, 160, rounds="e4m3 token limit=6.0", spike=True, smooth=True, tile=(32, 64)),
+    Case("fp8", 3, 40, 160, rounds="e4m3 static", act="gelu_tanh", pairs="gate", tile=(16, 64)),
 ]  # fmt: skip
 
 
@@ -77,7 +88,7 @@ def test_one_launch_and_two_give_the_same_bits(answers: dict[str, Any]) -> None:
     assert answers["launches"]["same"]
 
 
-@pytest.mark.parametrize("name", ["int8 token", "int8 token power", "int8 static"])
+@pytest.mark.parametrize("name", CODES)
 def test_codes_are_those_of_the_reference(name: str, answers: dict[str, Any]) -> None:
     """Bit for bit, of fp32 and bf16 inputs, ties and empty tokens among them."""
     assert answers["codes"][name] == {"codes": True, "scale": True, "padding": True}
@@ -108,6 +119,9 @@ def test_what_is_no_number_spoils_its_token_alone(answers: dict[str, Any]) -> No
         ("int8_split", {}, "outliers"),
         ("int8_split", {"outliers": 4097}, "outliers"),
         ("w8a8_codes", {}, "rounds"),
+        ("fp8", {"weights": "table", "levels": "e5m2", "rounds": "e4m3 token"}, "levels"),
+        ("fp8", {"weights": "table", "levels": "e4m3", "rounds": "e5m2 token"}, "rounds"),
+        ("fp8", {"weights": "table", "levels": "e4m3"}, "rounds"),
     ],
 )  # fmt: skip
 def test_near_misses_are_refused_by_field(row: str, changes: dict[str, Any], field: str) -> None:
@@ -128,10 +142,23 @@ def test_rounded_inputs_choose_their_row() -> None:
         ({}, "w8a8"),
         ({"outliers": 3, "rounds": "int8 token limit=2.5"}, "int8_split"),
         ({"bits": 4, "group": 32}, "w8a8"),
+        ({"weights": "table", "levels": "e4m3", "rounds": "e4m3 token"}, "fp8"),
     ]:
         row, _ = choose(dataclasses.replace(base, **changes))
         assert row is not None
         assert row.name == name
+
+
+def test_floats_of_eight_bits_are_refused_where_the_machine_has_none() -> None:
+    """sm_80 multiplies no e4m3: the refusal names the target, and int8 goes on."""
+    from llmc.codegen.kernels import choose
+
+    base = problem_of(Case("fp8", 1, 64, 128, rounds="e4m3 token"))
+    found, why = choose(base, "sm_80")
+    assert found is None
+    assert "fp8: target=sm_80, expected sm_90" in [str(m) for m in why]
+    assert choose(base, "sm_90")[0] is not None
+    assert choose(problem_of(Case("w8a8", 1, 64, 128)), "sm_80")[0] is not None
 
 
 def test_source_does_not_hold_the_limit() -> None:
@@ -182,14 +209,14 @@ def _answer(case: Case) -> dict[str, Any]:
     exact, bound = expected(case, parts, given)
     y = _launch(case, parts, given)
     q = packing.unpack(parts["codes"], case.bits, case.K).to(torch.int64)
-    # The largest input that is a code: of a token whose codes count, in a column not kept apart.
-    at = int(
-        given["x"][0]
-        .abs()
-        .index_fill(0, parts.get("columns", torch.tensor([], dtype=int)), 0.0)
-        .argmax()
-    )
+    # The largest input that is a code, in a column that is not kept apart.
+    size = given["x"][0].float().abs()
+    if case.outliers:
+        size[parts["columns"]] = 0.0
+    at = size.argmax()
     q[0, at] = q[0, at] ^ (1 << (case.bits - 2))
+    if case.rounds.startswith("e"):
+        q[0, at] = 0x78 if q[0, at] & 0x40 else 0  # 256 or nothing
     off = _launch(case, {**parts, "codes": packing.pack(q, case.bits)}, given)
     return {
         "ratio": float(((y.double() - exact).abs() / bound).nan_to_num(1e9).max()),
@@ -295,7 +322,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     answers: dict[str, Any] = {case.label: _answer(case) for case in CASES}
-    answers["codes"] = {n: _codes(n) for n in ("int8 token", "int8 token power", "int8 static")}
+    answers["codes"] = {n: _codes(n) for n in CODES}
     answers["nan"] = _nan()
     answers["launches"] = _launches()
     print(json.dumps(answers))
