@@ -22,7 +22,7 @@ LLMC = $(PY) -m llmc.compiler.cli
 TEXT := examples/pylm/text/heldout.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format golden clean
+.PHONY: help setup demo test test-all check interop format golden clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,18 @@ test: $(SETUP) $(TEXT)  ## the tests that every change must pass (no GPU, no lon
 
 test-all: $(SETUP) $(TEXT) check  ## every test that this machine can run
 	$(PYTEST) $(PYTEST_ARGS)
+
+# GPTQModel asks for another torch and is only a loader to compare with, so it stays out of the venv.
+# Where it cannot be had its rows say so.
+GPTQ := gptqmodel==7.7.0 pypcre logbar tokenicer device-smi defuser dill requests urllib3 certifi
+.cache/gptqmodel/.stamp: $(SETUP)
+	@mkdir -p .cache/gptqmodel
+	-BUILD_CUDA_EXT=0 $(PY) -m pip install -q --no-deps --no-build-isolation --upgrade \
+	  --target .cache/gptqmodel $(GPTQ)
+	@touch $@
+
+interop: $(SETUP) .cache/gptqmodel/.stamp  ## load exports with other people's packages and compare
+	OMP_NUM_THREADS=1 $(PY) benchmarks/interop.py
 
 # mypy wants a path on which the package is called llmc, whatever this clone's folder is called.
 .cache/types/llmc:
