@@ -350,6 +350,9 @@ class Constants:
             value = self._values[node]
             if not isinstance(value, torch.Tensor):
                 continue
+            if value.layout != torch.strided:  # in a layout of a kernel's own, never a view
+                weights[str(node.target)] = value.nbytes
+                continue
             storage = value.untyped_storage()
             size = value.nbytes if node.op == "get_attr" else storage.nbytes()
             if storage.data_ptr() in seen:
