@@ -14,29 +14,36 @@ from ..compiler.ir.errors import ModelError
 from .problem import Problem
 
 
-def in_range(problem: Problem, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_range(
+    problem: Problem, parts: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
     """Parts of the same meaning with gain at most 1 in magnitude, where x is fp16 behind a norm.
+
+    Returns:
+        The parts, and what was done, in words.
 
     Raises:
         ModelError: a weight that 2**k takes out of its dtype's range.
     """
     if problem.x_dtype != "fp16" or not problem.norm:
-        return parts
+        return parts, ""
     top = float(parts["gain"].abs().max()) if parts["gain"].numel() else 0.0
     power = 2.0 ** math.ceil(math.log2(top)) if top > 1 and math.isfinite(top) else 1.0
     if power == 1.0:
-        return parts
+        return parts, ""
     out = {**parts, "gain": parts["gain"] / power}
     if "in_scale" in out:
         out["in_scale"] = out["in_scale"] / power
     for role in scaled(problem):
+        if role not in parts:
+            raise ModelError(f"expected {role} to scale with the gain of a norm, found none")
         out[role] = parts[role] * power
         if not bool(out[role].isfinite().all()):
             raise ModelError(
                 f"expected {role} that can be scaled by {power:g} in {parts[role].dtype}, found "
                 "one that leaves its range", hint="run the model in bf16",
             )  # fmt: skip
-    return out
+    return out, f"gain over {power:g}, weight times it, so that x * gain stays in fp16"
 
 
 def scaled(problem: Problem) -> list[str]:

@@ -11,25 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from ..compiler.ir.errors import ResourceError, UsageError, nearest
+from ..compiler.ir.errors import ModelError, ResourceError, UsageError, nearest
 from ..compiler.ir.graph import Param, Program
 from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
 from . import cpu, sparse
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import Fused, fuse
-from .fuse_nodes import MAKER
+from .fuse_nodes import MAKER, refusal
 from .gains import in_range
 from .kernels import choose
-from .prepack import Packed, prepack
+from .placed import Implementation
+from .prepack import prepack
 from .problem import DTYPES, Problem
-from .row import KernelRow
 
 Target = Literal["reference", "cpu", "triton"]
 TARGETS: tuple[Target, ...] = ("reference", "cpu", "triton")
@@ -116,8 +115,7 @@ def _lower_cpu(program: Program) -> Lowered:
             note += f"; {problem.n}:{problem.m} spread to dense codes"
         traffic = sum(t.nbytes for t in packed.values())
         traffic += DTYPES[problem.x_dtype].itemsize * (problem.outputs + problem.K)
-        call = partial(_on_cpu, kernel, problem, choice)
-        _place(lowered, fused, kernel.name, canonical, packed, traffic, note, call)
+        _place(lowered, fused, problem, kernel.name, canonical, packed, traffic, note)
     refresh_segments(program)
     return _sides(lowered, torch.device("cpu"))
 
@@ -125,13 +123,6 @@ def _lower_cpu(program: Program) -> Lowered:
 def cpu_accept(problem: Problem) -> str | None:
     """Why torch has no CPU kernel for a problem; None when it has one."""
     return cpu.choose(problem)[1] or None
-
-
-def _on_cpu(
-    kernel: cpu.CpuKernel, problem: Problem, choice: cpu.Choice, x: torch.Tensor,
-    residual: torch.Tensor | None, packed: dict[str, torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    return cpu.call(kernel, problem, packed, x, residual, choice)
 
 
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
@@ -151,12 +142,15 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
     for fused in plan.fused:
         row, _ = choose(fused.problem)
         assert row is not None
-        canonical = in_range(fused.problem, fused.canonical(program, device))
-        packed = prepack(row, fused.problem, **canonical)
+        try:
+            canonical, note = in_range(fused.problem, fused.canonical(program, device))
+            packed = prepack(row, fused.problem, **canonical)
+        except ModelError as why:  # the node's body runs
+            lowered.refused.append(refusal(program.node(fused.node), why.message, "tensors"))
+            continue
         traffic = row.bytes_moved(fused.problem, 1)
-        call = partial(_on_triton, row, fused.problem, frozenset(packed.sides))
         tensors = packed.tensors | packed.sides
-        _place(lowered, fused, row.name, canonical, tensors, traffic, "", call)
+        _place(lowered, fused, packed.problem, row.name, canonical, tensors, traffic, note)
     made, lowered.attention, refused = attention_implementations(program)
     lowered.implementations |= made
     lowered.refused += refused
@@ -178,23 +172,6 @@ def triton_accept(problem: Problem) -> str | None:
     return "; ".join(text for found in by_row.values() if len(found) == least for text in found)
 
 
-def _on_triton(
-    row: KernelRow, problem: Problem, sides: frozenset[str], x: torch.Tensor,
-    residual: torch.Tensor | None, tensors: dict[str, torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """Over prepacked tensors; columns of x and residual are made contiguous."""
-    from . import launch
-
-    held = {n: t for n, t in tensors.items() if n not in sides}
-    packed = Packed(row, problem, held, {n: tensors[n] for n in sides})
-    given = {} if residual is None else {"residual": _columns(residual)}
-    return launch.fused_linear(packed, _columns(x), **given)
-
-
-def _columns(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _sides(lowered: Lowered, device: torch.device) -> Lowered:
     """Sparse paths beside fused nodes run on torch's own sparse rows where it has them."""
     if sparse.available(device):
@@ -213,31 +190,14 @@ def _input_grid(program: Program, fused: Fused) -> dict[str, Any]:
     return given if scale is None else given | {"unit": program.weights.load(scale.name)}
 
 
-Call = Callable[[torch.Tensor, "torch.Tensor | None", dict[str, torch.Tensor]], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """`llmc.fused` of a placed node: its inputs are x, what is added, then packed tensors.
-
-    names: of the inputs, in order.
-    """
-
-    names: tuple[str, ...]
-    call: Call
-
-    def __call__(self, inputs: Sequence[torch.Tensor], *, body: str = "") -> torch.Tensor:
-        given = dict(zip(self.names, inputs, strict=True))
-        return self.call(given.pop("x"), given.pop("residual", None), given)
-
-
 def _place(
-    lowered: Lowered, fused: Fused, kernel: str, canonical: dict[str, torch.Tensor],
-    tensors: dict[str, torch.Tensor], traffic: int, note: str, call: Call,
+    lowered: Lowered, fused: Fused, problem: Problem, kernel: str,
+    canonical: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], traffic: int, note: str,
 ) -> None:  # fmt: skip
     """Let a node read packed tensors as parameters of their own; the canonical ones are let go.
 
-    A part that stays as it is stays the parameter that it was.
+    problem: as the kernel was packed for it. A part that stays as it is stays the parameter that
+    it was.
     """
     program = lowered.program
     node, before = program.node(fused.node), dict(program.params)
@@ -247,7 +207,7 @@ def _place(
         for p in fused.parts
         if len(p.refs) == 1 and p.refs[0] is not None and p.refs[0][0] == "a"
     }
-    base = before_last(next(p.name for n in old if (p := program.param_of(n)) is not None))
+    base = _stem(program, fused, old)
     names, inputs, resident = ["x"], [old[0]], 0
     if fused.residual:
         names.append("residual")
@@ -267,7 +227,8 @@ def _place(
     stored = sum(p.bytes for name, p in before.items() if name not in program.params)
     lowered.resident_bytes[fused.node] = resident
     lowered.placed.append(Placed(fused, kernel, traffic, resident, stored, note))
-    lowered.implementations[fused.node] = Implementation(tuple(names), call)
+    made = Implementation(lowered.target, kernel, problem, tuple(names))
+    lowered.implementations[fused.node] = made
 
 
 def _same(program: Program, node: fx.Node, tensor: torch.Tensor) -> bool:
@@ -276,9 +237,12 @@ def _same(program: Program, node: fx.Node, tensor: torch.Tensor) -> bool:
     return value.dtype == tensor.dtype and torch.equal(value, tensor.to(value.device))
 
 
-def before_last(name: str) -> str:
-    """`p2.codes` -> `p2`; a name without parts stays."""
-    return name.rpartition(".")[0] or name
+def _stem(program: Program, fused: Fused, inputs: Sequence[fx.Node]) -> str:
+    """What the packed tensors are called after: `p2` where the first part is `p2.codes`."""
+    first = fused.parts[0].refs[0] or ""
+    found = inputs[int(first[1:])] if first[:1] == "a" else None
+    param = program.param_of(found) or next(p for n in inputs if (p := program.param_of(n)))
+    return param.name.rpartition(".")[0] or param.name
 
 
 def inputs_of(program: Program, fused: Fused) -> list[fx.Node]:

@@ -1,0 +1,95 @@
+"""A lowering told from types alone: launches of a decode step, bytes, and what is left."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llmc.codegen.survey import survey
+from llmc.codegen.targets import BANDWIDTH
+from llmc.compiler.ir.graph import DictWeights, Program
+from llmc.compiler.pipeline import recipe, zoo
+from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.runtime.cache import add_cache
+
+
+def planned(text: str, **how: Any) -> Program:
+    """A small llama with its cache, as it would be compiled; without a single tensor."""
+    given = {"hidden": 256, "inner": 512, "size": 64, "rope": 1.0}
+    program = zoo.decoder(**(given | how))
+    plan = make_plan(program, recipe.from_strings([text]))
+    plan.program.weights = DictWeights()
+    return add_cache(plan.program)
+
+
+def told(text: str, target: str = "triton", tokens: int = 1, **how: Any) -> dict[str, Any]:
+    page = survey(planned(text, **how), target, tokens, "fp16", BANDWIDTH)
+    assert json.loads(json.dumps(page)) == page
+    return page
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["w4:group=128", "smooth,w4:group=128", "prune24,w4:group=128", "w8", "w4:group=64,lorc"],
+)
+def test_a_decode_step_starts_six_kernels_per_block(text: str) -> None:
+    """q, k and v behind the norm; turn and write; attend; out and sum; gate and up behind the
+    norm; down and sum."""
+    page = told(text)
+    assert page["launches_per_block"] == 6
+    for name in ("block0", "block1"):
+        block = page["blocks"][name]
+        assert block["launches"] == 6
+        kinds = [c.split("_default")[0] for c in block["calls"]]
+        assert kinds == ["fused", "cached_attention", "fused", "fused", "fused"]
+    assert [len(r["sections"]) for r in page["fused"]][:4] == [3, 1, 2, 1]
+    assert len(page["attention"]) == 2
+    assert [r["reason"] for r in page["not_fused"]] == [
+        "its weight is stored dense, not decoded from codes"
+    ]
+
+
+def test_bytes_are_those_of_the_parameters_and_of_the_row() -> None:
+    """Codes and scales of q, k and v together; more tokens move more activations."""
+    page, more = told("w4:group=128"), told("w4:group=128", tokens=4)
+    qkv = page["fused"][0]
+    rows = sum(qkv["sections"])
+    assert rows == 256 + 2 * 128
+    assert qkv["stored_bytes"] == rows * 256 // 2 + rows * 2 * 2 + 256 * 4
+    assert more["fused"][0]["bytes"] - qkv["bytes"] == 3 * 2 * (256 + rows)
+    assert page["bytes"] == sum(r["bytes"] for r in page["fused"])
+    assert qkv["floor_us"] == pytest.approx(1e6 * qkv["bytes"] / BANDWIDTH)
+
+
+def test_what_no_row_serves_is_told_by_the_rows_that_come_closest() -> None:
+    """Groups of eight columns: every linear is refused with the field that is in the way."""
+    page = told("w4:group=8")
+    reasons = [r["reason"] for r in page["not_fused"] if r["predicate"] == "kernel"]
+    assert not page["fused"]
+    assert reasons
+    assert all("group=8, expected" in r for r in reasons)
+
+
+def test_the_cpu_is_asked_for_what_it_has() -> None:
+    """No norm, gate or sum is taken in there."""
+    page = told("w4:group=128", "cpu")
+    assert len(page["fused"]) == 14
+    assert not any(r["problem"]["norm"] or r["problem"]["residual"] for r in page["fused"])
+    assert page["attention"] == []
+
+
+def test_layers_that_are_no_llama_need_more() -> None:
+    """Layer norms are calls of their own."""
+    page = told("w4:group=128", norm="layer", mlp="gelu")
+    assert page["launches_per_block"] == 8
+    assert sum("layer_norm" in c for c in page["blocks"]["block0"]["calls"]) == 2
+
+
+def test_a_program_without_blocks_has_no_launches_per_block() -> None:
+    program = planned("w4:group=128")
+    program.segments = []
+    page = survey(program, "triton", 1, "bf16", BANDWIDTH)
+    assert page["launches_per_block"] is None
+    assert page["fused"]
