@@ -58,13 +58,18 @@ def random_parts(
         parts["columns"] = torch.randperm(p.K, generator=g)[: p.outliers].sort().values
         parts["column_weights"] = torch.randn(p.N, p.outliers, generator=g).to(dtype)
     for name in [n for n, has in (("gain", p.norm), ("smooth", p.smooth)) if has]:
-        parts[name] = torch.rand(p.K, generator=g) + 0.5
+        parts[name] = (torch.rand(p.K, generator=g) + 0.5) / (loud(p) if name == "gain" else 1.0)
     if "static" in p.rounds:
         kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
         parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits))
     if p.bias:
         parts["bias"] = torch.randn(p.N, generator=g).to(dtype)
     return parts
+
+
+def loud(problem: Problem) -> float:
+    """By how much inputs are to be smaller, as levels without scales reach far beyond 1."""
+    return _top(problem) if problem.levels and not problem.scale_dtype else 1.0
 
 
 def _top(p: Problem) -> float:

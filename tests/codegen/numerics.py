@@ -22,7 +22,7 @@ import torch
 from llmc.codegen import meaning
 from llmc.codegen.kernels import row as row_named
 from llmc.codegen.problem import DTYPES, Problem
-from llmc.codegen.samples import levels_of, random_parts
+from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.ops.rounding import round_input, scale_of
 from llmc.compiler.ir.ops.semantic import activation, rms_norm
@@ -68,7 +68,10 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     def laid(width: int) -> torch.Tensor:
         apart = {"padded": width + 3, "halves": 2 * width}.get(case.stride, width)
         rows = 1 if case.stride == "one row" else case.M
-        value = torch.randn(rows, apart, generator=g).to(DTYPES[p.x_dtype])[:, :width]
+        value = torch.randn(rows, apart, generator=g)
+        if width == p.K and not p.norm:
+            value /= loud(p)
+        value = value.to(DTYPES[p.x_dtype])[:, :width]
         value = value.expand(case.M, width)
         return value.unflatten(0, (1, -1)) if case.stride == "batched" else value
 
@@ -129,8 +132,10 @@ def _read(
     if p.outliers:
         h = h.index_fill(-1, parts["columns"], 0.0)
     slack = 1.01 * u * (p.norm + p.smooth)
+    # Beside relative rounding, what lies below the least normal fp16.
+    least = 2.0**-25 * (p.x_dtype == "fp16") * (p.norm or p.smooth)
     if not p.rounds:
-        return h, slack * h.abs()
+        return h, slack * h.abs() + least
     word, per, *rest = p.rounds.split(" ")
     more = dict(r.split("=") for r in rest if "=" in r)
     if "group" in more or per not in ("token", "static"):

@@ -43,11 +43,6 @@ _INTEGRAL = ("N", "K", "bits", "group", "n", "m")
 _FIXED = ("csr_index", "csr_starts")
 
 
-def linear_rows() -> list[KernelRow]:
-    """The rows that a call of `fused_linear` reaches with floats."""
-    return [r for r in ROWS if r.op == "llmc.fused" and "fp16" in r.args[0].dtypes]
-
-
 def allowed(row: KernelRow, name: str) -> list[Any]:
     """Values of a field that the row may serve, by its choices and its predicates of one field."""
     if name in row.choices:
@@ -187,7 +182,7 @@ def parts_named(p: Problem) -> list[str]:
 
 def sample(count: int, seed: int = 0, row: str = "") -> list[Case]:
     """About `count` cases over all rows, or all of one; the same for the same seed."""
-    rows = [r for r in linear_rows() if row in ("", r.name)]
+    rows = [r for r in ROWS if row in ("", r.name)]
     each = -(-count // len(rows))
     return [case for r in rows for case in cases_of(r, each, seed)]
 
