@@ -38,5 +38,7 @@ _ROWS = (
     Format("awq", "w4 in groups, GEMM layout; vLLM, SGLang and others", "awq"),
     Format("gguf", "w4, w5 and w8 as Q4, Q5 and Q8 blocks; llama.cpp and what is built on it",
            "gguf"),
+    Format("pt2", "an AOTInductor package: the graph compiled for this processor, codes packed",
+           "pt2"),
 )  # fmt: skip
 FORMATS = {f.name: f for f in _ROWS}

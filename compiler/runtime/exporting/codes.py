@@ -155,7 +155,7 @@ def coded(
         UsageError: codes that formats of codes have no place for; the layer and the field.
     """
     steps = _steps(node)
-    if not steps & _DECODES:
+    if not decodes(node):
         return None
     mask = node if row_of(node).name == "llmc.expand_nm" else None
     decode = node if mask is None else node.args[0]
@@ -184,6 +184,11 @@ def coded(
     )  # fmt: skip
     return Coded(name, path, (rows, columns), codes, _read(program, path, node, grids),
                  mask is not None, node, program)  # fmt: skip
+
+
+def decodes(node: fx.Node) -> bool:
+    """Whether a value of parameters is made of codes."""
+    return bool(_steps(node) & _DECODES)
 
 
 def _steps(node: fx.Node) -> set[str]:

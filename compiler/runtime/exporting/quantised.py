@@ -20,7 +20,7 @@ from ...ir.errors import UsageError
 from ...ir.types import short
 from ..artefact import versions
 from ..files import canonical_json, new_folder
-from .codes import Coded, Parts, coded, without_grids
+from .codes import Coded, Parts, coded, decodes, without_grids
 from .fused import check_fused
 from .job import OVERHEAD, RECORD, Job
 
@@ -133,11 +133,18 @@ def _whole(fitted: Any, grids: Mapping[str, Any], format: str) -> Whole:
     captured = fitted.captured.program
     with quiet():
         kinds = dict(fitted.family.make(fitted.changes)[0].named_modules())
-    linears = {n for n, m in kinds.items() if isinstance(m, torch.nn.Linear)}
+    # Loaders replace this class by name; subclasses have a forward of their own.
+    linears = {n for n, m in kinds.items() if type(m) is torch.nn.Linear}
+    sites = linear_sites(captured)
+    stacked = [s for s in sites if isinstance(s, ExpertSite)]
+    of_experts = {name for s in stacked for name in (s.gate_up, s.down)}
     modules = {p.name: _module(p.names) for p in captured.params.values()}
     found = []
     for name in (n for n in captured.params if n in fitted.match.values):
         path, names, node = modules[name], captured.params[name].names, fitted.match.values[name]
+        if name in of_experts and decodes(node):
+            raise UsageError("experts: expected linears of their own, found codes of stacked "
+                             "experts", where=path, hint=_DENSE)  # fmt: skip
         weight = coded(fitted.program, name, path, node, grids)
         if weight is None:
             continue
@@ -154,9 +161,8 @@ def _whole(fitted: Any, grids: Mapping[str, Any], format: str) -> Whole:
         )
     order = {p: i for i, p in enumerate(modules.values())}
     have = {w.path for w in found}
-    sites = linear_sites(captured)
     heads = [modules[s.param] for s in sites if getattr(s, "head", False)]
-    experts = [modules[s.gate_up] for s in sites if isinstance(s, ExpertSite)]
+    experts = [modules[s.gate_up] for s in stacked]
     read = {modules[p.name] for n in captured.calls("aten.linear.default")
             if (p := captured.param_of(n.args[1])) is not None}  # fmt: skip
     dense = sorted((linears | read) - have, key=lambda p: (order.get(p, len(order)), p))
