@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
-from . import workspace
+from . import large, workspace
 from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
 from .render import Rendered, arguments, render, shares
@@ -120,6 +120,7 @@ def fused_linear(
     given = {"x": x, **packed.sides, **sides}
     problem = _problem_of_call(packed, given)
     M = x.numel() // problem.K
+    many = config is None and large.better(packed.row, problem, M)
     config = config or tuned_config(packed.row, problem, M)
     config = config or packed.row.default_config(problem, M)
     _check_config(packed.row, problem, config)
@@ -130,6 +131,9 @@ def fused_linear(
     if M == 0:
         return y.reshape(*x.shape[:-1], problem.outputs)
     rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in given.items()}
+    if many:
+        y = large.linear(_launch, packed, problem, M, rows)
+        return y.reshape(*x.shape[:-1], problem.outputs)
     tensors = {**packed.tensors, **rows, "y": y, **_workspace(packed, problem, config, M)}
     if packed.row.call:
         packed.row.call(_launch, packed.row, problem, config, M, tensors)
@@ -150,11 +154,12 @@ def _launch(
     M: int,
     given: dict[str, torch.Tensor],
     grid: tuple[int, ...] | None = None,
+    strides: dict[str, int] | None = None,
 ) -> None:
     rendered = render(row, problem, interpret=interpreting())
     wanted = arguments(row, problem)
     tensors = [given.get(a.name) for a in wanted]
-    strides = [given[a.name].stride(0) for a in wanted if a.strided]
+    known = {a.name: given[a.name].stride(0) for a in wanted if a.strided} | (strides or {})
     constants: dict[str, Any] = {"K": problem.K}
     if problem.norm:
         constants["EPS"] = problem.eps
@@ -164,7 +169,7 @@ def _launch(
         constants |= workspace.constants(problem, config, M, processors)
     grid = grid or (-(-problem.N // config.BN), -(-M // config.BM), config.split)
     function(rendered)[grid](
-        *tensors, M, problem.outputs, *strides,
+        *tensors, M, problem.outputs, *known.values(),
         **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
@@ -221,6 +226,8 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
         if tensor.dtype not in DTYPES.values():
             raise UsageError(f"expected {name} in a float dtype, found {tensor.dtype}", where=where)
     flags: Any = {flag: name in given for name, flag in _FLAGS.items()}
+    if base.weights == "dense" and x.dtype != DTYPES[base.x_dtype]:
+        raise UsageError(f"expected x in {base.x_dtype} as the values, found {x.dtype}", where=where)
     return dataclasses.replace(base, x_dtype=dtype_name(x.dtype), **flags)
 
 

@@ -82,8 +82,8 @@ class Problem:
 
     @property
     def dense_group(self) -> int:
-        """Dense columns per scale; 0 when one scale serves the row."""
-        if self.group <= 0 or self.group >= self.columns:
+        """Dense columns per scale; 0 when one scale serves the row, or there is none."""
+        if not self.scale_dtype or self.group <= 0 or self.group >= self.columns:
             return 0
         return self.group * self.m // self.n if self.m else self.group
 

@@ -8,7 +8,7 @@ from ...compiler.ir import packing
 from ..prepack import pad, scale_tiles, wrap
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .common import CHOICES, SCALE, SIDES, linear_args
+from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
 def spread(row: KernelRow, q: torch.Tensor) -> torch.Tensor:
@@ -60,6 +60,7 @@ W8A16 = KernelRow(
     moves=f"Np*Kp + {SIDES}",
     tiles=TILES,
     stages=(3, 4, 6),
+    splits=SPLITS,
     fits=("Eq(wide, 0) | (BM <= 16)", "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"),
     pack=_integers,
 )

@@ -11,7 +11,7 @@ from ..prepack import scale_tiles, wrap
 from ..problem import Parts, Problem, Requirement
 from ..row import Argument, KernelRow
 from .bytes import CODES, DENSE, GROUP, SHAPE, TILES, byte_tiles, spread
-from .common import CHOICES, SCALE, SIDES, linear_args
+from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
 def numbers(problem: Problem, parts: Parts) -> torch.Tensor:
@@ -63,6 +63,7 @@ W8_FLOAT = KernelRow(
     moves=f"Np*Kp + {SIDES}",
     tiles=TILES,
     stages=(3, 4, 6),
+    splits=SPLITS,
     fits=("Eq(wide, 0) | (BM <= 16)",),
     pack=_eight,
 )
@@ -79,6 +80,7 @@ W4_FLOAT = KernelRow(
     moves=f"Np*Kp/2 + {SIDES}",
     tiles=TILES,
     stages=(3, 4, 6),
+    splits=SPLITS,
     fits=("Eq(wide, 0) | (BM <= 16)",),
     pack=_four,
 )

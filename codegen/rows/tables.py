@@ -13,7 +13,7 @@ from ..prepack import pad, wrap
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
 from .bytes import DENSE, GROUP, SHAPE, spread
-from .common import CHOICES, SCALE, SIDES, linear_args
+from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 from .floats import numbers, scales
 
 
@@ -90,6 +90,7 @@ def _row(name: str, bits: int, summary: str, choices: dict[str, tuple[object, ..
         moves=f"{bits}*Np*Kp/8 + {4 * 2**bits if table else 0}*Tp + {SIDES}",
         tiles=((8, 32), (8, 64), (16, 32), (16, 64), *wide, (32, 64), (64, 64)),
         stages=(3, 4, 6),
+        splits=SPLITS,
         fits=("Eq(wide, 0) | (BM <= 16)",),
         pack=_pack,
     )

@@ -177,3 +177,40 @@ TILED["w3_lut"] = [*grid(NF3, zeros=False, wide=False), STORED | {"bits": 3}]
 TILED["w2_lut"] = [*grid(NF2, zeros=False, wide=False), STORED | {"bits": 2}]
 TILED["w3a16"] = grid(W3)
 TILED["w2a16"] = grid(W2)
+
+# ** 2:4 sparse weights of 16 and 8 bits **
+D24: Fields = {"weights": "dense", "scale_dtype": "", "n": 2, "m": 4}
+I24: Fields = {"bits": 8, "n": 2, "m": 4, "group": 64}
+family("w16_24", D24, [
+    case("w16_24", 1, 33, 96, "values", **D24),
+    case("w16_24", 3, 70, 300, "meta", **D24, stride="padded"),
+    case("w16_24", 17, 65, 260, "values", **D24, x_dtype="bf16"),
+    case("w16_24", 2, 66, 200, "values", **D24, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 96})  # fmt: skip
+family("w8a16_24", I24, [
+    case("w8a16_24", 1, 33, 96, **I24 | {"group": 32}),
+    case("w8a16_24", 3, 70, 300, "zero", **I24, asym=True),
+    case("w8a16_24", 17, 65, 600, "meta", **I24 | {"group": 128}, x_dtype="bf16", asym=True),
+    case("w8a16_24", 2, 1, 132, "scale", **I24 | {"group": 0}, x_dtype="fp32", stride="halves"),
+    case("w8a16_24", 2, 66, 300, **I24, asym=True, **ALL_SIDES, **GATE),
+], {"K": 192, "group": 32})  # fmt: skip
+MISSES += [
+    ("w16_24", D24, {"m": 8, "n": 4}, "m"),
+    ("w16_24", D24, {"K": 510}, "K"),
+    ("w16_24", D24, {"x_dtype": "fp32"}, "x_dtype"),
+    ("w16_24", D24, {"scale_dtype": "fp16"}, "scale_dtype"),
+    ("w8a16_24", I24, {"n": 1}, "n"),
+    ("w8a16_24", I24, {"group": 16}, "group"),
+    ("w8a16_24", I24, {"bits": 4}, "bits"),
+]
+FACTS += [
+    ("w16_24", D24, TileConfig(8, 64, 3), "sm_80", 4.1, 2),
+    ("w16_24", D24 | {"x_dtype": "bf16"}, TileConfig(16, 128, 3), "sm_90", 3.9, 2),
+    ("w8a16_24", I24, TileConfig(16, 128, 3), "sm_90", 4.2, 2),
+    ("w8a16_24", I24 | {"asym": True}, TileConfig(8, 64, 3), "sm_80", 5.5, 2),
+]
+TILED["w16_24"] = [
+    {**D24, "x_dtype": "bf16", **ALL_SIDES}, {**D24, "x_dtype": "fp16", "rank": 64}
+]  # fmt: skip
+TILED["w8a16_24"] = [{**f, "group": 32 if f["group"] == 32 else f["group"] // 2}
+                     for f in grid({"bits": 8, "n": 2, "m": 4})]  # fmt: skip
