@@ -37,6 +37,11 @@ class Implementation:
     problem: Problem
     names: tuple[str, ...]
 
+    @property
+    def parts(self) -> tuple[str, str, Problem, tuple[str, ...]]:
+        """The fields, in order."""
+        return self.target, self.kernel, self.problem, self.names
+
     def __call__(self, inputs: Sequence[torch.Tensor], *, body: str = "") -> torch.Tensor:
         given = dict(zip(self.names, inputs, strict=True))
         return self._call(given.pop("x"), given.pop("residual", None), given)
@@ -54,6 +59,17 @@ class Implementation:
         how = {"target": self.target, "by": self.kernel, "names": list(given)}
         how["problem"] = write_problem(self.problem)
         return (x, residual, list(given.values())), how
+
+
+@dataclass(frozen=True)
+class OwnCall(Implementation):
+    """One whose call holds what no graph can, such as compiled code; as an op it is plain."""
+
+    own: Call
+
+    def __call__(self, inputs: Sequence[torch.Tensor], *, body: str = "") -> torch.Tensor:
+        given = dict(zip(self.names, inputs, strict=True))
+        return self.own(given.pop("x"), given.pop("residual", None), given)
 
 
 def write_problem(problem: Problem) -> str:

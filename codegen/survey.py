@@ -79,7 +79,7 @@ def survey(
 def _row(
     program: Program, fused: Fused, target: str, tokens: int, dtype: str, bandwidth: float
 ) -> dict[str, Any]:
-    problem = replace(fused.problem, x_dtype=dtype)
+    problem, more = replace(fused.problem, x_dtype=dtype), dict[str, Any]()
     inputs: Iterable[fx.Node] = program.node(fused.node).args[0]  # type: ignore[assignment]
     stored = sum(p.bytes for n in inputs if (p := program.param_of(n)) is not None)
     if target == "cpu":
@@ -88,6 +88,9 @@ def _row(
         # torch's layouts: dense codes (N:M is spread), two bf16 values per group.
         weight = problem.N * problem.K * problem.bits // 8 + 4 * problem.N * problem.groups
         moved = weight + 2 * tokens * (problem.N + problem.K)
+        if kernel is not None:
+            choice = cpu.ways_by_tokens(kernel, fused.problem)
+            more = {"way": choice.at(tokens), "ways": str(choice), "note": kernel.note}
     else:
         row, _ = choose(problem)
         assert row is not None
@@ -96,7 +99,7 @@ def _row(
         "node": fused.node, "path": fused.path, "kernel": name, "parts": list(fused.ops),
         "linears": list(fused.linears), "sections": list(fused.sections),
         "problem": asdict(problem), "bytes": moved, "stored_bytes": stored, "launches": 1,
-        "floor_us": 1e6 * moved / bandwidth,
+        "floor_us": 1e6 * moved / bandwidth, **more,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from .fuse import Fused, fuse
 from .fuse_nodes import MAKER, refusal
 from .gains import in_range
 from .kernels import choose
-from .placed import Implementation
+from .placed import Implementation, OwnCall
 from .prepack import prepack
 from .problem import DTYPES, Problem
 
@@ -75,16 +76,21 @@ class Lowered:
     attention: list[PlacedAttention] = field(default_factory=list)
 
 
-def lower(program: Program, target: str, *, device: torch.device | str = "cpu") -> Lowered:
+def lower(
+    program: Program, target: str, *, device: torch.device | str = "cpu", compiled: bool = False,
+    dense: bool = False,
+) -> Lowered:  # fmt: skip
     """Lower a copy of `program`; the given one and its weights are not touched.
 
     `device` is where packed tensors go (triton: a CUDA device, or "cpu" under the interpreter).
+    On the CPU, `compiled` compiles int4 products for this machine (cached; see `cpu.compiled`), and
+    `dense` leaves weights beside floats to be decoded once, by whoever keeps constants.
     UsageError for an unknown target; ResourceError when this machine cannot run it.
     """
     if target == "reference":
         return Lowered("reference", program)
     if target == "cpu":
-        return _lower_cpu(program.clone())
+        return _lower_cpu(program.clone(), compiled, dense)
     if target == "triton":
         return _lower_triton(program.clone(), torch.device(device))
     hint = nearest(target, TARGETS)
@@ -97,8 +103,17 @@ CPU_FEATURES = frozenset({
 })  # fmt: skip
 
 
-def _lower_cpu(program: Program) -> Lowered:
-    plan = fuse(program, cpu_accept, CPU_FEATURES)
+def _lower_cpu(program: Program, compiled: bool = False, dense: bool = False) -> Lowered:
+    if compiled:
+        from .cpu.compiled import attach
+
+    def accept(problem: Problem) -> str | None:
+        kernel, why = cpu.choose(problem)
+        if dense and kernel is not None and not kernel.grid:
+            return "resident=dense: decoded once and held"
+        return why or None
+
+    plan = fuse(program, accept, CPU_FEATURES)
     lowered = Lowered("cpu", program, refused=list(plan.refused))
     for fused in plan.fused:
         known = _input_grid(program, fused)
@@ -110,14 +125,26 @@ def _lower_cpu(program: Program) -> Lowered:
             canonical["in_scale"] = known["unit"]
         packed = cpu.pack(kernel, problem, canonical)
         choice = cpu.ways_by_tokens(kernel, problem)
+        if compiled:
+            kernel, packed, choice = attach(kernel, problem, packed, choice)
         note = f"{kernel.note}; {choice}" if len(kernel.ways) > 1 else kernel.note
         if problem.m:
             note += f"; {problem.n}:{problem.m} spread to dense codes"
         traffic = sum(t.nbytes for t in packed.values())
         traffic += DTYPES[problem.x_dtype].itemsize * (problem.outputs + problem.K)
         _place(lowered, fused, problem, kernel.name, canonical, packed, traffic, note)
+        if compiled and "compiled" in kernel.ways:
+            made, own = lowered.implementations[fused.node], partial(_own, kernel, problem, choice)
+            lowered.implementations[fused.node] = OwnCall(*made.parts, own)
     refresh_segments(program)
     return _sides(lowered, torch.device("cpu"))
+
+
+def _own(
+    kernel: cpu.CpuKernel, problem: Problem, choice: cpu.Choice, x: torch.Tensor,
+    residual: torch.Tensor | None, packed: dict[str, torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    return cpu.call(kernel, problem, packed, x, residual, choice)
 
 
 def cpu_accept(problem: Problem) -> str | None:

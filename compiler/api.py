@@ -368,33 +368,43 @@ def find_tokenizer(
 
 def load(
     path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
-    resident: Resident = "packed",
+    resident: Resident = "packed", compiled: bool = False,
 ) -> Model:  # fmt: skip
     """An artefact, ready to run; nothing in it is executed and transformers is not needed.
 
     Args:
         target: ``reference``, ``cpu`` or ``triton``; dtype: in which to compute, fp32 by default.
-        resident: ``packed`` decodes weights in every call, ``dense`` once, which takes memory.
+        resident, compiled: see :class:`Model`; ``dense`` takes memory.
     Raises:
         ModelError: not an artefact, or one that is damaged; the file and the fault are named.
     """
     check_target(target)
-    return Model.load(path, target=target, dtype=dtype, resident=resident)
+    return Model.load(path, target=target, dtype=dtype, resident=resident, compiled=compiled)
 
 
 def open_any(
     path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
-    resident: Resident = "packed", trust_remote_code: bool = False,
+    resident: Resident = "packed", trust_remote_code: bool = False, compiled: bool = False,
 ) -> Model:  # fmt: skip
-    """An artefact, or a model folder or hub id as it is (dense).
+    """An artefact, or a model folder or hub id as it is: dense, or codes where it holds codes.
 
     Raises:
         ModelError: neither.
     """
+    from .analysis.blocks import apply_segments
     from .runtime.artefact import is_artefact
+    from .runtime.imported import as_loaded, is_imported
 
     if is_artefact(path):
-        return load(path, target=target, dtype=dtype, resident=resident)
+        return load(path, target=target, dtype=dtype, resident=resident, compiled=compiled)
     program = capture(path, trust_remote_code=trust_remote_code)
     own = find_tokenizer(path, program)
-    return Model(program, None, {"passes": "dense"}, own, target, dtype=dtype, resident=resident)
+    record, loaded = {"passes": "dense"}, None
+    if is_imported(program):
+        if not program.segments:
+            apply_segments(program)
+        loaded = as_loaded(program, Path(path), None if own is None else own.folder)
+        record = loaded.report["record"]
+    return Model(
+        program, None, record, own, target, dtype=dtype, resident=resident, loaded=loaded
+    )  # fmt: skip

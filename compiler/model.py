@@ -44,6 +44,7 @@ class Model(torch.nn.Module):
         target: what the graph is lowered for.
         dtype: in which it computes; None for the program's own (fp32).
         resident: ``packed`` decodes weights in every call, ``dense`` once, which takes memory.
+        compiled: int4 products are compiled for this machine's CPU, once, into the user's cache.
         layers_used: blocks executed for each new token of the last ``generate``, by prompt; None
             for a model without exits. A prompt, and so its first new token, takes all of them.
     """
@@ -60,9 +61,11 @@ class Model(torch.nn.Module):
         resident: Resident = "packed",
         seconds: float = 0.0,
         loaded: Loaded | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.loaded, self.dtype, self.resident = loaded, dtype, resident
+        self.compiled = compiled
         self.program, self.solved, self.record = program, solved, record
         self.tokenizer, self.target, self.seconds = tokenizer, target, seconds
         self.layers_used: list[list[int]] | None = None
@@ -116,7 +119,7 @@ class Model(torch.nn.Module):
     def _lowered(self, *, cached: bool, exits: bool = True) -> Runner:
         return runner_for(
             self.program, self.target, cached=cached, dtype=self.dtype, resident=self.resident,
-            exits=exits,
+            exits=exits, compiled=self.compiled,
         )  # fmt: skip
 
     def why_no_cache(self) -> str:
@@ -258,7 +261,7 @@ class Model(torch.nn.Module):
     @classmethod
     def load(
         cls, path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
-        resident: Resident = "packed",
+        resident: Resident = "packed", compiled: bool = False,
     ) -> Model:  # fmt: skip
         """See :func:`llmc.load`."""
         from .runtime import artefact
@@ -268,7 +271,7 @@ class Model(torch.nn.Module):
         record = found.report.get("record", {}) if isinstance(found.report, dict) else {}
         return cls(
             found.program, None, record, tokenizer, target, dtype=dtype, resident=resident,
-            loaded=found,
+            loaded=found, compiled=compiled,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

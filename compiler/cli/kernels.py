@@ -76,7 +76,8 @@ def kernels_command(
     for r in told["fused"]:
         p = r["problem"]
         table.rows.append((
-            r["node"], r["kernel"], f"{p['N']}x{p['K']}", scheme_text(p),
+            r["node"], r["kernel"] + (f" ({r['way']})" if "way" in r else ""),
+            f"{p['N']}x{p['K']}", scheme_text(p),
             " ".join(x.split(".")[1] for x in r["parts"]), size(r["bytes"]),
             f"{r['floor_us']:.3g}", r["path"],
         ))  # fmt: skip
@@ -87,6 +88,11 @@ def kernels_command(
     if told["attention"]:
         table = Table("Attention to the cache", ("node", "kernel", "note", "path"))
         table.rows = [(r["node"], r["kernel"], r["note"], r["path"]) for r in told["attention"]]
+        out.table(table)
+    if target == "cpu":
+        table = Table("Ways by tokens, and where they were measured", ("kernel", "ways", "note"))
+        found = {(r["kernel"], r["ways"], r["note"]) for r in told["fused"] if "ways" in r}
+        table.rows = sorted(found)
         out.table(table)
     if target == "triton" and told["launches_per_block"] is not None:
         most = told["launches_per_block"]

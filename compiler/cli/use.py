@@ -30,6 +30,9 @@ def lowering_options(target: str, dtype: str = "f32") -> Callable[[F], F]:
                          help="Run modelling code that lies in the model's folder."),
             click.option("--resident", type=click.Choice(["packed", "dense"]), default="packed",
                          show_default=True, help="Decode weights in every call, or once (memory)."),
+            click.option("--compiled", is_flag=True,
+                         help="On the CPU, compile int4 products for this machine first: faster "
+                         "from 16 tokens on, seconds to a minute per shape, kept in the cache."),
             click.option("--dtype", type=click.Choice(["auto", "f32", "bf16", "f16"]),
                          default=dtype, show_default=True,
                          help="In which the graph computes; auto: on the CPU the one that was "
@@ -47,6 +50,12 @@ def lowering_options(target: str, dtype: str = "f32") -> Callable[[F], F]:
 
 def settled(given: dict[str, Any], out: Out) -> dict[str, Any]:
     """The values of :func:`lowering_options` with a dtype in place of ``auto``; the reason said."""
+    if given["compiled"]:
+        from ...codegen.cpu.compiled import check_available
+
+        if given["target"] != "cpu":
+            raise UsageError(f"--compiled: expected --target cpu, found {given['target']}")
+        check_available()
     if given["dtype"] != "auto":
         return given
     if given["target"] != "cpu":

@@ -46,6 +46,7 @@ def runner_for(
     dtype: torch.dtype | None = None,
     resident: Literal["packed", "dense"] = "packed",
     exits: bool = True,
+    compiled: bool = False,
 ) -> Runner:
     """A runner of a program, which stays as it is.
 
@@ -55,12 +56,16 @@ def runner_for(
         device: default: ``cuda`` for ``triton`` where there is one, else ``cpu``.
         dtype: compute in another floating dtype than the program's own.
         exits: take the program's early exits, where it has some and a KV cache.
+        compiled: compile the CPU's int4 products for this machine first; they are cached.
     Raises:
         UsageError: an unknown target. ResourceError: one that this machine cannot run.
         ModelError: a program that cannot have a cache, or cannot compute in ``dtype``.
     """
-    return runner_of(lowered(program, target, cached=cached, device=device, dtype=dtype),
-                     device=device, resident=resident, exits=exits)  # fmt: skip
+    done = lowered(
+        program, target, cached=cached, device=device, dtype=dtype, resident=resident,
+        compiled=compiled,
+    )  # fmt: skip
+    return runner_of(done, device=device, resident=resident, exits=exits)
 
 
 def lowered(
@@ -70,6 +75,8 @@ def lowered(
     cached: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    resident: Literal["packed", "dense"] = "packed",
+    compiled: bool = False,
 ) -> Lowered:
     """The lowering alone, for ``llmc kernels``; see :func:`runner_for`."""
     from ...codegen.targets import lower
@@ -78,7 +85,10 @@ def lowered(
         program = add_cache(program)
     if dtype is not None and dtype != program.dtype:
         program = recast(program, dtype)
-    return lower(program, target, device=device or default_device(target))
+    return lower(
+        program, target, device=device or default_device(target), compiled=compiled,
+        dense=resident == "dense",
+    )  # fmt: skip
 
 
 def runner_of(

@@ -108,3 +108,28 @@ def test_run_computes_in_the_dtype_that_was_measured_to_be_faster(
                "--dtype", "f32")  # fmt: skip
     assert own.json["dtype"] == "f32"
     assert "computes in" not in own.err
+
+
+def test_compiling_is_refused_where_it_cannot_help(
+    llmc: Llmc, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("run", artefact, "--prompt", "a", "--compiled")
+    done = llmc(*given, "--target", "reference")
+    assert done.code == 2
+    assert "--compiled: expected --target cpu, found reference" in done.error
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = llmc(*given)
+    assert done.code == 5
+    assert "expected a C++ compiler (g++ or clang++), found no-such-compiler" in done.error
+
+
+def test_kernels_say_which_way_is_taken_and_where_it_was_measured(
+    llmc: Llmc, artefact: Path
+) -> None:
+    done = llmc("kernels", artefact, "--target", "cpu", "--tokens", "512", "--json").json["fused"]
+    ways = {r["way"] for r in done if "int4pack" in r["kernel"]}
+    assert ways == {"decode"}
+    assert all("measured on" in r["ways"] for r in done if r["kernel"].endswith("for_cpu"))
+    shown = llmc("kernels", artefact, "--target", "cpu").out
+    assert "Ways by tokens, and where they were measured" in shown
+    assert "aten::_weight_int4pack_mm_for_cpu (int4pack)" in shown

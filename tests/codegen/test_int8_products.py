@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowering_programs import Maker, Weight
 
-from llmc.codegen.cpu import CpuKernel
+from llmc.codegen.cpu import CpuKernel, choose
 from llmc.codegen.cpu.products import INT_MM, ONEDNN, PRODUCTS, QLINEAR, exact_onednn, misfit
 from llmc.codegen.problem import Problem
 from llmc.codegen.targets import lower
@@ -86,29 +86,33 @@ def test_sums_are_exact_where_floats_are_not(kernel: CpuKernel, columns: int, ow
 
 
 @pytest.mark.parametrize(
-    ("weight", "form", "why"),
+    ("fields", "why"),
     [
-        (Weight(16, 64, bits=8, group=32), {"per": "token"}, "one scale per row"),
-        (Weight(16, 64, bits=8, group=0), {"per": "token", "group": 8}, "with one scale"),
-        (Weight(16, 64, bits=8, group=0), {"per": "token", "kind": "e4m3"}, "with one scale"),
+        ({"group": 32}, "group=32, expected one scale per row"),
+        ({"rounds": "int8 token group=8"}, "with one scale"),
+        ({"rounds": "e4m3 token"}, "with one scale"),
+        ({"rounds": ""}, "inputs on grid none"),
+        ({"rounds": "", "rounded": "int4 token"}, "with one scale"),
+        ({"rounds": "", "rounded": "int8 token", "x_dtype": "bf16"}, "that holds 8-bit codes"),
+        ({"weights": "table", "levels": "nf"}, "weights=table, expected int codes"),
+        ({"K": 1 << 18}, "K=262144, expected at most 131072"),
     ],
 )
-def test_what_is_no_integer_product_runs_otherwise(
-    weight: Weight, form: dict[str, Any], why: str
-) -> None:
-    from llmc.codegen.cpu import choose
-    from llmc.codegen.fuse import find
-
-    seen = []
-    find(rounded(weight, **form), lambda problem: seen.append(problem) or None)
-    kernel, _ = choose(seen[0])
+def test_what_is_no_integer_product_runs_otherwise(fields: dict[str, Any], why: str) -> None:
+    given = {"N": 16, "K": 64, "bits": 8, "group": 0, "x_dtype": "fp32", "rounds": "int8 token"}
+    problem = Problem(**given | fields)
+    kernel, _ = choose(problem)
     assert kernel is None or kernel.name not in (QLINEAR, INT_MM)
-    assert why in str(misfit(seen[0]))
+    assert why in str(misfit(problem))
 
 
-def test_sixteen_bit_floats_that_cannot_hold_codes_run_otherwise() -> None:
+def test_sixteen_bit_floats_are_rounded_by_the_kernel_itself() -> None:
+    """Codes times a scale do not fit into bf16: the kernel keeps them as codes."""
     weight = Weight(16, 64, bits=8, group=0)
-    lowered = lower(rounded(weight, torch.bfloat16, per="token"), "cpu")
-    assert [p.kernel for p in lowered.placed] == ["aten::_weight_int8pack_mm"]
-    lowered = lower(rounded(weight, torch.float16, per="token"), "cpu")
-    assert [p.kernel for p in lowered.placed] == [INT8X8]
+    for dtype in (torch.bfloat16, torch.float16):
+        program, x = rounded(weight, dtype, per="token"), hidden(64, dtype)
+        lowered = lower(program, "cpu")
+        assert [p.kernel for p in lowered.placed] == [INT8X8]
+        found = run(lowered.program, {"h": x}, implementations=lowered.implementations)
+        wide = run(rounded(weight, per="token"), {"h": x.float()})
+        assert (found.float() - wide).norm() <= torch.finfo(dtype).eps * wide.norm()
