@@ -10,7 +10,7 @@ from .rows.float8 import FP8, FP8_CODES
 from .rows.floats import W4_FLOAT, W8_FLOAT
 from .rows.int4 import W4A16, W4A16_24
 from .rows.int8_products import INT8_SPLIT, W8A8, W8A8_CODES
-from .rows.rounded import ROUND_E4M3, ROUND_INT8
+from .rows.rounded import NORM_INPUT, ROUND_E4M3, ROUND_INT8
 from .rows.sparse_nm import W8A16_24, W16_24
 from .rows.tables import W2_LUT, W2A16, W3_LUT, W3A16, W4_LUT
 
@@ -19,7 +19,7 @@ ROWS: tuple[KernelRow, ...] = (
     W3A16, W2A16, W8A8, INT8_SPLIT, FP8,
 )  # fmt: skip
 # What calls of other rows launch; never chosen for a linear.
-INNER: tuple[KernelRow, ...] = (ROUND_INT8, W8A8_CODES, ROUND_E4M3, FP8_CODES)
+INNER: tuple[KernelRow, ...] = (ROUND_INT8, W8A8_CODES, ROUND_E4M3, FP8_CODES, NORM_INPUT)
 
 
 def row(name: str) -> KernelRow:

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
 from . import large, workspace
+from .calls import ALIGNED, Call, Kind, kind
 from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
 from .render import Rendered, arguments, render, shares
@@ -109,37 +111,93 @@ def fused_linear(
     an argument does not fit the row or a tile configuration does not fit the weight; ResourceError
     when there is neither a CUDA device nor the interpreter.
     """
+    ready = packed.kept.setdefault("ready", {})
+    key = (config, _look(x), *[(name, _look(t)) for name, t in sides.items()])
+    run = ready.get(key)
+    if run is None:
+        if len(ready) >= MOST_READY:
+            ready.clear()
+        run = ready[key] = _ready(packed, x, config, sides)
+    return run(x, sides)
+
+
+MOST_READY = 256  # kinds of call that a weight remembers
+Run = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+
+
+def _look(t: torch.Tensor) -> tuple[Any, ...]:
+    """All that a call's checks and code depend on."""
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % ALIGNED
+
+
+def _ready(
+    packed: Packed, x: torch.Tensor, config: TileConfig | None, sides: dict[str, torch.Tensor]
+) -> Run:
+    """Everything of a call that its looks decide, done once; errors as `fused_linear` says."""
+    row = packed.row
     why = unavailable()
     if why:
-        raise ResourceError(f"cannot launch {packed.row.name}: {why}")
+        raise ResourceError(f"cannot launch {row.name}: {why}")
     target = machine(x.device)
-    if target and target not in packed.row.targets:
-        raise ResourceError(
-            f"expected {' or '.join(packed.row.targets)} for {packed.row.name}, found {target}"
-        )
-    given = {"x": x, **packed.sides, **sides}
-    problem = _problem_of_call(packed, given)
-    M = x.numel() // problem.K
-    many = config is None and large.better(packed.row, problem, M)
-    config = config or tuned_config(packed.row, problem, M)
-    config = config or packed.row.default_config(problem, M)
-    _check_config(packed.row, problem, config)
-    y = x.new_empty(M, problem.outputs)
-    gains = [given.pop(name).float() for name in ("gain", "smooth") if name in given]
-    if gains:
-        given["gain"] = gains[0] * gains[1] if len(gains) > 1 else gains[0]
+    if target and target not in row.targets:
+        raise ResourceError(f"expected {' or '.join(row.targets)} for {row.name}, found {target}")
+    problem = _problem_of_call(packed, {"x": x, **packed.sides, **sides})
+    M, shape = x.numel() // problem.K, (*x.shape[:-1], problem.outputs)
+    many = config is None and large.better(row, problem, M)
+    tile = config or tuned_config(row, problem, M) or row.default_config(problem, M)
+    _check_config(row, problem, tile)
+    kept = {**packed.tensors, **_joined(packed.sides)}
+
+    def gather(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in sides.items()}
+        if "gain" in sides or "smooth" in sides:
+            rows = _joined({**packed.sides, **rows})
+        return {**kept, **rows, "x": x.reshape(M, -1), "y": x.new_empty(M, problem.outputs)}
+
+    def empty(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:
+        return x.new_empty(shape)
+
+    def dense(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = gather(x, sides)
+        del given["y"]
+        return large.linear(_launch, packed, problem, M, given).reshape(shape)
+
+    def several(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = gather(x, sides)
+        assert row.call is not None
+        row.call(_launch, row, problem, tile, M, given | _workspace(packed, problem, tile, M))
+        return given["y"].reshape(shape)
+
     if M == 0:
-        return y.reshape(*x.shape[:-1], problem.outputs)
-    rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in given.items()}
+        return empty
     if many:
-        y = large.linear(_launch, packed, problem, M, rows)
-        return y.reshape(*x.shape[:-1], problem.outputs)
-    tensors = {**packed.tensors, **rows, "y": y, **_workspace(packed, problem, config, M)}
-    if packed.row.call:
-        packed.row.call(_launch, packed.row, problem, config, M, tensors)
-    else:
-        _launch(packed.row, problem, config, M, tensors)
-    return y.reshape(*x.shape[:-1], problem.outputs)
+        return dense
+    if row.call:
+        return several
+    names = [a.name for a in arguments(row, problem)]
+    shared = shares(row) and workspace.needed(problem, tile)
+    given = gather(x, sides)
+    call = _call(
+        row, problem, tile, M, _strides(row, problem, given, {}), None, given["y"].device, ()
+    )
+
+    def one(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:
+        given = gather(x, sides)
+        if shared:
+            given |= _workspace(packed, problem, tile, M)
+        call([given.get(name) for name in names])
+        return given["y"].reshape(shape)
+
+    return one
+
+
+def _joined(sides: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sides, with all vectors that multiply x as one: "gain"."""
+    gains = [sides[name].float() for name in ("gain", "smooth") if name in sides]
+    rest = {n: t for n, t in sides.items() if n not in ("gain", "smooth")}
+    if gains:
+        rest["gain"] = gains[0] * gains[1] if len(gains) > 1 else gains[0]
+    return rest
 
 
 _ROWS = ("x", "residual")
@@ -156,22 +214,44 @@ def _launch(
     grid: tuple[int, ...] | None = None,
     strides: dict[str, int] | None = None,
 ) -> None:
+    """Launch one kernel over tensors by name; ``grid`` and ``strides`` where they are others than
+    the tile and the tensors say."""
+    tensors = [given.get(a.name) for a in arguments(row, problem)]
+    steps = _strides(row, problem, given, strides or {})
+    looks = tuple(kind(t) for t in tensors)
+    _call(row, problem, config, M, steps, grid, given["y"].device, looks)(tensors)
+
+
+def _strides(
+    row: KernelRow, problem: Problem, given: dict[str, torch.Tensor], known: dict[str, int]
+) -> tuple[int, ...]:
+    wanted = [a.name for a in arguments(row, problem) if a.strided]
+    return tuple(known[n] if n in known else given[n].stride(0) for n in wanted)
+
+
+@functools.lru_cache(4096)
+def _call(
+    row: KernelRow,
+    problem: Problem,
+    config: TileConfig,
+    M: int,
+    strides: tuple[int, ...],
+    grid: tuple[int, ...] | None,
+    device: torch.device,
+    looks: tuple[Kind, ...],
+) -> Call:
+    """What launches such tensors; ``looks`` only tells calls with other code apart."""
     rendered = render(row, problem, interpret=interpreting())
-    wanted = arguments(row, problem)
-    tensors = [given.get(a.name) for a in wanted]
-    known = {a.name: given[a.name].stride(0) for a in wanted if a.strided} | (strides or {})
-    constants: dict[str, Any] = {"K": problem.K}
-    if problem.norm:
-        constants["EPS"] = problem.eps
-    constants |= {"BM": config.BM, "BN": config.BN, "STAGES": config.stages}
+    constants: list[Any] = [problem.K, *([problem.eps] if problem.norm else [])]
+    constants += [config.BM, config.BN, config.stages]
     if shares(row):
-        processors = 1 if interpreting() else _processors(given["y"].device)
-        constants |= workspace.constants(problem, config, M, processors)
+        processors = 1 if interpreting() else _processors(device)
+        constants += workspace.constants(problem, config, M, processors).values()
     grid = grid or (-(-problem.N // config.BN), -(-M // config.BM), config.split)
-    function(rendered)[grid](
-        *tensors, M, problem.outputs, *known.values(),
-        **constants, num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    options = {
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": MAX_REGISTERS
+    }  # fmt: skip
+    return Call(function(rendered), grid, (M, problem.outputs, *strides, *constants), options)
 
 
 def _workspace(
@@ -227,7 +307,9 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
             raise UsageError(f"expected {name} in a float dtype, found {tensor.dtype}", where=where)
     flags: Any = {flag: name in given for name, flag in _FLAGS.items()}
     if base.weights == "dense" and x.dtype != DTYPES[base.x_dtype]:
-        raise UsageError(f"expected x in {base.x_dtype} as the values, found {x.dtype}", where=where)
+        raise UsageError(
+            f"expected x in {base.x_dtype} as the values, found {x.dtype}", where=where
+        )
     return dataclasses.replace(base, x_dtype=dtype_name(x.dtype), **flags)
 
 

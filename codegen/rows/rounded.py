@@ -174,6 +174,18 @@ ROUND_E4M3 = dataclasses.replace(
 )
 
 
+NORM_INPUT = dataclasses.replace(
+    ROUND_INT8,
+    name="norm_input",
+    op="llmc.rms_norm",
+    template="norm_input.py.j2",
+    summary="norm and smooth alone, before a product of many tokens",
+    args=(_X, _GAIN, Argument("y", "[M, K]", FLOATS)),
+    choices=choices(("",)),
+    moves="2*xb*M*K + 4*K",
+)
+
+
 def codes_problem(problem: Problem) -> Problem:
     """The problem of a product whose x is codes already."""
     return dataclasses.replace(

@@ -1,0 +1,130 @@
+"""Many tokens: a packed weight is decoded once to a dense one, which torch multiplies.
+
+A row's own kernel decodes: its tokens are the rows of a unit matrix, of which one loop step holds
+all that is not 0, so the other steps are skipped. Every packed layout is decoded this way, exactly
+but for the rounding of each weight to x's dtype.
+
+Where it pays: tiles of the fused kernels reach about three quarters of a dense product, and
+decoding costs 231/M of one (two and a half bytes per weight at 4.3 TB/s beside 2 M operations at
+790 Tflop/s).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..compiler.ir.ops.semantic import activation, gated
+from .prepack import Packed
+from .problem import Problem
+from .render import shares
+from .row import KernelRow, TileConfig
+from .rows.rounded import NORM_INPUT, round_config
+
+SHARE = 0.75  # of a dense product that a fused tile reaches
+DECODE = 231.0  # tokens whose product takes as long as decoding once through
+
+
+def serves(row: KernelRow, problem: Problem) -> bool:
+    """Whether a weight of this row can be decoded: what stands beside it is few or a product."""
+    apart = problem.sparse or problem.outliers or problem.rounds or problem.weights == "factors"
+    return shares(row) and row.call is None and not apart
+
+
+def least(row: KernelRow, problem: Problem) -> int:
+    """Tokens from which decoding once is expected to be faster than the fused kernel.
+
+    A tile of fewer tokens than a step has columns decodes the step once for each part of them; two
+    parts are hidden behind the bytes written.
+    """
+    again = max(1.0, row.step / decode_config(row, problem).BM / 2)
+    return math.ceil(DECODE * again * SHARE / (1 - SHARE))
+
+
+def better(row: KernelRow, problem: Problem, M: int) -> bool:
+    """Whether a call without a tile of its own takes this path."""
+    if M < DECODE * SHARE / (1 - SHARE):
+        return False
+    return serves(row, problem) and least(row, problem) <= M
+
+
+def weight_problem(problem: Problem) -> Problem:
+    """The weight alone, of all rows as they are packed."""
+    N = 16 * -(-problem.N // 16) if problem.pairs else problem.N
+    return replace(
+        problem, N=N, bias=False, residual=False, norm=False, smooth=False, act="", pairs="",
+        rank=0, eps=0.0,
+    )  # fmt: skip
+
+
+def decode_config(row: KernelRow, problem: Problem) -> TileConfig:
+    """The widest tile whose tokens lie within one step; ``split`` 0 tells the kernel."""
+    grid = [c for c in row.configs(weight_problem(problem)) if row.step % c.BM == 0]
+    best = max(grid, key=lambda c: (c.BM, c.BN, -c.stages))
+    return replace(best, split=0)
+
+
+def workspace_bytes(problem: Problem) -> int:
+    """Bytes of the dense weight while a call lasts."""
+    return problem.K * _columns(problem) * (4 if problem.x_dtype == "fp32" else 2)
+
+
+def _columns(problem: Problem) -> int:
+    """Rows of the weight, up to a multiple of 8: the alignment that dense products want."""
+    return -(-weight_problem(problem).N // 8) * 8
+
+
+Launch = Callable[..., None]
+
+
+def decode(launch: Launch, packed: Packed, problem: Problem) -> torch.Tensor:
+    """W transposed, [K, N] in x's dtype, rows in their packed order."""
+    alone, K = weight_problem(problem), problem.K
+    some = next(iter(packed.tensors.values()))
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[problem.x_dtype]
+    # Element (t, k) of the unit matrix is element K + k - t of this: a row stride of -1.
+    unit = torch.zeros(2 * K, dtype=dtype, device=some.device)
+    unit[K] = 1.0
+    w = torch.empty(K, _columns(problem), dtype=dtype, device=some.device)[:, : alone.N]
+    config = decode_config(packed.row, problem)
+    grid = (-(-alone.N // config.BN), -(-K // config.BM), 1)
+    given = {**packed.tensors, "x": unit[K:], "y": w}
+    launch(packed.row, alone, config, K, given, grid=grid, strides={"x": -1})
+    return w
+
+
+def linear(
+    launch: Launch, packed: Packed, problem: Problem, M: int, given: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """y [M, outputs] of x [M, K] and its sides, as `fused_linear` gives it but for roundings of
+    the weight and of the sum to x's dtype before what follows them."""
+    x, w = given["x"], decode(launch, packed, problem)
+    if problem.gained:
+        gained = Problem(
+            problem.N, problem.K, x_dtype=problem.x_dtype, norm=problem.norm,
+            smooth=problem.smooth, eps=problem.eps,
+        )  # fmt: skip
+        scaled = x.new_empty(M, problem.K)
+        tensors = {"x": x, "gain": given["gain"], "y": scaled}
+        launch(NORM_INPUT, gained, round_config(problem.K), M, tensors, grid=(1, M))
+        x = scaled
+    n, residual = w.shape[1], given.get("residual")
+    if problem.bias:
+        y = torch.addmm(given["bias"][:n], x, w)
+    elif residual is not None and not (problem.act or problem.pairs):
+        y, residual = torch.addmm(residual, x, w), None
+    else:
+        y = x @ w
+    if problem.rank:
+        few = x @ packed["right"][:, : problem.K].T
+        y.addmm_(few, packed["left"][:n].T)
+    if problem.pairs:
+        gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+        gate, up = (t.flatten(-2)[:, : problem.outputs] for t in (gate, up))
+        y = gated(gate, up, act=problem.act)
+    elif problem.act:
+        y = activation(y, act=problem.act)
+    return y if residual is None else y + residual
