@@ -176,10 +176,10 @@ def _ready(
         return several
     names = [a.name for a in arguments(row, problem)]
     shared = shares(row) and workspace.needed(problem, tile)
-    given = gather(x, sides)
-    call = _call(
-        row, problem, tile, M, _strides(row, problem, given, {}), None, given["y"].device, ()
-    )
+    first = gather(x, sides)
+    looks = tuple(kind(first.get(name)) for name in names)
+    strides = _strides(row, problem, first, {})
+    call = _call(row, problem, tile, M, strides, None, first["y"].device, looks)
 
     def one(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:
         given = gather(x, sides)
@@ -305,6 +305,10 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
             raise UsageError(f"expected {name} on {device}, found {tensor.device}", where=where)
         if tensor.dtype not in DTYPES.values():
             raise UsageError(f"expected {name} in a float dtype, found {tensor.dtype}", where=where)
+    missing = [n for n, f in _FLAGS.items() if getattr(base, f) and n not in given]
+    if missing:
+        told = ", ".join(missing)
+        raise UsageError(f"expected {told} as the problem says, found none", where=where)
     flags: Any = {flag: name in given for name, flag in _FLAGS.items()}
     if base.weights == "dense" and x.dtype != DTYPES[base.x_dtype]:
         raise UsageError(
