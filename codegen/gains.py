@@ -1,17 +1,21 @@
-"""Norms in fp16: a gain whose product with x stays in range, and weights that make up for it.
+"""Parts brought into 16 bits: gains of norms in fp16, and scales that are decoded.
 
 The kernel multiplies x by the gain before 1/rms is known. With the gain over 2**k, so that none is
 above 1, the product is never larger than x; what multiplies it is scaled by 2**k, which is exact.
+
+Scales that are codes themselves decode to fp32, of which a kernel reads 16 bits: those of x's own
+dtype, whose rounding its bound of error holds anyway.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from ..compiler.ir.errors import ModelError
-from .problem import Problem
+from .problem import DTYPES, Problem
 
 
 def in_range(
@@ -54,3 +58,31 @@ def scaled(problem: Problem) -> list[str]:
     beside = {"left": problem.rank and problem.weights != "factors",
               "csr_values": problem.sparse, "column_weights": problem.outliers}  # fmt: skip
     return [weight, *(role for role, there in beside.items() if there)]
+
+
+def asked(problem: Problem) -> Problem:
+    """The problem as kernels are asked for it: decoded scales in the dtype of 16-bit inputs."""
+    if problem.scale_dtype == "fp32" and problem.x_dtype in ("fp16", "bf16"):
+        return replace(problem, scale_dtype=problem.x_dtype)
+    return problem
+
+
+def round_scales(
+    problem: Problem, parts: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Parts with scales in the problem's dtype, and what was done, in words.
+
+    Raises:
+        ModelError: scales too small or too large for it, so that more than their last bit is lost.
+    """
+    wide = parts.get("scale")
+    if wide is None or wide.dtype != torch.float32:
+        return parts, ""
+    dtype = DTYPES[problem.scale_dtype]
+    if dtype == torch.float32:
+        return parts, ""
+    scale = wide.to(dtype)
+    if bool(((scale.float() - wide).abs() > wide.abs() * torch.finfo(dtype).eps).any()):
+        raise ModelError(f"expected decoded scales that {problem.scale_dtype} can hold, found some "
+                         f"from {float(wide.abs().min()):.3g}")  # fmt: skip
+    return {**parts, "scale": scale}, f"decoded scales in {problem.scale_dtype}"

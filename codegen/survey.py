@@ -19,6 +19,7 @@ from . import cpu
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import FEATURES, Fused, fuse
 from .fuse_nodes import constant
+from .gains import asked
 from .kernels import choose
 from .problem import Problem
 from .targets import CPU_FEATURES, TOKENS, cpu_accept, triton_accept
@@ -92,6 +93,7 @@ def _row(
             choice = cpu.ways_by_tokens(kernel, fused.problem)
             more = {"way": choice.at(tokens), "ways": str(choice), "note": kernel.note}
     else:
+        problem = asked(problem)
         row, _ = choose(problem)
         assert row is not None
         name, moved = row.name, row.bytes_moved(problem, tokens)

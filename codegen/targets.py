@@ -25,7 +25,7 @@ from . import cpu, sparse
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import Fused, fuse
 from .fuse_nodes import MAKER, refusal
-from .gains import in_range
+from .gains import asked, in_range, round_scales
 from .kernels import choose
 from .placed import Implementation, OwnCall
 from .prepack import prepack
@@ -167,15 +167,17 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
     plan = fuse(program, triton_accept)
     lowered = Lowered("triton", program, refused=list(plan.refused))
     for fused in plan.fused:
-        row, _ = choose(fused.problem)
+        problem = asked(fused.problem)
+        row, _ = choose(problem)
         assert row is not None
         try:
-            canonical, note = in_range(fused.problem, fused.canonical(program, device))
-            packed = prepack(row, fused.problem, **canonical)
+            canonical, note = in_range(problem, fused.canonical(program, device))
+            canonical, more = round_scales(problem, canonical)
+            packed = prepack(row, problem, **canonical)
         except ModelError as why:  # the node's body runs
             lowered.refused.append(refusal(program.node(fused.node), why.message, "tensors"))
             continue
-        traffic = row.bytes_moved(fused.problem, 1)
+        traffic, note = row.bytes_moved(problem, 1), "; ".join(n for n in (note, more) if n)
         tensors = packed.tensors | packed.sides
         _place(lowered, fused, packed.problem, row.name, canonical, tensors, traffic, note)
     made, lowered.attention, refused = attention_implementations(program)
@@ -189,7 +191,7 @@ def triton_accept(problem: Problem) -> str | None:
     """Why no kernel row serves a problem, by the rows that come closest; None when one does."""
     if problem.norm and problem.x_dtype == "fp16" and "limit=" in problem.rounds:
         return "x * gain may leave the range of fp16, and the limit of the grid forbids to scale it"
-    chosen, misfits = choose(problem)
+    chosen, misfits = choose(asked(problem))
     if chosen is not None:
         return None
     by_row: dict[str, list[str]] = {}
