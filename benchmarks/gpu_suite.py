@@ -1,159 +1,249 @@
-"""The kernels on a GPU in one call: right against the reference, and microseconds against floors.
+"""The kernels on a GPU in one call: right, then microseconds against floors, peers and whole steps.
 
     python benchmarks/gpu_suite.py --out benchmarks/results/gpu.json
-    TRITON_INTERPRET=1 python benchmarks/gpu_suite.py --shapes 128x256 --tokens 1,3
+    TRITON_INTERPRET=1 python benchmarks/gpu_suite.py --tiny
 
-Times are medians of CUDA graph replays that rotate over copies of the weight beyond three times the
-L2 cache, so that every call reads its weight from memory. Without a GPU only the check runs.
+Nothing is fetched. Times are medians of CUDA graph replays that rotate over copies of the weight
+beyond three times the L2 cache, so that every call reads its weight from memory; shares are of the
+copy bandwidth and of the bf16 product measured in the same run. Without a GPU, under the
+interpreter, everything runs once and nothing is timed. What the budget leaves out is named.
+Exit 4 when a result is beyond its bound.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_clock
+import gpu_decode
+import gpu_peers
 import torch
 
-from llmc.codegen import meaning
 from llmc.codegen.kernels import ROWS
-from llmc.codegen.launch import fused_linear, interpreting, unavailable
-from llmc.codegen.prepack import Packed, prepack
-from llmc.codegen.problem import Problem
+from llmc.codegen.launch import fused_linear, unavailable
+from llmc.codegen.prepack import prepack
+from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.row import KernelRow
-from llmc.compiler.ir import packing
+from llmc.codegen.samples import random_parts
+from llmc.codegen.tuning.choices import reason
+from llmc.codegen.variants import typical, unsupported
+from llmc.spec.pages import table
 
-_ROTATE = 3 * 60 * 2**20
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "codegen"))
 
-
-def weight(problem: Problem, seed: int, device: str) -> dict[str, Any]:
-    """Random canonical tensors of a compressed weight [N, K]."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randint(0, 16, (problem.N, problem.columns), generator=g)
-    scale = torch.rand(problem.N, problem.groups, generator=g).add_(0.5).mul_(0.02).half()
-    out: dict[str, Any] = {"codes": packing.pack(q, problem.bits), "scale": scale, "zero": None}
-    out["meta"] = None
-    if problem.asym:
-        shape = (problem.N, problem.groups)
-        out["zero"] = torch.randint(0, 16, shape, generator=g, dtype=torch.uint8)
-    if problem.m:
-        order = torch.rand(problem.N, problem.K // problem.m, problem.m, generator=g).argsort(-1)
-        where = order[..., : problem.n].sort(-1).values.flatten(1)
-        out["meta"] = packing.pack(where, packing.nm_bits(problem.m))
-    return {k: v.to(device) if v is not None else None for k, v in out.items()}
+SHAPES = ((4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336))
+TOKENS = (1, 8, 16, 64, 256, 2048)
+SECONDS = 530.0
+# Before the end: room for what comes after.
+ROOM = {"numerics": 400.0, "kernels": 170.0, "peers": 110.0}
+COPY = "share_of_copy"
+SECTIONS = ("numerics", "kernels", "peers", "decode")
+TINY = gpu_decode.Shapes(
+    hidden=128, heads=4, kv_heads=2, width=32, inner=128, vocab=96, layers=1, context=8,
+    dtype="fp16",
+)  # fmt: skip
 
 
-def check(row: KernelRow, problem: Problem, tokens: int, device: str) -> dict[str, float]:
-    """Largest error of the kernel over K·eps·Σ|x||w|, the bound of its accumulation."""
-    parts = weight(problem, 0, device)
-    x = torch.randn(tokens, problem.K, generator=torch.Generator().manual_seed(1)).half().to(device)
-    y = fused_linear(prepack(row, problem, **parts), x)
-    given = {name: part for name, part in parts.items() if part is not None}
-    want = meaning.linear(problem, given, x.double())
-    reach = x.double().abs() @ meaning.weight(problem, given).abs().T
-    eps = torch.finfo(x.dtype).eps
-    bound = problem.K * torch.finfo(torch.float32).eps * reach + 2 * eps * want.abs() + eps * reach
-    return {"worst_over_bound": float(((y.double() - want).abs() / bound).max())}
+def numerics(count: int, budget: gpu_clock.Budget) -> dict[str, Any]:
+    """Drawn cases of every row on this device, against fp64; what is wrong by the case's label."""
+    from numerics import answered, judge
+    from numerics_cases import ordered, sample
 
-
-def microseconds(packed: list[Packed], x: torch.Tensor, repeats: int) -> float:
-    """Median microseconds per call of graph replays over rotating weights."""
-    for p in packed:
-        fused_linear(p, x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for p in packed:
-            fused_linear(p, x)
-    return _replay(graph, len(packed), repeats)
-
-
-def dense_microseconds(n: int, k: int, x: torch.Tensor, repeats: int) -> float:
-    """The same for torch's dense product in x's dtype."""
-    count = max(2, _ROTATE // (2 * n * k) + 1)
-    weights = [torch.randn(n, k, device=x.device, dtype=x.dtype) for _ in range(count)]
-    for w in weights:
-        torch.nn.functional.linear(x, w)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for w in weights:
-            torch.nn.functional.linear(x, w)
-    return _replay(graph, count, repeats)
-
-
-def _replay(graph: Any, calls: int, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
-
-
-def measure(
-    row: KernelRow, n: int, k: int, tokens: list[int], repeats: int
-) -> list[dict[str, Any]]:
-    """Check and, on a GPU, time one row at one shape."""
-    sparse = {"n": 2, "m": 4, "group": 64} if row.step == 256 else {"group": 128}
-    device = "cpu" if interpreting() else "cuda"
-    out = []
-    for asym in (False, True):
-        problem = Problem(n, k, asym=asym, **sparse)
-        if row.misfits(problem):
+    ran, wrong, worst = 0, [], 0.0
+    seen: set[str] = set()
+    target = machine()
+    for case in ordered(sample(count)):
+        row = next(r for r in ROWS if r.name == case.row)
+        if target and unsupported(row, target):
             continue
-        for m in tokens:
-            found: dict[str, Any] = {"row": row.name, "N": n, "K": k, "tokens": m, "asym": asym}
-            found |= check(row, problem, m, device)
-            if device == "cuda":
-                x = torch.randn(m, k, device=device, dtype=torch.float16)
-                one = prepack(row, problem, **weight(problem, 0, device))
-                copies = max(2, _ROTATE // one.bytes + 1)
-                packed = [
-                    prepack(row, problem, **weight(problem, i, device)) for i in range(copies)
-                ]
-                took = microseconds(packed, x, repeats)
-                found |= {"us": took, "GB_per_s": one.bytes / took / 1e3,
-                          "dense_us": dense_microseconds(n, k, x, repeats)}  # fmt: skip
-            out.append(found)
-            print(json.dumps(found), file=sys.stderr, flush=True)
-    return out
+        if not budget.allows(f"numerics from case {ran} on", ROOM["numerics"]):
+            break
+        found = answered(case, gpu_clock.device())
+        ran += 1
+        seen.add(case.row)
+        worst = max(worst, found.get("ratio", 0.0))
+        if why := judge(case, found):
+            wrong.append(f"{case.label}: {why}")
+    return {"cases": ran, "rows": sorted(seen), "wrong": wrong, "worst_over_bound": worst}
+
+
+def machine() -> str:
+    """ "sm_90" or "sm_80" on a GPU; "" under the interpreter, which has every instruction."""
+    if not gpu_clock.on_gpu():
+        return ""
+    return "sm_90" if torch.cuda.get_device_capability() >= (9, 0) else "sm_80"
+
+
+def problems(row: KernelRow, N: int, K: int) -> Iterator[tuple[str, Problem]]:
+    """What is timed of a row: its typical problem, and what stands beside four bits."""
+    base = typical(row, "bf16") or typical(row)
+    if base is None:
+        return
+    plain = dataclasses.replace(base, N=N, K=K)
+    if plain.weights == "factors":
+        plain = dataclasses.replace(plain, rank=min(N, K) // 4)
+    yield row.name, plain
+    if row.name == "w4a16":
+        yield "w4a16 rank 64", dataclasses.replace(plain, rank=64)
+        yield "w4a16 1% columns", dataclasses.replace(plain, sparse=True)
+
+
+def kernels(
+    shapes: list[tuple[int, int]], tokens: list[int], budget: gpu_clock.Budget,
+    limits: gpu_clock.Limits,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every row at every shape: microseconds, and shares of the copy bandwidth and of the floor."""
+    found: list[dict[str, Any]] = []
+    for N, K in shapes:
+        for row in ROWS:
+            if (why := unsupported(row, machine())) and machine():
+                found.append({"kernel": row.name, "unsupported": why})
+                continue
+            for name, problem in problems(row, N, K):
+                label = f"{name} {N}x{K}"
+                if row.misfits(problem) or not budget.allows(label, ROOM["kernels"]):
+                    continue
+                found += _timed(name, row, problem, tokens, limits)
+    return found
+
+
+def _timed(
+    name: str, row: KernelRow, problem: Problem, tokens: list[int], limits: gpu_clock.Limits
+) -> list[dict[str, Any]]:
+    about = {"kernel": name, "N": problem.N, "K": problem.K}
+    parts = random_parts(problem, kept=0.3, entries=0.01, device=gpu_clock.device())
+    one = prepack(row, problem, **parts)
+    del parts
+    packed = [one]
+    for _ in range(gpu_clock.copies(one.bytes) - 1):
+        copied = {n: t.clone() for n, t in one.tensors.items()}
+        packed.append(dataclasses.replace(one, tensors=copied))
+    found = []
+    for m in tokens:
+        x = torch.randn(m, problem.K, device=gpu_clock.device()).to(DTYPES[problem.x_dtype])
+        try:
+            us = gpu_clock.microseconds(lambda p, x=x: fused_linear(p, x), packed)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            found.append(about | {"tokens": m, "error": str(error)[:200]})
+            continue
+        told = {"tokens": m, "us": us, "bytes": row.bytes_moved(problem, m),
+                "weight_bytes": one.bytes}  # fmt: skip
+        found.append(about | told | shares(told, problem, limits))
+    return found
+
+
+def shares(told: dict[str, Any], p: Problem, limits: gpu_clock.Limits) -> dict[str, float]:
+    """Of the measured copy bandwidth, and of the floor: bytes or operations, whichever is more."""
+    if told["us"] is None or limits.copy is None or limits.flops is None:
+        return {}
+    seconds = told["us"] * 1e-6
+    by_bytes = told["bytes"] / limits.copy
+    floor = max(by_bytes, 2 * told["tokens"] * p.N * p.K / limits.flops)
+    return {"share_of_copy": by_bytes / seconds, "share_of_floor": floor / seconds}
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The pages as tables: kernels and peers by shape, then decode."""
+    out = [f"# {data['device']}\n\n`{data['command']}`\n"]
+    timed = [r for r in (*data["kernels"], *data["peers"]) if r.get("us") is not None]
+    for N, K in dict.fromkeys((r["N"], r["K"]) for r in timed if "N" in r):
+        here = [r for r in timed if (r.get("N"), r.get("K")) == (N, K)]
+        tokens = sorted({r["tokens"] for r in here})
+        rows = []
+        for name in dict.fromkeys(r.get("kernel") or r["peer"] for r in here):
+            own = {r["tokens"]: r for r in here if (r.get("kernel") or r["peer"]) == name}
+            rows.append((name, *(_cell(own.get(m)) for m in tokens)))
+        head = ("µs (share of copy, of floor)", *(f"M = {m}" for m in tokens))
+        out.append(f"\n## {N} x {K}\n\n{table(head, rows)}")
+    steps = [
+        (
+            r["what"],
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['us']:.0f}",
+            f"{r.get('share_of_copy', 0):.2f}",
+        )
+        for r in data["decode"]
+        if "us" in r
+    ]
+    if steps:
+        head = ("decode, batch 1", "tokens/s", "µs", "share of copy")
+        out.append(f"\n## Llama-3.1-8B shapes\n\n{table(head, steps)}")
+    if data["skipped"]:
+        out.append(f"\nLeft out for time: {', '.join(data['skipped'])}.\n")
+    return "".join(out)
+
+
+def _cell(r: dict[str, Any] | None) -> str:
+    if r is None:
+        return ""
+    if "share_of_copy" not in r:
+        return f"{r['us']:.1f}"
+    return f"{r['us']:.1f} ({r['share_of_copy']:.2f}, {r['share_of_floor']:.2f})"
 
 
 def main() -> int:
-    """Run every row at every shape; exit 4 when a result is beyond its bound."""
+    """Run the sections asked for; exit 4 when a result is wrong, 5 without a device."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", default="4096x4096,28672x4096,4096x14336", help="NxK,…")
-    parser.add_argument("--tokens", default="1,2,8,16,32,64")
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--only", default=",".join(SECTIONS), help="numerics,kernels,peers,decode")
+    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--cases", type=int, default=400, help="of numerics, at most")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for the interpreter")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    why = unavailable()
-    if why:
+    if why := unavailable():
         print(
             f"gpu_suite: expected a GPU or the interpreter, found neither: {why}", file=sys.stderr
         )
         return 5
-    shapes = [tuple(int(d) for d in s.split("x")) for s in args.shapes.split(",")]
+    only = args.only.split(",")
+    if unknown := set(only) - set(SECTIONS):
+        parser.error(f"--only: expected {','.join(SECTIONS)}, found {','.join(sorted(unknown))}")
+    shapes = [(int(n), int(k)) for n, k in (s.split("x") for s in args.shapes.split(","))]
     tokens = [int(t) for t in args.tokens.split(",")]
-    rows = [r for row in ROWS for n, k in shapes for r in measure(row, n, k, tokens, args.repeats)]
-    data = {
+    if args.tiny:
+        shapes, tokens = [(70, 136)], [1, 3]
+    budget = gpu_clock.Budget(args.seconds)
+    limits = gpu_clock.limits()
+    data: dict[str, Any] = {
         "command": "python benchmarks/gpu_suite.py " + " ".join(sys.argv[1:]),
-        "device": "interpreter" if interpreting() else torch.cuda.get_device_name(),
-        "torch": torch.__version__, "rows": rows,
+        "device": torch.cuda.get_device_name() if gpu_clock.on_gpu() else "interpreter, not timed",
+        "torch": torch.__version__, "tiles": reason(), "limits": vars(limits),
+        "installed": gpu_peers.present(), "numerics": {}, "kernels": [], "peers": [], "decode": [],
     }  # fmt: skip
+    with budget.section("numerics"):
+        if "numerics" in only:
+            data["numerics"] = numerics(args.cases, budget)
+    with budget.section("kernels"), torch.no_grad():
+        if "kernels" in only:
+            data["kernels"] = kernels(shapes, tokens, budget, limits)
+    with budget.section("peers"), torch.no_grad():
+        if "peers" in only:
+            for N, K in shapes:
+                if budget.allows(f"peers {N}x{K}", ROOM["peers"]):
+                    data["peers"] += gpu_peers.page(N, K, tokens, budget)
+            data["peers"] += gpu_peers.liger(2048, 4096)
+    with budget.section("decode"), torch.no_grad():
+        if "decode" in only:
+            sizes = TINY if args.tiny else gpu_decode.Shapes()
+            data["decode"] = list(gpu_decode.page(sizes, budget, limits))
+    data |= {"seconds": budget.taken, "skipped": budget.skipped}
     text = json.dumps(data, indent=1)
     print(text)
+    print(markdown(data), file=sys.stderr)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n", encoding="utf-8")
-    return 4 if any(r["worst_over_bound"] > 1 for r in rows) else 0
+        args.out.with_suffix(".md").write_text(markdown(data), encoding="utf-8")
+    off = [r for r in data["decode"] if r.get("relative_error", 0.0) > 0.03]
+    return 4 if off or data["numerics"].get("wrong") else 0
 
 
 if __name__ == "__main__":

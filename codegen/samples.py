@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..compiler.ir import packing
@@ -13,57 +15,60 @@ from .problem import DTYPES, Problem
 
 
 def random_parts(
-    problem: Problem, seed: int = 0, *, kept: float | None = None, entries: float = 0.03
-) -> dict[str, torch.Tensor]:
+    problem: Problem, seed: int = 0, *, kept: float | None = None, entries: float = 0.03,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Every part that a problem has (see `problem.PARTS`), with weights of about 0.1.
 
     Args:
         kept: share of weights that a bitmap keeps; drawn from 0.05 to 0.4 when None.
         entries: share of weights that have an entry beside the codes.
+        device: where they are made; numbers differ from device to device.
     """
-    p, g = problem, torch.Generator().manual_seed(seed)
+    p, g = problem, torch.Generator(device).manual_seed(seed)
+    how: Any = {"generator": g, "device": g.device}
     dtype = DTYPES[p.x_dtype]
     parts: dict[str, torch.Tensor] = {}
     if p.weights in ("int", "table"):
         parts["codes"] = packing.pack(_codes(p, g), p.bits)
     if p.scale_dtype:
-        scale = (torch.rand(p.N, p.groups, generator=g) * 0.75 + 0.25) * 0.3 / _top(p)
+        scale = (torch.rand(p.N, p.groups, **how) * 0.75 + 0.25) * 0.3 / _top(p)
         parts["scale"] = scale.to(DTYPES[p.scale_dtype])
     if p.asym:
-        parts["zero"] = torch.randint(0, 1 << p.bits, (p.N, p.groups), generator=g).to(torch.uint8)
+        parts["zero"] = torch.randint(0, 1 << p.bits, (p.N, p.groups), **how).to(torch.uint8)
     if p.table:
         rows = p.N if p.table == "row" else 1
-        parts["table"] = torch.randn(rows, 1 << p.bits, generator=g).to(dtype)
+        parts["table"] = torch.randn(rows, 1 << p.bits, **how).to(dtype)
     if p.m:
-        order = torch.rand(p.N, p.K // p.m, p.m, generator=g).argsort(-1)
+        order = torch.rand(p.N, p.K // p.m, p.m, **how).argsort(-1)
         where = order[..., : p.n].sort(-1).values.flatten(1)
         parts["meta"] = packing.pack(where, packing.nm_bits(p.m))
     if p.weights == "dense":
-        parts["values"] = (torch.randn(p.N, p.columns, generator=g) * 0.1).to(dtype)
+        parts["values"] = (torch.randn(p.N, p.columns, **how) * 0.1).to(dtype)
     if p.bitmap:
-        share = 0.05 + 0.35 * float(torch.rand(1, generator=g)) if kept is None else kept
-        mask = torch.rand(p.N, p.K, generator=g) < share
+        share = 0.05 + 0.35 * float(torch.rand(1, **how)) if kept is None else kept
+        mask = torch.rand(p.N, p.K, **how) < share
         parts["bitmap"] = packing.pack(mask.to(torch.int64), 1)
         if p.weights == "dense":
             parts["values"] = parts["values"][mask]
     if p.rank:
-        parts["left"] = (torch.randn(p.N, p.rank, generator=g) * 0.2).to(dtype)
-        parts["right"] = (torch.randn(p.rank, p.K, generator=g) * 0.1).to(dtype)
+        parts["left"] = (torch.randn(p.N, p.rank, **how) * 0.2).to(dtype)
+        parts["right"] = (torch.randn(p.rank, p.K, **how) * 0.1).to(dtype)
     if p.sparse:
-        support = torch.rand(p.N, p.K, generator=g) < entries
+        support = torch.rand(p.N, p.K, **how) < entries
         support[0, 0] = True
         parts["csr_index"], parts["csr_starts"] = csr(support)
-        parts["csr_values"] = torch.randn(int(support.sum()), generator=g).to(dtype)
+        parts["csr_values"] = torch.randn(int(support.sum()), **how).to(dtype)
     if p.outliers:
-        parts["columns"] = torch.randperm(p.K, generator=g)[: p.outliers].sort().values
-        parts["column_weights"] = torch.randn(p.N, p.outliers, generator=g).to(dtype)
+        parts["columns"] = torch.randperm(p.K, **how)[: p.outliers].sort().values
+        parts["column_weights"] = torch.randn(p.N, p.outliers, **how).to(dtype)
     for name in [n for n, has in (("gain", p.norm), ("smooth", p.smooth)) if has]:
-        parts[name] = (torch.rand(p.K, generator=g) + 0.5) / (loud(p) if name == "gain" else 1.0)
+        parts[name] = (torch.rand(p.K, **how) + 0.5) / (loud(p) if name == "gain" else 1.0)
     if "static" in p.rounds:
         kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
-        parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits))
+        parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits), device=g.device)
     if p.bias:
-        parts["bias"] = torch.randn(p.N, generator=g).to(dtype)
+        parts["bias"] = torch.randn(p.N, **how).to(dtype)
     return parts
 
 
@@ -86,8 +91,8 @@ def levels_of(problem: Problem) -> torch.Tensor:
 
 def _codes(p: Problem, g: torch.Generator) -> torch.Tensor:
     """Codes [N, columns]; of levels only those that stand for a number."""
-    q = torch.randint(0, 1 << p.bits, (p.N, p.columns), generator=g)
+    q = torch.randint(0, 1 << p.bits, (p.N, p.columns), generator=g, device=g.device)
     if not p.levels:
         return q
-    known = levels_of(p).isfinite().nonzero().flatten()
+    known = levels_of(p).isfinite().nonzero().flatten().to(g.device)
     return known[q % len(known)]

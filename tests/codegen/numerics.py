@@ -79,8 +79,9 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def exact_and_bound(
-    case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor, residual: torch.Tensor | None,
+    device: str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What the problem means in fp64 [M, outputs], and how far a kernel may be from it."""
     p = case.problem
     x = x.double().reshape(case.M, p.K)
@@ -94,6 +95,10 @@ def exact_and_bound(
     reach = h.abs() @ w.T
     # Factors have a product between their two sums, which is rounded to x's dtype.
     once = u * (p.weights == "table" or p.weights == "factors") * reach
+    if device != "cpu":
+        # Three products of 11 bits stand for one of fp32, and fp8 sums keep 14 bits for a while.
+        once = once + 2.0**-20 * (p.x_dtype == "fp32") * reach
+        once = once + 2.0**-12 * ("e4m3" in p.rounds) * reach
     beside = torch.zeros_like(reach)
     spread = w
     if p.rank:
@@ -228,7 +233,7 @@ def _other_codes(p: Problem, q: torch.Tensor) -> torch.Tensor:
     return known[(place + len(known) // 2) % len(known)]
 
 
-def answer(case: Case) -> dict[str, Any]:
+def answer(case: Case, device: str = "cpu") -> dict[str, Any]:
     """The case's worst error over its bound; where it spoils, the same for what that gives."""
     from llmc.codegen.launch import fused_linear
     from llmc.codegen.prepack import prepack
@@ -241,17 +246,19 @@ def answer(case: Case) -> dict[str, Any]:
     config = TileConfig(*case.tile) if case.tile else None
 
     def launch(given: dict[str, torch.Tensor]) -> torch.Tensor:
-        y = fused_linear(prepack(row, p, **given), x, config=config, **sides)
+        moved = {n: t.to(device) for n, t in given.items()}
+        beside = {n: _moved(t, device) for n, t in sides.items()}
+        y = fused_linear(prepack(row, p, **moved), _moved(x, device), config=config, **beside)
         assert y.shape == (*x.shape[:-1], p.outputs)
-        return y.reshape(case.M, p.outputs)
+        return y.reshape(case.M, p.outputs).cpu()
 
     y = launch(parts)
-    exact, bound = exact_and_bound(case, parts, x, residual)
+    exact, bound = exact_and_bound(case, parts, x, residual, device)
     found = {"finite": bool(y.isfinite().all()), "ratio": _worst(y, exact, bound)}
     if case.spoil:
         other = spoiled(case, parts, x)
         off = launch(other)
-        exact_off, bound_off = exact_and_bound(case, other, x, residual)
+        exact_off, bound_off = exact_and_bound(case, other, x, residual, device)
         found |= {
             "same_twice": bool(torch.equal(y, launch(parts))),
             "spoiled_ratio": _worst(off, exact, bound),
@@ -259,6 +266,15 @@ def answer(case: Case) -> dict[str, Any]:
             "spoiled_own": _worst(off, exact_off, bound_off),
         }
     return found
+
+
+def _moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    """x elsewhere, with the strides that it has."""
+    if device == "cpu":
+        return x
+    room = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    storage = x.as_strided((room,), (1,)).to(device)
+    return storage.as_strided(x.shape, x.stride())
 
 
 def _worst(y: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
@@ -300,10 +316,10 @@ def judge(case: Case, found: dict[str, Any]) -> str:
     return ""
 
 
-def answered(case: Case) -> dict[str, Any]:
+def answered(case: Case, device: str = "cpu") -> dict[str, Any]:
     """The answer, or {"error": what was raised}."""
     try:
-        return answer(case)
+        return answer(case, device)
     except Exception as error:  # a case that raises is a finding, and the others still count
         return {"error": f"{type(error).__name__}: {error}"}
 

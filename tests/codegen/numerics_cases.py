@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -185,6 +186,15 @@ def sample(count: int, seed: int = 0, row: str = "") -> list[Case]:
     rows = [r for r in ROWS if row in ("", r.name)]
     each = -(-count // len(rows))
     return [case for r in rows for case in cases_of(r, each, seed)]
+
+
+def ordered(cases: list[Case]) -> list[Case]:
+    """The same cases, row after row in turn, so that a run cut short has seen all rows."""
+    by_row: dict[str, list[Case]] = {}
+    for case in cases:
+        by_row.setdefault(case.row, []).append(case)
+    turns = itertools.zip_longest(*by_row.values())
+    return [case for turn in turns for case in turn if case is not None]
 
 
 def near_misses(row: KernelRow) -> Iterator[tuple[Requirement, Problem, Problem]]:
