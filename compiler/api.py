@@ -386,25 +386,15 @@ def open_any(
     path: str | Path, *, target: str = "reference", dtype: torch.dtype | None = None,
     resident: Resident = "packed", trust_remote_code: bool = False, compiled: bool = False,
 ) -> Model:  # fmt: skip
-    """An artefact, or a model folder or hub id as it is: dense, or codes where it holds codes.
+    """An artefact, or a model folder or hub id as it is: codes stay codes.
 
-    Raises:
-        ModelError: neither.
+    Raises: ModelError: neither.
     """
-    from .analysis.blocks import apply_segments
-    from .runtime.artefact import is_artefact
-    from .runtime.imported import as_loaded, is_imported
+    from .runtime import artefact, imported
 
-    if is_artefact(path):
+    if artefact.is_artefact(path):
         return load(path, target=target, dtype=dtype, resident=resident, compiled=compiled)
     program = capture(path, trust_remote_code=trust_remote_code)
-    own = find_tokenizer(path, program)
-    record, loaded = {"passes": "dense"}, None
-    if is_imported(program):
-        if not program.segments:
-            apply_segments(program)
-        loaded = as_loaded(program, Path(path), None if own is None else own.folder)
-        record = loaded.report["record"]
-    return Model(
-        program, None, record, own, target, dtype=dtype, resident=resident, loaded=loaded
-    )  # fmt: skip
+    own, loaded = find_tokenizer(path, program), imported.imported(program, Path(path))
+    record = {"passes": "dense"} if loaded is None else loaded.report["record"]
+    return Model(program, None, record, own, target, dtype=dtype, resident=resident, loaded=loaded)

@@ -136,7 +136,7 @@ def _read(
     from ..report.compare import Measured
     from ..runtime.sizes import sizes
 
-    artefact = open_artefact(folder)
+    artefact = _open(folder)
     total = sizes(artefact.program)
     mine = next((e for e in evaluations if _same_place(e["source"], folder)), None)
     if mine is not None and mine["size"]["total"] != total.total:
@@ -149,6 +149,20 @@ def _read(
     perplexity = None if mine is None else mine["quality"]["perplexity"]
     place = Measured(folder, str(passes), total.total, total.bits_per_weight, perplexity)
     return artefact, mine, place
+
+
+def _open(folder: str) -> Loaded:
+    """An artefact, or a quantised checkpoint told like one."""
+    from ..runtime.artefact import is_artefact
+
+    path = Path(folder).expanduser()
+    if is_artefact(path) or not (path / "config.json").is_file():
+        return open_artefact(folder)
+    from ..runtime.imported import imported
+    from .look import open_headers
+
+    found = imported(open_headers(folder)[0], path)
+    return open_artefact(folder) if found is None else found
 
 
 def _same_place(a: str, b: str) -> bool:
