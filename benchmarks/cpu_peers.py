@@ -51,9 +51,7 @@ def _torchao(weight: torch.Tensor) -> dict[str, Make]:
     )
 
     configs: dict[str, Any] = {
-        "torchao int4wo g128": Int4WeightOnlyConfig(
-            group_size=128, int4_packing_format="opaque", int4_choose_qparams_algorithm="tinygemm"
-        ),
+        "torchao int4wo g128 (prototype)": PrototypeInt4WeightOnlyConfig(group_size=128),
         "torchao int8wo": Int8WeightOnlyConfig(),
         "torchao int8dyn": Int8DynamicActivationInt8WeightConfig(),
     }

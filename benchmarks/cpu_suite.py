@@ -3,6 +3,7 @@
     python benchmarks/cpu_suite.py --out benchmarks/results/cpu.json
     python benchmarks/cpu_suite.py --only kernels --tokens 1,128
     python benchmarks/cpu_suite.py --only model
+    python benchmarks/cpu_suite.py --only compiled
     python benchmarks/cpu_suite.py --only inductor --tokens 16,128
 
 One thread, the thread's own time, medians of calls taken in turn: a ratio to bf16 is of one run, so
@@ -15,7 +16,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from llmc.compiler import api
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.lowering import runner_for
 
-SECTIONS = ("kernels", "model", "inductor")
+SECTIONS = ("kernels", "model", "compiled", "inductor")
 MODELS = {
     "bf16": "",
     "w4": "w4:solver=rtn",
@@ -90,14 +91,17 @@ def kernel_page(N: int, K: int, tokens: list[int], seconds: float) -> dict[str, 
     return {"shape": [N, K], "rows": rows, "missing": missing}
 
 
-def model_page(args: argparse.Namespace) -> dict[str, Any]:
+def model_page(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Decode and prefill of a random llama in one executor, its smaller forms against bf16."""
     dense = llama(args)
     count = sum(torch.Size(p.shape).numel() for p in dense.params.values() if p.trained)
     runners = {}
-    for name, recipe in MODELS.items():
+    for name in names:
+        recipe, compiled = MODELS[name.removesuffix(" compiled")], name.endswith(" compiled")
         program = api.compile(dense, recipe).program if recipe else dense
-        runners[name] = runner_for(program, "cpu", cached=True, dtype=torch.bfloat16)
+        runners[name] = runner_for(
+            program, "cpu", cached=True, dtype=torch.bfloat16, compiled=compiled
+        )
     g = torch.Generator().manual_seed(0)
     rows = []
     for kind, prompt, new in [("decode", 16, args.new), *(("prefill", m, 0) for m in args.prefill)]:
@@ -169,11 +173,13 @@ def table(result: dict[str, Any]) -> str:
             ]
             lines.append(f"| {name} | " + " | ".join(shown) + " |")
         lines += [f"\nNot measured: {m}." for m in page.get("missing", [])] + [""]
-    if "model" in result:
-        page = result["model"]
+    for section in ("model", "compiled"):
+        if section not in result:
+            continue
+        page = result[section]
         kinds = list(dict.fromkeys((r["kind"], r["prompt"]) for r in page["rows"]))
         lines.append(
-            f"## model: random llama of {page['parameters'] / 1e6:.0f} M parameters in bf16, "
+            f"## {section}: random llama of {page['parameters'] / 1e6:.0f} M parameters in bf16, "
             "times as fast as dense (tokens/s)\n"
         )
         heads = [f"prefill {p}" if k == "prefill" else "decode" for k, p in kinds]
@@ -184,6 +190,7 @@ def table(result: dict[str, Any]) -> str:
             shown = [f"{cells[k]['speed']:.2f} ({cells[k]['tokens_per_second']:.4g})"
                      for k in kinds]  # fmt: skip
             lines.append(f"| {name} | " + " | ".join(shown) + f" | {size / 1e6:.0f} |")
+        lines.append("")
     return "\n".join(lines) + "\n"
 
 
@@ -217,7 +224,9 @@ def main() -> int:
         if "kernels" in only:
             result["kernels"] = kernel_page(N, K, tokens, args.seconds)
         if "model" in only:
-            result["model"] = model_page(args)
+            result["model"] = model_page(args, MODELS)
+        if "compiled" in only:
+            result["compiled"] = model_page(args, ("bf16", "w4", "w4 compiled"))
         if "inductor" in only:
             result["inductor"] = inductor_page(N, K, tokens, args.seconds)
     text = table(result)

@@ -37,11 +37,6 @@ class Implementation:
     problem: Problem
     names: tuple[str, ...]
 
-    @property
-    def parts(self) -> tuple[str, str, Problem, tuple[str, ...]]:
-        """The fields, in order."""
-        return self.target, self.kernel, self.problem, self.names
-
     def __call__(self, inputs: Sequence[torch.Tensor], *, body: str = "") -> torch.Tensor:
         given = dict(zip(self.names, inputs, strict=True))
         return self._call(given.pop("x"), given.pop("residual", None), given)
@@ -130,8 +125,9 @@ class OnTriton:
             held = {n: t for n, t in tensors.items() if n not in SIDES}
             packed = Packed(self.row, self.problem, held, sides)
             self._last = packed if self.keep else None
-        given = {} if residual is None else {"residual": _columns(residual)}
-        return launch.fused_linear(packed, _columns(x), **given)
+        if residual is None:
+            return launch.fused_linear(packed, _columns(x))
+        return launch.fused_linear(packed, _columns(x), residual=_columns(residual))
 
 
 def _holds(packed: Packed, tensors: dict[str, torch.Tensor]) -> bool:

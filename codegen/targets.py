@@ -135,7 +135,9 @@ def _lower_cpu(program: Program, compiled: bool = False, dense: bool = False) ->
         _place(lowered, fused, problem, kernel.name, canonical, packed, traffic, note)
         if compiled and "compiled" in kernel.ways:
             made, own = lowered.implementations[fused.node], partial(_own, kernel, problem, choice)
-            lowered.implementations[fused.node] = OwnCall(*made.parts, own)
+            assert isinstance(made, Implementation)
+            names = made.names
+            lowered.implementations[fused.node] = OwnCall("cpu", kernel.name, problem, names, own)
     refresh_segments(program)
     return _sides(lowered, torch.device("cpu"))
 
@@ -164,18 +166,19 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
         raise UsageError(
             "expected a CUDA device for target triton, found cpu", hint="pass device='cuda'"
         )
-    plan = fuse(program, triton_accept)
+    machine = launch.machine(device)
+    plan = fuse(program, partial(triton_accept, machine=machine))
     lowered = Lowered("triton", program, refused=list(plan.refused))
     for fused in plan.fused:
         problem = asked(fused.problem)
-        row, _ = choose(problem)
+        row, _ = choose(problem, machine)
         assert row is not None
         try:
             canonical, note = in_range(problem, fused.canonical(program, device))
             canonical, more = round_scales(problem, canonical)
             packed = prepack(row, problem, **canonical)
-        except ModelError as why:  # the node's body runs
-            lowered.refused.append(refusal(program.node(fused.node), why.message, "tensors"))
+        except ModelError as e:  # the node's body runs
+            lowered.refused.append(refusal(program.node(fused.node), e.message, "tensors"))
             continue
         traffic, note = row.bytes_moved(problem, 1), "; ".join(n for n in (note, more) if n)
         tensors = packed.tensors | packed.sides
@@ -187,11 +190,14 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
     return _sides(lowered, device)
 
 
-def triton_accept(problem: Problem) -> str | None:
-    """Why no kernel row serves a problem, by the rows that come closest; None when one does."""
+def triton_accept(problem: Problem, machine: str = "") -> str | None:
+    """Why no kernel row serves a problem, by the rows that come closest; None when one does.
+
+    machine: "sm_80" or "sm_90", as some rows need what a machine has; "" for any.
+    """
     if problem.norm and problem.x_dtype == "fp16" and "limit=" in problem.rounds:
         return "x * gain may leave the range of fp16, and the limit of the grid forbids to scale it"
-    chosen, misfits = choose(asked(problem))
+    chosen, misfits = choose(asked(problem), machine)
     if chosen is not None:
         return None
     by_row: dict[str, list[str]] = {}
@@ -222,7 +228,7 @@ def _input_grid(program: Program, fused: Fused) -> dict[str, Any]:
 def _place(
     lowered: Lowered, fused: Fused, problem: Problem, kernel: str,
     canonical: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], traffic: int, note: str,
-) -> None:  # fmt: skip
+) -> Implementation:  # fmt: skip
     """Let a node read packed tensors as parameters of their own; the canonical ones are let go.
 
     problem: as the kernel was packed for it. A part that stays as it is stays the parameter that
@@ -258,6 +264,7 @@ def _place(
     lowered.placed.append(Placed(fused, kernel, traffic, resident, stored, note))
     made = Implementation(lowered.target, kernel, problem, tuple(names))
     lowered.implementations[fused.node] = made
+    return made
 
 
 def _same(program: Program, node: fx.Node, tensor: torch.Tensor) -> bool:

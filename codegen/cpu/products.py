@@ -143,7 +143,7 @@ def codes_of(
     return codes.to(torch.int8), unit
 
 
-_AT_ONCE = 1 << 19  # floats of a block of tokens that stay in the cache
+_AT_ONCE = 1 << 20  # floats of a block of tokens that stay in the cache
 
 
 def _by(product: Product) -> Callable[..., torch.Tensor]:
