@@ -130,7 +130,7 @@ def _sums(program: Program, cores: Sequence[Core], home: dict[str, str]) -> dict
     Where both addends could take it the later one does, so the other one is ready by then.
     """
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    tails = {}
+    tails: dict[fx.Node, None] = {}
     for core in cores:
         only, split = only_user(core.result), halves(core)
         behind = only if is_op(only, "llmc.gated") or is_op(only, "llmc.activation") else None

@@ -200,12 +200,12 @@ def _with_low_rank(core: Core) -> Core | None:
         return None
     part = total.args[1] if total.args[0] is core.result else total.args[0]
     found = _factors(part, core.reads)
-    if found is None or part.args[0].users.keys() != {part}:  # type: ignore[union-attr]
+    if not isinstance(part, fx.Node) or found is None or len(part.users) != 1:
         return None
     few, left, right = found
-    if argument(part, 2, "bias") is not None or len(part.users) != 1:  # type: ignore[arg-type, union-attr]
+    if argument(part, 2, "bias") is not None:
         return None
-    nodes = core.nodes | {total, part, few} | _calls(left) | _calls(right)  # type: ignore[arg-type]
+    nodes = core.nodes | {total, part, few} | _calls(left) | _calls(right)
     problem = replace(core.problem, rank=int(tensor_type(left).shape[1]))
     parts = {**core.parts, "left": left, "right": right}
     return replace(core, result=total, nodes=nodes, parts=parts, problem=problem)
@@ -270,14 +270,14 @@ def _with_outliers(core: Core) -> Core | None:
         return None
     picked, apart = part.args[:2]
     given = (rounded.args[0], -1, columns)
-    if not (is_op(picked, "aten.index_select.default") and picked.args == given):  # type: ignore[union-attr]
+    if not isinstance(picked, fx.Node) or not is_op(picked, "aten.index_select.default"):
         return None
-    if not constant(apart) or argument(part, 2, "bias") is not None:
+    if picked.args != given or argument(part, 2, "bias") is not None:
         return None
-    assert isinstance(apart, fx.Node)
-    _own(apart, "column_weights")
     count = int(tensor_type(columns).shape[0])
-    if not count:
+    if not count or not isinstance(apart, fx.Node) or not constant(apart):
+        return None
+    if len(apart.users) != 1 or apart.op != "get_attr":
         return None
     return replace(
         core, result=total, nodes=core.nodes | {total, part, picked},

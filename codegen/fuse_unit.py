@@ -102,11 +102,10 @@ class Unit:
         if unit.add is not None:
             left, unit = unit.add, replace(unit, add=None)
             yield unit, "residual", left
-        for name in ("act", "gate"):
-            node = getattr(unit, name)
-            if node is not None:
-                unit = replace(unit, cuts=(), **{name: None})
-                yield unit, "pairs" if name == "gate" else name, node
+        behind = unit.act or unit.gate
+        if behind is not None:
+            name = "act" if unit.act is not None else "pairs"
+            yield replace(unit, act=None, gate=None, cuts=()), name, behind
 
 
 def alike(problem: Problem) -> Problem:
