@@ -169,6 +169,10 @@ def _overview(program: Program, artefact: Loaded | None, source: str, out: Out) 
             )
         for line in mixing_lines(mixture):
             out.text(f"mixed    {line}")
+    codes = program.facts.get("quantised")
+    if isinstance(codes, dict) and isinstance(codes.get("schemes"), dict):
+        found = ", ".join(f"{n} x {text}" for text, n in codes["schemes"].items())
+        out.text(f"codes    {found}, read from {codes.get('method')}")
     out.text("inputs   " + ", ".join(f"{k} {v}" for k, v in about["inputs"].items()))
     if program.exits is not None:
         about["exits"] = program.exits.to_json() | {"threshold": program.exits.threshold}
