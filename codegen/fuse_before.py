@@ -42,7 +42,7 @@ def read_before(reads: fx.Node) -> list[Before]:
         found.append(Before("rounds", node, {} if scale is None else {"in_scale": scale}))
         node = node.args[0]
     if is_op(node, "aten.mul.Tensor") and len(node.args) == 2:
-        vectors = [a for a in node.args if constant(a) and tensor_type(a).rank == 1]
+        vectors = [a for a in node.args if _vector(a)]
         width = tensor_type(node).shape[-1]
         if len(vectors) == 1 and tensor_type(vectors[0]).shape[0] == width:
             found.append(Before("smooth", node, {"smooth": vectors[0]}))
@@ -51,6 +51,10 @@ def read_before(reads: fx.Node) -> list[Before]:
         gain = argument(node, 1, "gain")
         found.append(Before("norm", node, {} if gain is None else {"gain": gain}))
     return found
+
+
+def _vector(value: Any) -> bool:
+    return isinstance(value, fx.Node) and tensor_type(value).rank == 1 and constant(value)
 
 
 def norm_refusal(norm: fx.Node) -> Unfit | None:

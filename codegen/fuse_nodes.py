@@ -48,12 +48,30 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 def constant(node: object) -> bool:
     """Whether a value hangs on parameters alone."""
-    if not isinstance(node, fx.Node):
-        return False
-    if node.op == "get_attr":
-        return True
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and bool(inputs) and all(map(constant, inputs))
+    todo, seen = [node], set[object]()
+    while todo:
+        one = todo.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if not isinstance(one, fx.Node) or one.op not in ("get_attr", "call_function"):
+            return False
+        if one.op == "call_function":
+            if not one.all_input_nodes:
+                return False
+            todo += one.all_input_nodes
+    return True
+
+
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """All values of a graph that hang on parameters alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        made = node.op == "call_function" and inputs and all(i in found for i in inputs)
+        if made or node.op == "get_attr":
+            found.add(node)
+    return found
 
 
 def is_sum(node: object) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import fx
@@ -18,10 +19,11 @@ from ..compiler.ir.segments import refresh_segments
 from . import cpu
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import FEATURES, Fused, fuse
-from .fuse_nodes import constant
+from .fuse_nodes import constants
 from .gains import asked
 from .kernels import choose
 from .problem import Problem
+from .row import KernelRow
 from .targets import CPU_FEATURES, TOKENS, cpu_accept, triton_accept
 
 # Calls that only look at a tensor in another way, or ask for its size.
@@ -96,13 +98,18 @@ def _row(
         problem = asked(problem)
         row, _ = choose(problem)
         assert row is not None
-        name, moved = row.name, row.bytes_moved(problem, tokens)
+        name, moved = row.name, _moved(row, problem, tokens)
     return {
         "node": fused.node, "path": fused.path, "kernel": name, "parts": list(fused.ops),
         "linears": list(fused.linears), "sections": list(fused.sections),
         "problem": asdict(problem), "bytes": moved, "stored_bytes": stored, "launches": 1,
         "floor_us": 1e6 * moved / bandwidth, **more,
     }  # fmt: skip
+
+
+@lru_cache(4096)
+def _moved(row: KernelRow, problem: Problem, tokens: int) -> int:
+    return row.bytes_moved(problem, tokens)
 
 
 def launches(program: Program, attended: set[str]) -> dict[str, dict[str, Any]]:
@@ -112,11 +119,12 @@ def launches(program: Program, attended: set[str]) -> dict[str, dict[str, Any]]:
     least that it can be. attended: cached attention that a kernel row runs.
     """
     out: dict[str, dict[str, Any]] = {}
+    still = constants(program.graph)
     for segment in program.segments:
         calls = []
         for name in segment.nodes:
             node = program.node(name)
-            if node.op == "call_function" and not constant(node) and _starts(node):
+            if node.op == "call_function" and node not in still and _starts(node):
                 calls.append(name)
         extra = (ATTENTION - 1) * sum(1 for c in calls if c in attended)
         out[segment.name] = {"launches": len(calls) + extra, "calls": calls}
