@@ -119,8 +119,10 @@ def grid_of(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> tupl
         v = v * (gains[0] * gains[1] if len(gains) > 1 else gains[0])
     kept = v.index_fill(-1, parts["columns"], 0.0) if case.outliers else v
     wide = kept.double() * rms
-    if "static" in case.rounds:
-        unit = parts["in_scale"]
+    if "static" in case.rounds or grid.power:
+        # A scale that is no multiple of 1/rms sees the values behind the norm.
+        top = wide.float().abs().amax(-1, keepdim=True)
+        unit = parts["in_scale"] if "in_scale" in parts else scale_of(top, grid.kind, 8, True)
         made = snap(wide.float() / unit, grid.kind, 8).double() * unit
     else:
         unit = scale_of(kept.abs().amax(-1, keepdim=True), grid.kind, 8, grid.power)
