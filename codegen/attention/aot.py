@@ -17,8 +17,11 @@ from .launch import sizes
 from .problem import AttentionProblem
 from .render import render
 from .row import AttentionRow, SplitConfig
+from .write import render_write, write_sizes
 
-_UNALIGNED = {"END", "K_DUE", "V_DUE", "BASE", "RING", "CHUNK", "SPLITS", "S", "KV", "scale"}
+_UNALIGNED = {
+    "END", "K_DUE", "V_DUE", "BASE", "RING", "CHUNK", "SPLITS", "S", "KV", "scale", "START", "SLOT",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,3 +150,19 @@ def compile_attention(
         render(row, problem), types, sizes(problem, config), target, warps=config.warps,
         stages=config.stages, numbers=config.BT * (problem.D + problem.E), config=config,
     )  # fmt: skip
+
+
+def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False) -> CodeFacts:
+    """Compile the write of new tokens; it has no loop, so that `slots` is of all its code."""
+    stored = {"int8": "*i8", "fp8": "*u8"}.get(problem.cache, f"*{problem.x_dtype}")
+    own = ("q_ptr", "q_out_ptr", "k_ptr", "v_ptr", "k_out_ptr")
+    types = {
+        **dict.fromkeys(own, f"*{problem.x_dtype}"), "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+        "k_to_ptr": stored, "v_to_ptr": stored, "q_pos_ptr": "*i64", "pos_to_ptr": "*i64",
+        "k_scale_ptr": "*fp32" if problem.keys == "channel" else "*fp16", "v_scale_ptr": "*fp16",
+        "real_ptr": "*u8", "real_to_ptr": "*u8",
+    }  # fmt: skip
+    sizes = write_sizes(problem)
+    return compile_source(
+        render_write(problem, valid), types, sizes, target, warps=1, stages=1, numbers=sizes["BD"]
+    )

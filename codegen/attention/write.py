@@ -69,7 +69,6 @@ def write(
         "real_ptr": None if real is None else real.contiguous().view(torch.uint8),
         "real_to_ptr": held.real.view(torch.uint8), "START": held.start, "S": new,
         "stride_pos": held.pos.stride(0), "stride_real": held.real.stride(0),
-        "H": problem.heads, "KV": kv_heads, "R": problem.rotary,
         **_to("k", problem, held.keys, held.start), **_to("v", problem, held.values, held.start),
         **write_sizes(problem),
     }  # fmt: skip
@@ -87,9 +86,11 @@ def write(
 
 
 def write_sizes(problem: AttentionProblem) -> dict[str, int]:
-    """What is compiled in beside the heads."""
+    """What is compiled in: heads, sizes and padded ones."""
     sizes = {"D": problem.D, "E": problem.E}
-    return {**sizes, **{f"B{n}": 1 << (s - 1).bit_length() for n, s in sizes.items()}}
+    padded = {f"B{n}": 1 << (s - 1).bit_length() for n, s in sizes.items()}
+    heads = {"H": problem.heads, "KV": problem.kv_heads, "R": problem.rotary}
+    return {**heads, **sizes, **padded}
 
 
 def _to(name: str, problem: AttentionProblem, side: HeldSide, start: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``lowering_programs`` becomes importable."""
+"""``lowering_programs``, the cases beside it and ``tiny_models`` become importable."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1]))

@@ -1,0 +1,255 @@
+"""Cached attention and cache writes against the op row's reference, under the Triton interpreter.
+
+One child process runs all cases (this file as a script); the tests judge its answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_cases import CASES, Case, random_cases
+
+WRITES = [
+    ("kv", "token", "half", "fp32"),
+    ("kv", "token", "pairs", "fp16"),
+    ("int8", "token", "half", "fp32"),
+    ("int8", "channel", "", "fp16"),
+    ("fp8", "token", "", "fp32"),
+    ("fp8", "channel", "pairs", "fp16"),
+    ("kivi", "channel", "half", "fp32"),
+]
+LONG = 400
+
+
+def _child(folder: Path, *arguments: str) -> dict[str, Any]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(folder)}
+    run = subprocess.run(
+        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="session")
+def attended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the child process found, by label."""
+    return _child(tmp_path_factory.mktemp("kernel_cache"))
+
+
+def judge(found: dict[str, Any]) -> None:
+    """Within the bound, the same twice, and beyond the bound when one value is moved."""
+    assert found["finite"]
+    assert found["ratio"] <= 1.0, f"error is {found['ratio']:.2f} of its bound"
+    assert found["same_twice"], "two launches gave different bits"
+    assert found["spoiled_ratio"] > 1.0, "the bound does not see a value that is off by eight"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
+def test_attention_computes_its_op(case: Case, attended: dict[str, Any]) -> None:
+    judge(attended[case.label])
+
+
+@pytest.mark.slow
+def test_attention_computes_its_op_in_random_cases(tmp_path: Path) -> None:
+    """Sizes, caches, masks and runs by chance."""
+    found = _child(tmp_path, "long")
+    assert len(found) >= LONG // 2
+    for label, one in found.items():
+        assert one["finite"], label
+        assert one["ratio"] <= 1.0, f"{label}: error is {one['ratio']:.2f} of its bound"
+        assert one["same_twice"], label
+
+
+@pytest.mark.parametrize("how", WRITES, ids="-".join)
+def test_a_write_leaves_what_the_state_would(
+    how: tuple[str, ...], attended: dict[str, Any]
+) -> None:
+    """Rotation, codes, scales, positions and validity, over steps of several tokens."""
+    found = attended["-".join(how)]
+    assert found["buffers"] == [], "these buffers differ"
+    assert found["error"] < (2e-6 if how[-1] == "fp32" else 4e-3)
+
+
+def test_a_model_says_the_same_on_both_targets(attended: dict[str, Any]) -> None:
+    """A prompt by torch, tokens by the kernels."""
+    same(attended["llama"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma2", "cohere", "glm4", "mistral"])
+def test_models_say_the_same_on_both_targets(name: str, tmp_path: Path) -> None:
+    """Partial and interleaved rotation, windows and soft caps."""
+    same(_child(tmp_path, "model", name)[name])
+
+
+def same(found: dict[str, Any]) -> None:
+    """Both targets said the same tokens, and kernels made them."""
+    assert found["rows"] == ["attention_kv", "attention_kv"]
+    assert found["rotated"] == [True, True]
+    assert found["launches"] > 0
+    assert found["triton"] == found["reference"]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("queries", "expected at most 1 queries, found 2"),
+        ("heads", "expected q [1, 4, 1, 16], found [1, 2, 1, 16]"),
+        ("positions", "expected positions [1, 1], found [1, 2]"),
+        ("valid", "expected valid=False, found True"),
+        ("turn", "expected cosines and sines where keys are rotated"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(call: str, words: str, attended: dict[str, Any]) -> None:
+    assert words in attended["refusals"][call]
+
+
+# ** the child process **
+
+
+def _write(cache: str, keys: str, turn: str, dtype: str) -> dict[str, Any]:
+    """Two states, one filled by the kernels and one by the reference, step by step."""
+    import dataclasses
+
+    import torch
+    from attention_cases import Step
+
+    from llmc.codegen.attention.lower import CachedAttention
+    from llmc.codegen.attention.rows import choose
+    from llmc.compiler.ir.ops.attention import cached_attention
+
+    kivi = {"group": 16, "residual": 16} if cache == "kivi" else {}
+    bits = 4 if cache == "kivi" else 8
+    case = Case(2, 1, 32, 16, 6, 6, 1, dtype, cache, bits, keys=keys, **kivi)
+    mine, theirs = Step(case), Step(case)
+    problem = dataclasses.replace(
+        mine.problem, queries=16, turn=turn, rotary=24 if turn else 0, valid=False
+    )
+    row, _ = choose(problem)
+    assert row is not None
+    kernel = CachedAttention(row, problem)
+    g, error = torch.Generator().manual_seed(3), 0.0
+    for at, count in ((6, 3), (9, 1), (10, 12), (22, 1)):
+        q, k, v = (
+            torch.randn(1, count, h, n, generator=g).to(mine.dtype).transpose(1, 2)
+            for h, n in ((2, 32), (1, 32), (1, 16))
+        )
+        pos = torch.arange(at, at + count).expand(1, count)
+        valid = torch.ones(1, count, dtype=torch.bool) if at == 9 else None
+        angle = torch.rand(1, 1, count, 24, generator=g)
+        rest: tuple[Any, ...] = (angle.cos(), angle.sin()) if turn else ()
+        how = {"scale": 0.2, "interleaved": turn == "pairs", "rotate": bool(turn)}
+        a, b = (
+            f(q, k, v, pos, valid, None, None, *rest, state=s.state, **how)
+            for f, s in ((kernel, mine), (cached_attention, theirs))
+        )
+        error = max(error, float((a.double() - b.double()).norm() / b.double().norm()))
+    pairs = list(zip(mine.state._growing(), theirs.state._growing(), strict=True))
+    if cache == "kivi":
+        pairs += [(a.ring, b.ring) for a, b in zip(mine.state._sides, theirs.state._sides,
+                                                   strict=True)]  # fmt: skip
+    # What no token has filled yet is whatever memory held.
+    tokens = mine.state.length
+    cut = [tuple(t.narrow(min(2, t.dim() - 1), 0, min(tokens, t.shape[min(2, t.dim() - 1)]))
+                 for t in p) for p in pairs]  # fmt: skip
+    differ = [i for i, (a, b) in enumerate(cut) if not torch.equal(_bits(a), _bits(b))]
+    return {"error": error, "buffers": differ}
+
+
+def _bits(x: Any) -> Any:
+    import torch
+
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _model(name: str) -> dict[str, Any]:
+    from llmc.codegen.attention import lower
+    from llmc.compiler.runtime.generate import generate
+    from llmc.compiler.runtime.lowering import lowered, runner_of
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tiny_models import capture_tiny
+
+    launches = 0
+    attend = lower.attend
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal launches
+        launches += 1
+        return attend(*args, **kwargs)
+
+    lower.attend = counted  # type: ignore[assignment]
+    program, prompts = capture_tiny(name), [[3, 1, 4, 1, 5, 9, 2, 6], [3, 1, 4, 1, 5]]
+    done = {t: lowered(program, t, cached=True) for t in ("reference", "triton")}
+    said = {t: generate(runner_of(d), prompts, max_new_tokens=3) for t, d in done.items()}
+    lower.attend = attend
+    nodes = done["triton"].program.calls("llmc.cached_attention")
+    return {
+        **said, "rows": [p.row.name for p in done["triton"].attention], "launches": launches,
+        "rotated": [bool(n.kwargs.get("rotate")) for n in nodes],
+    }  # fmt: skip
+
+
+def _refusals() -> dict[str, str]:
+    """The error texts of calls that do not fit."""
+    import dataclasses
+
+    from attention_cases import Step
+
+    from llmc.codegen.attention.launch import attend
+    from llmc.codegen.attention.rows import KV
+    from llmc.codegen.attention.write import write
+    from llmc.compiler.ir.errors import UsageError
+
+    s = Step(Case(4, 2, 16, 16, 9))
+    p = s.problem
+    two = s.q.expand(1, 4, 2, 16)
+    calls: dict[str, Any] = {
+        "queries": (p, two, s.pos.expand(1, 2)),
+        "heads": (p, s.q[:, :2], s.pos),
+        "positions": (p, s.q, s.pos.expand(1, 2)),
+        "valid": (dataclasses.replace(p, valid=True), s.q, s.pos),
+    }
+    texts = {}
+    for name, (problem, q, pos) in calls.items():
+        try:
+            attend(KV, problem, q, s.held, pos, scale=1.0)
+        except UsageError as error:
+            texts[name] = str(error)
+    turned = dataclasses.replace(p, turn="half", rotary=16)
+    try:
+        write(turned, s.held, s.q, s.q[:, :2], s.q[:, :2], s.pos, None, None, s.q, s.q)
+    except UsageError as error:
+        texts["turn"] = str(error)
+    return texts
+
+
+def main() -> None:
+    """Answer all cases as JSON on the last line of stdout."""
+    import torch
+    from attention_cases import answer
+
+    torch.set_num_threads(1)
+    if "model" in sys.argv:
+        print(json.dumps({sys.argv[2]: _model(sys.argv[2])}))
+        return
+    if "long" in sys.argv:
+        print(json.dumps({c.label: answer(c) for c in random_cases(LONG)}))
+        return
+    answers: dict[str, Any] = {case.label: answer(case) for case in CASES}
+    answers |= {"-".join(how): _write(*how) for how in WRITES}
+    answers["llama"] = _model("llama")
+    answers["refusals"] = _refusals()
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
