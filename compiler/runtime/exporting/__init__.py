@@ -38,6 +38,9 @@ _ROWS = (
     Format("awq", "w4 in groups, GEMM layout; vLLM, SGLang and others", "awq"),
     Format("gguf", "w4, w5 and w8 as Q4, Q5 and Q8 blocks; llama.cpp and what is built on it",
            "gguf"),
+    Format("onnx", "MatMulNBits on w2, w4 and w8 codes; onnxruntime", "onnx"),
+    Format("onnx-qdq", "the same by the standard's DequantizeLinear on w4 codes, opset 21",
+           "onnx"),
     Format("pt2", "an AOTInductor package: the graph compiled for this processor, codes packed",
            "pt2"),
 )  # fmt: skip
