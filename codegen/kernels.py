@@ -5,21 +5,25 @@ from __future__ import annotations
 from ..compiler.ir.errors import UsageError, nearest
 from .problem import Misfit, Problem
 from .row import KernelRow
+from .rows.bitmap import W16_BITMAP
 from .rows.bytes import W8A16
+from .rows.factors import FACTORS
 from .rows.float8 import FP8, FP8_CODES
 from .rows.floats import W4_FLOAT, W8_FLOAT
 from .rows.int4 import W4A16, W4A16_24
-from .rows.int8_products import INT8_SPLIT, W8A8, W8A8_CODES
+from .rows.int8_products import INT8_SPLIT, W4A8, W4A8_CODES, W8A8, W8A8_CODES
 from .rows.rounded import NORM_INPUT, ROUND_E4M3, ROUND_INT8
 from .rows.sparse_nm import W8A16_24, W16_24
 from .rows.tables import W2_LUT, W2A16, W3_LUT, W3A16, W4_LUT
 
 ROWS: tuple[KernelRow, ...] = (
-    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W8_FLOAT, W4_FLOAT, W4_LUT, W3_LUT, W2_LUT,
-    W3A16, W2A16, W8A8, INT8_SPLIT, FP8,
+    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT, W3_LUT, W2_LUT,
+    W3A16, W2A16, W8A8, INT8_SPLIT, W4A8, FP8, FACTORS,
 )  # fmt: skip
 # What calls of other rows launch; never chosen for a linear.
-INNER: tuple[KernelRow, ...] = (ROUND_INT8, W8A8_CODES, ROUND_E4M3, FP8_CODES, NORM_INPUT)
+INNER: tuple[KernelRow, ...] = (
+    ROUND_INT8, W8A8_CODES, W4A8_CODES, ROUND_E4M3, FP8_CODES, NORM_INPUT,
+)  # fmt: skip
 
 
 def row(name: str) -> KernelRow:

@@ -25,12 +25,13 @@ from .row import KernelRow, TileConfig
 from .rows.rounded import NORM_INPUT, round_config
 
 SHARE = 0.75  # of a dense product that a fused tile reaches
+FEW = 64  # tokens up to which two factors are one launch; there is nothing to decode
 DECODE = 231.0  # tokens whose product takes as long as decoding once through
 
 
 def serves(row: KernelRow, problem: Problem) -> bool:
     """Whether a weight of this row can be decoded: what stands beside it is few or a product."""
-    apart = problem.sparse or problem.outliers or problem.rounds or problem.weights == "factors"
+    apart = problem.sparse or problem.outliers or problem.rounds
     return shares(row) and row.call is None and not apart
 
 
@@ -46,6 +47,8 @@ def least(row: KernelRow, problem: Problem) -> int:
 
 def better(row: KernelRow, problem: Problem, M: int) -> bool:
     """Whether a call without a tile of its own takes this path."""
+    if problem.weights == "factors":
+        return serves(row, problem) and M > FEW
     if M < DECODE * SHARE / (1 - SHARE):
         return False
     return serves(row, problem) and least(row, problem) <= M
@@ -101,7 +104,9 @@ def linear(
 ) -> torch.Tensor:
     """y [M, outputs] of x [M, K] and its sides, as `fused_linear` gives it but for roundings of
     the weight and of the sum to x's dtype before what follows them."""
-    x, w = given["x"], decode(launch, packed, problem)
+    x, factors = given["x"], problem.weights == "factors"
+    rows = weight_problem(problem).N
+    w = packed["left"][:rows].to(x.dtype).T if factors else decode(launch, packed, problem)
     if problem.gained:
         gained = Problem(
             problem.N, problem.K, x_dtype=problem.x_dtype, norm=problem.norm,
@@ -111,6 +116,8 @@ def linear(
         tensors = {"x": x, "gain": given["gain"], "y": scaled}
         launch(NORM_INPUT, gained, round_config(problem.K), M, tensors, grid=(1, M))
         x = scaled
+    if factors:
+        x = x @ packed["right"][:, : problem.K].to(x.dtype).T
     n, residual = w.shape[1], given.get("residual")
     if problem.bias:
         y = torch.addmm(given["bias"][:n], x, w)
@@ -118,7 +125,7 @@ def linear(
         y, residual = torch.addmm(residual, x, w), None
     else:
         y = x @ w
-    if problem.rank:
+    if problem.rank and not factors:
         few = x @ packed["right"][:, : problem.K].T
         y.addmm_(few, packed["left"][:n].T)
     if problem.pairs:

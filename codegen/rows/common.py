@@ -42,9 +42,10 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
 
 
 SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
-# Bytes of everything but the weight; four bytes per group hold scale and zero point.
-SIDES = "xb*M*K + xb*M*out*(1 + residual) + 4*Gp*Np + xb*N*bias + 4*K*Max(norm, smooth)"
-SIDES += " + xb*Rp*(Np + 128*ceiling(K/128))"
+# Bytes of everything around a weight; beside it, four per group hold scale and zero point.
+AROUND = "xb*M*K + xb*M*out*(1 + residual) + xb*N*bias + 4*K*Max(norm, smooth)"
+AROUND += " + xb*Rp*(Np + 128*ceiling(K/128))"
+SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
 SPLITS = (1, 2, 4, 8)
 # What plain Triton and its interpreter can compute.
