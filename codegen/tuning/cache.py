@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,10 +19,11 @@ from typing import Any
 
 import torch
 
-from ... import __version__
 from ...compiler.ir.errors import ModelError, ResourceError
 
 FORMAT = 1
+# The package's own version, without an import of what stands above this layer.
+_LLMC = str(sys.modules[__name__.partition(".")[0]].__version__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Machine:
     target: str
     name: str
     torch: str = torch.__version__
-    llmc: str = __version__
+    llmc: str = _LLMC
     compiler: str = ""
 
     def differs(self, other: Machine) -> str | None:
