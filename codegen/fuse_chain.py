@@ -127,6 +127,7 @@ def _weight(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
         chain.append(node)
         facts |= {"bitmap": True, "N": int(tensor_type(node).shape[0])}
         node, parts["bitmap"] = node.args  # type: ignore[assignment]
+        facts["kept"] = int(tensor_type(node).shape[0])
     for step in chain:
         if len(step.users) != 1:
             raise Unfit(f"the decoded weight {step.name} is read {len(step.users)} times",

@@ -40,7 +40,7 @@ class Problem:
             (floats) or "factors" (no W at all: only left · right).
         levels: name of the fixed levels of a table (see compiler/ir/levels.py), "" where the table
             is stored. table: "matrix" or "row" where it is stored, once or per row.
-        bitmap: kept values are marked by one bit per weight.
+        bitmap: kept values are marked by one bit per weight; kept is their number, where known.
         sparse: entries beside the codes, in compressed rows. outliers: columns kept apart, dense.
         smooth: x is multiplied by a stored vector. rounds: the grid that the kernel itself puts
             its input on, in the words of ``rounded``.
@@ -74,6 +74,7 @@ class Problem:
     act: str = ""
     pairs: str = ""
     eps: float = 0.0
+    kept: int = 0
 
     @property
     def columns(self) -> int:

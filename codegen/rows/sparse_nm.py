@@ -39,8 +39,8 @@ def blocks(row: KernelRow, value: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 def masks(keep: torch.Tensor) -> torch.Tensor:
-    """[..., 2, 64, 16] masks of two blocks -> [..., 64, 16] bytes: block s has bits 2 s, 2 s + 1 for
-    its first two columns, and 4 bits above them for the others."""
+    """[..., 2, 64, 16] masks of two blocks -> [..., 64, 16] bytes: of block s bits 2 s and 2 s + 1
+    are those of its first two columns, and bits 2 s + 4 and 2 s + 5 those of the others."""
     spread = (keep & 3) | ((keep >> 2) << 4)
     return spread[..., 0, :, :] | (spread[..., 1, :, :] << 2)
 

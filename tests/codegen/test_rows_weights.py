@@ -48,6 +48,8 @@ def test_packed_bytes_are_what_the_row_moves(case: Case) -> None:
     problem = dataclasses.replace(case.problem, bias=False, norm=False, smooth=False)
     problem = dataclasses.replace(problem, pairs="", act="", residual=False)
     parts = parts_of(dataclasses.replace(case, fields=dataclasses.asdict(problem)))
+    if problem.bitmap:
+        problem = dataclasses.replace(problem, kept=len(parts["values"]))
     assert prepack(row(case.row), problem, **parts).bytes == row(case.row).bytes_moved(problem, 0)
 
 
@@ -67,7 +69,8 @@ def check(name: str, fields: dict[str, Any], config: TileConfig, target: str) ->
     facts = compile_variant(row(name), problem, config, target)
     assert facts.stack == 0, facts
     assert facts.local_memory == 0, facts
-    assert facts.matrix == (row(name).matrix_instruction(target, problem.x_dtype, config),), facts
+    expected = row(name).matrix_instruction(target, problem.x_dtype, config)
+    assert expected in facts.matrix if problem.rank else facts.matrix == (expected,), facts
     assert facts.shared <= SHARED[target], facts
     return facts
 
@@ -106,7 +109,7 @@ def test_values_of_another_dtype_are_refused() -> None:
     x = torch.zeros(1, 128, dtype=torch.float16)
     with pytest.raises(UsageError, match="expected x in bf16 as the values"):
         launch._problem_of_call(packed, {"x": x})
-    with pytest.raises(ModelError, match="bfloat16 values, found torch.float16"):
+    with pytest.raises(ModelError, match=r"bfloat16 values, found torch\.float16"):
         prepack(row("w16_24"), case.problem, **(parts_of(case) | {"values": x.new_zeros(64, 64)}))
 
 

@@ -214,3 +214,26 @@ TILED["w16_24"] = [
 ]  # fmt: skip
 TILED["w8a16_24"] = [{**f, "group": 32 if f["group"] == 32 else f["group"] // 2}
                      for f in grid({"bits": 8, "n": 2, "m": 4})]  # fmt: skip
+
+# ** sparse without a pattern **
+BITS: Fields = {"weights": "dense", "scale_dtype": "", "bitmap": True}
+family("w16_bitmap", BITS, [
+    case("w16_bitmap", 1, 33, 96, "values", **BITS),
+    case("w16_bitmap", 3, 130, 300, "bitmap", **BITS, stride="padded"),
+    case("w16_bitmap", 17, 65, 260, "values", **BITS, x_dtype="bf16"),
+    case("w16_bitmap", 2, 66, 200, "values", **BITS, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 96})  # fmt: skip
+MISSES += [
+    ("w16_bitmap", BITS, {"bitmap": False}, "bitmap"),
+    ("w16_bitmap", BITS, {"x_dtype": "fp32"}, "x_dtype"),
+    ("w16_bitmap", BITS, {"weights": "int"}, "weights"),
+    ("w16_bitmap", BITS, {"m": 4, "n": 2}, "m"),
+]
+# Kept values are read where they are needed; the dense tile goes through shared memory once.
+FACTS += [
+    ("w16_bitmap", BITS, TileConfig(8, 64, 3), "sm_80", 11.5, 8),
+    ("w16_bitmap", BITS | {"x_dtype": "bf16"}, TileConfig(16, 64, 3), "sm_90", 13.0, 8),
+]
+TILED["w16_bitmap"] = [
+    {**BITS, "x_dtype": "bf16", **ALL_SIDES}, {**BITS, "x_dtype": "fp16", "rank": 64}
+]  # fmt: skip

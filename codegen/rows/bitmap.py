@@ -1,0 +1,79 @@
+"""Weights that are sparse without a pattern: a bit for each weight, and the kept values alone."""
+
+from __future__ import annotations
+
+import torch
+
+from ...compiler.ir import packing
+from ...compiler.ir.errors import ModelError
+from ..prepack import expect, pad, wrap
+from ..problem import DTYPES, Parts, Problem, Requirement
+from ..row import TILE_ROWS, Argument, KernelRow
+from .bytes import SHAPE
+from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
+from .sparse_nm import ones
+
+
+def _tiles(row: KernelRow, value: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [Np/64, Kp/128, 64, 128]."""
+    value = pad(value, TILE_ROWS, row.step)
+    return value.reshape(len(value) // TILE_ROWS, TILE_ROWS, -1, row.step).permute(0, 2, 1, 3)
+
+
+def _marks(row: KernelRow, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """bool [N, K] -> the bits of all tiles, where each row begins among the kept values of its tile
+    and each tile among all; and the mask in tiles."""
+    tiles = _tiles(row, mask.to(torch.int64))
+    bits = (tiles.unflatten(-1, (4, 32)) << torch.arange(32, device=mask.device)).sum(-1)
+    count = tiles.sum(-1)
+    begins = count.cumsum(-1) - count
+    starts = torch.nn.functional.pad(count.sum(-1).flatten().cumsum(0), (1, 0))
+    return {
+        "bitmap": wrap(bits.transpose(-1, -2)).contiguous(),
+        "begins": begins.to(torch.int32).contiguous(),
+        "starts": starts.to(torch.int32),
+    }, tiles
+
+
+def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    expect("bitmap", parts.get("bitmap"), (problem.N, packing.packed_words(problem.K, 1)))
+    mask = packing.unpack(parts["bitmap"], 1, problem.K).bool()
+    values = parts["values"]
+    if values.dtype != DTYPES[problem.x_dtype]:
+        raise ModelError(f"expected {DTYPES[problem.x_dtype]} values, found {values.dtype}")
+    expect("values", values, (int(mask.sum()),))
+    marks, tiles = _marks(row, mask)
+    dense = values.new_zeros(mask.shape).masked_scatter(mask, values)
+    kept = _tiles(row, dense)[tiles.bool()]
+    return {**marks, "values": kept, "scale": ones(row, problem, values.device)}
+
+
+BITMAP = Argument("bitmap", "[Np/64, Kp/128, 4, 64]", ("i32",), dtype="i32")
+BEGINS = Argument("begins", "[Np/64, Kp/128, 64]", ("i32",), dtype="i32")
+STARTS = Argument("starts", "[Np*Kp/8192 + 1]", ("i32",), dtype="i32")
+
+W16_BITMAP = KernelRow(
+    name="w16_bitmap",
+    op="llmc.fused",
+    template="bitmap.py.j2",
+    summary="fp16 or bf16 weights sparse without a pattern: a bitmap and the kept values",
+    args=linear_args(
+        Argument("values", "[kept + 8]", ("fp16", "bf16")), BITMAP, BEGINS, STARTS, SCALE
+    ),
+    step=128,
+    choices={
+        **CHOICES,
+        "x_dtype": ("fp16", "bf16"),
+        "scale_dtype": ("",),
+        "asym": (False,),
+        "weights": ("dense",),
+        "bitmap": (True,),
+    },
+    requires=(Requirement("m", "Eq(m, 0)", "0"), *SHAPE),
+    moves=f"2*kept + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",
+    tiles=((8, 64), (16, 64), (32, 64)),
+    stages=(2, 3, 4),
+    splits=SPLITS,
+    fits=("(BM <= 16) | Eq(rank, 0)",),
+    pack=_dense,
+)
