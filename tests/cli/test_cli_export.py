@@ -46,6 +46,48 @@ def test_artefact_becomes_a_checkpoint(llmc: Call, artefact: Path, tmp_path: Pat
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_codes_go_out_and_come_back(llmc: Call, artefact: Path, tmp_path: Path) -> None:
+    """Packed weights are exported packed; the folder is inspected, run and reported as it is."""
+    import llmc as package
+
+    out, page = tmp_path / "gptq", tmp_path / "page.html"
+    done = llmc("export", artefact, "--format", "gptq", "-o", out)
+    assert done.code == 0, done.err
+    assert "reading it back and comparing codes and logits" in done.err
+    assert "14 linears w4 g32; 1 dense" in done.out
+    assert "note: zeros of the n:m mask are kept as codes" in done.out
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
+    seen = llmc("inspect", out)
+    assert "codes    14 x w4 g32, read from gptq" in seen.out
+    ran = llmc("run", out, "--prompt", "def main(", "--max-new-tokens", 3, "--quiet")
+    assert ran.code == 0, ran.err
+    assert llmc("report", out, "-o", page).code == 0
+    assert "read from gptq" in page.read_text(encoding="utf-8")
+
+    from llmc.compiler import api
+
+    ids = torch.arange(3, 19).reshape(2, 8)
+    model, want = api.open_any(out), package.load(artefact)(ids)
+    assert float((model(ids) - want).abs().max()) <= 2e-3 * float(want.abs().max())
+    model.save(tmp_path / "kept", command=["test"])
+    assert torch.equal(package.load(tmp_path / "kept")(ids), model(ids))
+    assert llmc("verify", tmp_path / "kept").code == 0
+
+    refused = llmc("export", artefact, "--format", "awq", "-o", tmp_path / "x", "--dtype", "f99")
+    assert refused.code == 2
+    dense = llmc("export", page.parent / "nothing", "--format", "awq", "-o", tmp_path / "x")
+    assert dense.code == 3
+
+
+def test_every_format_is_in_the_help(llmc: Call) -> None:
+    """One line each."""
+    from llmc.compiler.runtime.exporting import FORMATS
+
+    lines = [line.split() for line in llmc("export", "--help").out.splitlines()]
+    for form in FORMATS.values():
+        assert [form.name, *form.help.split()] in lines
+
+
 def test_a_difference_is_a_failed_gate(
     llmc: Call, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +115,7 @@ def test_a_difference_is_a_failed_gate(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "hg"], "expected one of hf, compressed-tensors, gptq, awq, found 'hg'; did"),
+        (["--format", "hg"], "found 'hg'; did you mean 'hf'?"),
         (["--format", "tensorrt"], "found 'tensorrt'; the formats are: hf, compressed-tensors"),
         ([], "Missing option '--format'"),
         (["--format", "hf", "--dtype", "f64"], "'f64' is not one of"),
