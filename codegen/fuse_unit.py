@@ -47,7 +47,10 @@ class Unit:
         )  # fmt: skip
         if len(self.cores) > 1:
             table = "row" if first.table else ""
-            out = replace(out, rank=sum(c.problem.rank for c in self.cores), table=table)
+            out = replace(
+                out, rank=sum(c.problem.rank for c in self.cores), table=table,
+                kept=sum(c.problem.kept for c in self.cores),
+            )  # fmt: skip
         kinds = {b.kind: b.node for b in self.before}
         if "rounds" in kinds:
             out = replace(out, rounded="", rounds=grid_words(kinds["rounds"], values=True))
@@ -111,8 +114,9 @@ class Unit:
 def alike(problem: Problem) -> Problem:
     """What linears must have in common to be joined by rows."""
     return replace(
-        problem, N=0, bias=False, rank=min(problem.rank, 1), table="row" if problem.table else ""
-    )
+        problem, N=0, bias=False, kept=0, rank=min(problem.rank, 1),
+        table="row" if problem.table else "",
+    )  # fmt: skip
 
 
 # ** body **
