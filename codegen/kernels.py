@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..compiler.ir.errors import UsageError, nearest
 from .problem import Misfit, Problem
+from .render import add_template, check_template
 from .row import KernelRow
 from .rows.bitmap import W16_BITMAP
 from .rows.bytes import W8A16
@@ -17,8 +18,8 @@ from .rows.sparse_nm import W8A16_24, W16_24
 from .rows.tables import W2_LUT, W2A16, W3_LUT, W3A16, W4_LUT
 
 ROWS: tuple[KernelRow, ...] = (
-    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT, W3_LUT, W2_LUT,
-    W3A16, W2A16, W8A8, INT8_SPLIT, W4A8, FP8, FACTORS,
+    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT, W3_LUT,
+    W2_LUT, W3A16, W2A16, W8A8, INT8_SPLIT, W4A8, FP8, FACTORS,
 )  # fmt: skip
 # What calls of other rows launch; never chosen for a linear.
 INNER: tuple[KernelRow, ...] = (
@@ -26,12 +27,35 @@ INNER: tuple[KernelRow, ...] = (
 )  # fmt: skip
 
 
+# The user's own, asked first.
+_OWN: list[KernelRow] = []
+
+
+def register(own: KernelRow, template: str) -> None:
+    """Add a row of the user's own, with the text of its template, for this process.
+
+    It may extend or include the shipped templates. It is asked before the shipped rows.
+    UsageError when its name or the template's is taken.
+    """
+    known = {r.name for r in (*_OWN, *ROWS, *INNER)}
+    if own.name in known:
+        raise UsageError(f"expected a new name for a kernel row, found {own.name!r}")
+    add_template(own.template, template)
+    check_template(own.template)
+    _OWN.insert(0, own)
+
+
+def rows() -> tuple[KernelRow, ...]:
+    """Every row that may be chosen for a linear, in order of preference."""
+    return (*_OWN, *ROWS)
+
+
 def row(name: str) -> KernelRow:
     """The row called `name`; UsageError with the nearest name when there is none."""
-    for candidate in (*ROWS, *INNER):
+    for candidate in (*rows(), *INNER):
         if candidate.name == name:
             return candidate
-    known = [r.name for r in (*ROWS, *INNER)]
+    known = [r.name for r in (*rows(), *INNER)]
     raise UsageError(
         f"no kernel row {name!r}, rows are {', '.join(known)}", hint=nearest(name, known)
     )
@@ -43,7 +67,7 @@ def choose(problem: Problem, target: str = "") -> tuple[KernelRow | None, list[M
     ``target`` is the machine, "sm_80" or "sm_90"; "" for any.
     """
     refused: list[Misfit] = []
-    for candidate in ROWS:
+    for candidate in rows():
         why = candidate.misfits(problem)
         if target and target not in candidate.targets:
             why = [*why, Misfit(candidate.name, "target", target, " or ".join(candidate.targets))]

@@ -162,11 +162,23 @@ def check_template(template: str) -> frozenset[str]:
     return stated
 
 
+# Templates that a program has added to its own process, by name.
+_OWN: dict[str, str] = {}
+
+
+def add_template(name: str, text: str) -> None:
+    """Let `name` be a template in this process. UsageError when there is one of that name."""
+    if name in environment().list_templates():
+        raise UsageError(f"expected a new name for a template, found {name!r}")
+    _OWN[name] = text
+
+
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The Jinja environment: shipped templates only, undefined names raise."""
+    """The Jinja environment: shipped templates and added ones, undefined names raise."""
+    shipped = jinja2.PackageLoader(__package__ or "llmc.codegen", "templates")
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__ or "llmc.codegen", "templates"),
+        loader=jinja2.ChoiceLoader([shipped, jinja2.DictLoader(_OWN)]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

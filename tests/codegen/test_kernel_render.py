@@ -10,7 +10,7 @@ import jinja2
 import pytest
 
 from llmc.codegen import render as rendering
-from llmc.codegen.kernels import ROWS
+from llmc.codegen.kernels import ROWS, register, rows
 from llmc.codegen.problem import Problem
 from llmc.codegen.render import CONSTANTS, check_template, render, render_template
 from llmc.codegen.row import KernelRow
@@ -114,3 +114,13 @@ def test_a_problem_outside_the_requirements_is_not_rendered() -> None:
     """The error names row and field."""
     with pytest.raises(UsageError, match=r"group=48, expected 32, 64.*kernel row w4a16"):
         render(W4A16, dataclasses.replace(DENSE, group=48))
+
+
+def test_an_own_row_must_bring_new_names() -> None:
+    """The names of shipped rows and templates are taken; nothing is added then."""
+    with pytest.raises(UsageError, match="expected a new name for a kernel row, found 'w4a16'"):
+        register(W4A16, "{# constants: name #}")
+    renamed = dataclasses.replace(W4A16, name="mine")
+    with pytest.raises(UsageError, match=r"expected a new name for a template, found 'w4a16"):
+        register(renamed, "{# constants: name #}")
+    assert rows() == ROWS

@@ -25,7 +25,8 @@ def run(repo: Path, name: str, *args: object) -> str:
 def test_every_example_is_run_here(repo: Path) -> None:
     """A script added to examples/ needs a test: the two that make the demo have their own."""
     own = {"make_text", "train_pylm"}
-    here = {"torch_backend", "compile", "inspect_rewrite", "own_pass", "mixed_precision"}
+    here = {"torch_backend", "compile", "inspect_rewrite", "own_pass", "own_kernel",
+            "mixed_precision"}  # fmt: skip
     assert {p.stem for p in (repo / "examples").glob("*.py")} == own | here
 
 
@@ -90,6 +91,17 @@ def test_own_pass(repo: Path) -> None:
     assert re.search(r"^q +scaled w6 g64 .*\n(.*\n)*down +scaled w4 g64", out, re.M)
     assert re.search(r"wrote \S+report\.html", out)
     assert "002_w48_after.py" in out.splitlines()[-1]
+
+
+def test_own_kernel(repo: Path) -> None:
+    """Refused before, served after by the row's own kernel, right, and compiled for a GPU."""
+    out = run(repo, "own_kernel")
+    assert "before: no row, w4a16: weights=table, expected int" in out
+    assert "after:  w1a16 moves" in out
+    error = re.search(r"error ([\d.e+-]+) of the largest", out)
+    assert error is not None
+    assert 0 < float(error[1]) < 2e-3
+    assert re.search(r"sm_90: \d+ registers, 0 bytes of stack, [\d.]+ issue slots", out)
 
 
 def test_generic_tests_take_an_own_pass(repo: Path) -> None:
