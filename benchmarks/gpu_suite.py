@@ -33,6 +33,7 @@ from llmc.codegen.row import KernelRow
 from llmc.codegen.samples import random_parts
 from llmc.codegen.tuning.choices import reason
 from llmc.codegen.variants import typical, unsupported
+from llmc.compiler.ir import packing
 from llmc.spec.pages import table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "codegen"))
@@ -119,6 +120,9 @@ def _timed(
     about = {"kernel": name, "N": problem.N, "K": problem.K}
     parts = random_parts(problem, kept=0.3, entries=0.01, device=gpu_clock.device())
     one = prepack(row, problem, **parts)
+    if problem.bitmap:
+        marks = packing.unpack(parts["bitmap"], 1, problem.K)
+        problem = dataclasses.replace(problem, kept=int(marks.sum(dtype=torch.int64)))
     del parts
     packed = [one]
     for _ in range(gpu_clock.copies(one.bytes) - 1):

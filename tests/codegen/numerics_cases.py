@@ -39,6 +39,7 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "rank": (0, 1, 4, 16, 40),
     "outliers": (0, 1, 3, 8),
 }
+STEPS = 16  # of 32 columns that a case may take
 _INTEGRAL = ("N", "K", "bits", "group", "n", "m")
 # Parts that a case may spoil; indices of compressed rows would no longer be any.
 _FIXED = ("csr_index", "csr_starts")
@@ -89,6 +90,11 @@ def drawn(row: KernelRow, rng: random.Random, wanted: dict[str, Any]) -> Problem
         values = {n: rng.choice(pool) for n, pool in pools.items()} | wanted
         if values["norm"]:
             values["eps"] = 1e-5
+        # Fields that follow from others, unless a case asks for them.
+        if not values["m"]:
+            values["n"] = wanted.get("n", 0)
+        if values["weights"] in ("dense", "factors"):
+            values |= {n: wanted.get(n, v) for n, v in (("bits", 16), ("group", 0))}
         problem = Problem(**values)
         if (
             sane(problem)
@@ -131,7 +137,7 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
         config = rng.choice(grid or row.configs(problem))
         tiles = [t for t in tiles if t != (config.BM, config.BN)]
         M = tokens.pop(rng.randrange(len(tokens))) if tokens else rng.choice(TOKENS)
-        M = _cheap(row, problem, config, M)
+        problem, M = _cheap(row, problem, config, M)
         stride = strides.pop() if strides else rng.choice(STRIDES)
         values = {f.name: getattr(problem, f.name) for f in fields(problem)}
         told = {n: v for n, v in values.items() if n in "NK" or v != DEFAULTS.get(n)}
@@ -142,18 +148,25 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
         # Each part is spoiled before one is spoiled again; a third of the cases are.
         parts = [p for p in parts_named(problem) if p not in _FIXED]
         spoil = min(parts, key=lambda p: spoils.get(p, 0))
-        if at % 4 == 0 or spoil not in spoils:
+        if at % 6 == 0 or spoil not in spoils:
             spoils[spoil] = spoils.get(spoil, 0) + 1
             case = replace(case, spoil=spoil)
         yield case
 
 
-def _cheap(row: KernelRow, p: Problem, config: TileConfig, M: int) -> int:
-    """M, or less where that takes many interpreted steps: 15 ms for each 32 columns of a tile."""
+def _cheap(row: KernelRow, p: Problem, config: TileConfig, M: int) -> tuple[Problem, int]:
+    """The same with one tile of features and fewer tokens where it took many interpreted steps.
+
+    15 ms go by for each 32 columns of a tile.
+    """
     columns = -(-p.K // row.step) * row.step // 32
-    while M > 1 and columns * -(-p.N // config.BN) * -(-M // config.BM) > 32:
+    if columns * -(-p.N // config.BN) > STEPS:
+        less = replace(p, N=config.BN - 2)
+        if not row.misfits(less) and config in row.configs(less):
+            p = less
+    while M > 1 and columns * -(-p.N // config.BN) * -(-M // config.BM) > STEPS:
         M = max(t for t in (1, *TOKENS) if t < M)
-    return M
+    return p, M
 
 
 def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]]) -> Problem:
