@@ -57,7 +57,7 @@ def sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
         scratch += rows * runs(problem) * ranks(problem) * config.BM
         counters += 2 * rows
     if config.split > 1:
-        scratch += columns * rows * config.split * (config.BN + 1) * config.BM
+        scratch += columns * rows * config.split * (config.BN + 8) * config.BM
         counters += columns * rows
     return scratch, counters
 

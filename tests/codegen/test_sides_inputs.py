@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sides_cases
 import torch
-from numerics import Case, judge, run_cases
+from numerics import judge
+from sides_cases import case
 
 from llmc.codegen import meaning
 from llmc.codegen.kernels import row
@@ -17,14 +19,6 @@ from llmc.codegen.rows.int4 import W4A16
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import UsageError
 from llmc.compiler.ir.ops.sparse import csr
-
-
-def case(M: int, N: int, K: int, name: str = "w4a16", **other: Any) -> Case:
-    """A case of 4-bit weights; "stride", "tile" and "spoil" go beside the problem's fields."""
-    own = {k: other.pop(k) for k in ("stride", "tile", "spoil") if k in other}
-    sparse = {"n": 2, "m": 4, "group": 32} if name == "w4a16_24" else {"group": 64}
-    return Case(name, {"N": N, "K": K, "eps": 1e-5, **sparse, **other}, M, **own)
-
 
 GATE = {"pairs": "gate", "act": "silu"}
 CASES = [
@@ -44,16 +38,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One child process for all cases."""
-    return run_cases(CASES, tmp_path_factory.mktemp("kernels"))
-
-
 @pytest.mark.parametrize("at", range(len(CASES)), ids=lambda i: CASES[i].label)
-def test_sides_are_what_they_mean(at: int, answers: list[dict[str, Any]]) -> None:
+def test_sides_are_what_they_mean(at: int) -> None:
     """Against the oracle in fp64; the same bits twice; a spoiled part goes beyond the bound."""
-    assert judge(CASES[at], answers[at]) == ""
+    assert judge(CASES[at], sides_cases.answers(CASES)[at]) == ""
 
 
 @pytest.mark.parametrize(
