@@ -32,9 +32,15 @@ def unavailable() -> str | None:
     """Why kernels cannot be launched here, or None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if interpreting() or torch.cuda.is_available():
+    if interpreting():
         return None
-    return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    if not torch.cuda.is_available():
+        return "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    found = torch.cuda.get_device_capability()
+    if torch.version.hip is None and found >= (8, 0):
+        return None
+    what = "ROCm" if torch.version.hip else ".".join(map(str, found))
+    return f"expected a CUDA device of compute capability 8.0 or more, found {what}"
 
 
 def machine(device: torch.device) -> str:

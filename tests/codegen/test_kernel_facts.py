@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_the_compiler_gives_the_page_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", (*ROWS, *INNER), ids=lambda r: r.name)
+@pytest.mark.parametrize("row", [*ROWS, *INNER], ids=lambda r: r.name)
 def test_the_compiler_gives_the_whole_page_again(
     row: KernelRow,
     told: dict[tuple[Any, ...], dict[str, Any]],
@@ -124,6 +125,22 @@ def test_the_compiler_gives_the_whole_page_again(
             assert fact["unsupported"] == found
         else:
             assert asdict(read(fact)) | {"row": row.name} == asdict(found) | {"row": row.name}
+
+
+@pytest.mark.slow
+def test_48_variants_compile_in_a_minute_on_two_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the processor time of all processes, which others on the machine do not change."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    wanted = ALL[:: max(1, len(ALL) // 48)][:48]
+    assert len(facts.gather(wanted)) == 48
+    done = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = done.ru_utime + done.ru_stime - began.ru_utime - began.ru_stime
+    print(f"48 variants: {seconds:.0f} processor seconds")
+    assert seconds / facts.PROCESSES < 60
 
 
 def test_facts_are_kept_by_what_they_are_of(

@@ -107,3 +107,12 @@ def test_without_device_and_interpreter_the_launch_says_so() -> None:
     assert launch.unavailable() == "no CUDA device, and TRITON_INTERPRET=1 is not set"
     with pytest.raises(ResourceError, match="cannot launch w4a16: no CUDA device"):
         launch.fused_linear(packed, torch.zeros(1, 64).half())
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its capability stands in the reason, which a plan gives when it falls to the next target."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
+    assert str(launch.unavailable()).endswith("capability 8.0 or more, found 7.5")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
+    assert launch.unavailable() is None
