@@ -3,8 +3,8 @@
     python benchmarks/demo.py --out benchmarks/results/demo.json
 
 Calibration and held-out text are made by examples/make_text.py from the installed standard library
-and share no module. Nothing is tuned on the held-out text. The table goes into README.md between
-its figure markers with ``--readme``.
+and share no module. Nothing is tuned on the held-out text. With ``--readme`` the table goes between
+the markers of benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def row(
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The README's table with the command that made it."""
+    """The page's table with the command that made it."""
     p = data["protocol"]
     out = [
         f"Perplexity of `examples/pylm` on {p['data']} (window {p['window']}, {p['tokens']} "
@@ -134,8 +134,8 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def into_readme(text: str) -> None:
-    """Replace what stands between the README's figure markers."""
-    path = ROOT / "README.md"
+    """Replace what stands between the markers of benchmarks/README.md."""
+    path = ROOT / "benchmarks" / "README.md"
     body = path.read_text(encoding="utf-8")
     start, end = "<!-- figures:begin -->", "<!-- figures:end -->"
     head, rest = body.split(start, 1)
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, help="only the first windows of the held-out text")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     data = measure(args)
     text = markdown(data)

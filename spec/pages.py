@@ -45,12 +45,16 @@ def pass_classes() -> list[type[Pass]]:
 
 
 def passes_table() -> str:
-    """The README's table: the names of each pass, its law, its effect and its source."""
-    rows = []
+    """The README's table: what is decided, in applied order, and the passes that decide it."""
+    by: dict[str, list[str]] = {stage: [] for stage, _, _ in STAGES}
     for made in pass_classes():
-        names = " ".join(f"`{name}`" for name in made.variants)
-        rows.append((names, made.law(), str(made.effect), made.source))
-    return table(("pass", "what it does", "effect", "source"), rows)
+        by[made.stage] += made.variants
+    rows = [
+        (writes, " ".join(f"`{name}`" for name in sorted(by[stage])))
+        for stage, writes, _ in STAGES
+        if by[stage]
+    ]
+    return table(("what is decided, in this order", "passes"), rows)
 
 
 def passes_page() -> str:

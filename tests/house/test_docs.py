@@ -29,9 +29,9 @@ def test_markers_replace_only_their_part() -> None:
         between(page, "y")
 
 
-def test_readme_has_its_markers(repo: Path) -> None:
-    """The part of the README that is filled from measurements is there."""
-    page = (repo / "README.md").read_text(encoding="utf-8")
+def test_figures_have_their_markers(repo: Path) -> None:
+    """The part of the page of figures that is filled from measurements is there."""
+    page = (repo / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert between(page, "figures").strip()
 
 
@@ -54,7 +54,10 @@ def test_table_escapes_bars() -> None:
     assert table(("a",), [("x|y\nz",)]).splitlines()[2] == "| x\\|y z |"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/pylm/README.md"])
+PROSE = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/pylm/README.md")
+
+
+@pytest.mark.parametrize("page", PROSE)
 def test_links_between_files_lead_somewhere(repo: Path, page: str) -> None:
     """Every relative link of a page names a file that exists."""
     path = repo / page
