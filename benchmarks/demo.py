@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, help="only the first windows of the held-out text")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--readme", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--readme", action="store_true", help="put it into benchmarks/README.md")
     args = parser.parse_args()
     data = measure(args)
     text = markdown(data)
