@@ -143,7 +143,7 @@ def compile_attention(
     types = {
         "k_ptr": codes, "v_ptr": codes, "k_scale_ptr": scales, "k_low_ptr": "*fp16",
         "v_scale_ptr": "*fp16", "v_low_ptr": "*fp16", "q_pos_ptr": "*i64", "k_pos_ptr": "*i64",
-        "valid_ptr": "*u8", "part_ptr": "*fp32", "count_ptr": "*i32",
+        "valid_ptr": "*u8", "start_ptr": "*i32", "part_ptr": "*fp32", "count_ptr": "*i32",
         **dict.fromkeys(own, f"*{problem.x_dtype}"),
     }  # fmt: skip
     return compile_source(
@@ -160,7 +160,7 @@ def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False
         **dict.fromkeys(own, f"*{problem.x_dtype}"), "cos_ptr": "*fp32", "sin_ptr": "*fp32",
         "k_to_ptr": stored, "v_to_ptr": stored, "q_pos_ptr": "*i64", "pos_to_ptr": "*i64",
         "k_scale_ptr": "*fp32" if problem.keys == "channel" else "*fp16", "v_scale_ptr": "*fp16",
-        "real_ptr": "*u8", "real_to_ptr": "*u8",
+        "real_ptr": "*u8", "real_to_ptr": "*u8", "start_ptr": "*i32",
     }  # fmt: skip
     sizes = write_sizes(problem)
     return compile_source(

@@ -46,7 +46,8 @@ def attend(
     if not y.numel():
         return y
     q = q if q.stride(-1) == 1 else q.contiguous()
-    config = config or row.config(problem, batch, held.keys.due, queries)
+    tokens = held.pos.shape[1] if problem.counted else held.keys.due
+    config = config or row.config(problem, batch, tokens, queries)
     rows = queries * problem.repeat
     blocks = -(-rows // config.BM)
     grid = (batch * problem.kv_heads, config.splits, blocks)
@@ -59,6 +60,7 @@ def attend(
         "valid_ptr": None if held.valid is None else held.valid.view(torch.uint8),
         "sinks_ptr": sinks, "y_ptr": y, "part_ptr": found,
         "count_ptr": _counters(q.device, grid[0] * blocks), "scale": float(scale),
+        "start_ptr": held.counter,
         "END": held.tokens, "K_DUE": held.keys.due, "V_DUE": held.values.due,
         "CHUNK": config.chunk(held.values.due), "SPLITS": config.splits, "S": queries,
         "KV": problem.kv_heads, "stride_pos": held.pos.stride(0),

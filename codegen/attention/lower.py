@@ -70,6 +70,8 @@ class CachedAttention:
             return otherwise(
                 q, k, v, q_pos, k_valid, bias, sinks, *rest, state=state, scale=scale, **attrs
             )
+        if state.counter is not None:
+            problem = _changed(problem, "counted")
         turn = (rest[0], rest[1]) if problem.turn else None
         # Codes are of rotated keys, which are read as they are in this step: they need a place.
         turned_q = q if turn is None else q.new_empty(q.shape)
@@ -79,13 +81,14 @@ class CachedAttention:
             turned_k, v, pos, k_valid,
             lambda held, real: write(problem, held, q, k, v, pos, real, turn, turned_q, turned_k),
         )  # fmt: skip
-        problem = _padded(problem) if held.padded else problem
+        if held.padded:
+            problem = _changed(problem, "valid")
         return attend(self.row, problem, turned_q, held, pos, sinks, scale=scale)
 
 
 @functools.lru_cache(1024)
-def _padded(problem: AttentionProblem) -> AttentionProblem:
-    return replace(problem, valid=True)
+def _changed(problem: AttentionProblem, flag: str) -> AttentionProblem:
+    return replace(problem, **{flag: True})
 
 
 def attention_implementations(

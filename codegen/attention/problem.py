@@ -25,6 +25,7 @@ class AttentionProblem:
         sinks, valid, bias: whether these tensors are given.
         turn: how the channels of queries and new keys pair up that are rotated first: "half" (i and
             i + R/2), "pairs" (2i and 2i + 1) or "", not at all. rotary: R, of the first channels.
+        counted: how many tokens were kept is on the device, for launches that are recorded.
         turned, latent: keys are kept before their rotation, or as latents.
     """
 
@@ -49,6 +50,7 @@ class AttentionProblem:
     bias: bool = False
     turn: str = ""
     rotary: int = 0
+    counted: bool = False
     turned: bool = False
     latent: bool = False
 

@@ -27,8 +27,8 @@ def render(row: AttentionRow, problem: AttentionProblem, *, interpret: bool = Fa
         raise UsageError("; ".join(str(m) for m in misfits), where=f"kernel row {row.name}")
     values: dict[str, object] = {
         n: getattr(problem, n)
-        for n in ("bits", "cache", "causal", "dilation", "first", "keys", "sinks", "softcap",
-                  "valid", "window", "x_dtype")
+        for n in ("bits", "cache", "causal", "counted", "dilation", "first", "keys", "sinks",
+                  "softcap", "valid", "window", "x_dtype")
     }  # fmt: skip
     return render_stated(
         row.template,
@@ -88,6 +88,6 @@ def _name(row: AttentionRow, problem: AttentionProblem) -> str:
     parts += [f"w{problem.window}"] if problem.window else []
     parts += [f"d{problem.dilation}"] if problem.dilation > 1 else []
     parts += [f"f{problem.first}"] if problem.first else []
-    flags = ("softcap", "sinks", "valid")
+    flags = ("softcap", "sinks", "valid", "counted")
     return "_".join([*parts, *(f for f in flags if getattr(problem, f)),
                      *([] if problem.causal else ["both"])])  # fmt: skip

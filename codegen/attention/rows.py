@@ -65,7 +65,13 @@ KIVI = AttentionRow(
     template="attention.py.j2",
     summary="2-, 4- or 8-bit keys in groups of tokens per channel, values in groups of channels "
     "per token, the newest as they came",
-    choices={**_CHOICES, "cache": ("kivi",), "keys": ("group",), "bits": (2, 4, 8)},
+    choices={
+        **_CHOICES,
+        "counted": (False,),
+        "cache": ("kivi",),
+        "keys": ("group",),
+        "bits": (2, 4, 8),
+    },
     requires=(
         *_REQUIRES,
         Requirement("group", "(group >= 16) & Eq(Mod(group, 16), 0)", "a multiple of 16"),

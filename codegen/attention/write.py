@@ -25,10 +25,11 @@ def render_write(problem: AttentionProblem, valid: bool) -> Rendered:
     coded = problem.cache in CODED
     keys = problem.keys if coded else ""
     names = ("cache_write", problem.cache, keys, problem.turn, problem.x_dtype)
-    name = "_".join(n for n in (*names, "valid" if valid else "") if n)
+    flags = ("valid" if valid else "", "counted" if problem.counted else "")
+    name = "_".join(n for n in (*names, *flags) if n)
     values = {
-        "cache": problem.cache, "keys": keys, "name": name, "turn": problem.turn, "valid": valid,
-        "x_dtype": problem.x_dtype,
+        "cache": problem.cache, "counted": problem.counted, "keys": keys, "name": name,
+        "turn": problem.turn, "valid": valid, "x_dtype": problem.x_dtype,
     }  # fmt: skip
     return render_stated(TEMPLATE, "cache_write", values)
 
@@ -67,7 +68,8 @@ def write(
         "q_ptr": q, "q_out_ptr": q_out, "k_ptr": k, "v_ptr": v, "k_out_ptr": k_out,
         "q_pos_ptr": q_pos.contiguous(), "pos_to_ptr": held.pos,
         "real_ptr": None if real is None else real.contiguous().view(torch.uint8),
-        "real_to_ptr": held.real.view(torch.uint8), "START": held.start, "S": new,
+        "real_to_ptr": held.real.view(torch.uint8), "start_ptr": held.counter,
+        "START": held.start, "S": new,
         "stride_pos": held.pos.stride(0), "stride_real": held.real.stride(0),
         **_to("k", problem, held.keys, held.start), **_to("v", problem, held.values, held.start),
         **write_sizes(problem),

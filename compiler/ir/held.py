@@ -37,6 +37,7 @@ class Held:
         pos: int64 [B, capacity]; real: bool [B, capacity], False for padding.
         padded: whether some token is padding.
         start, tokens: how many were kept before the step and are kept now.
+        counter: int32 [1], ``start`` on the device, where the step is recorded to be repeated.
     """
 
     keys: HeldSide
@@ -46,6 +47,7 @@ class Held:
     padded: bool
     start: int
     tokens: int
+    counter: Tensor | None = None
 
     @property
     def valid(self) -> Tensor | None:

@@ -220,7 +220,7 @@ class KVState:
             return None
         at, start, end, real = self._admit(k, valid)
         sides = self._places(start, end, k, v)
-        held = Held(*sides, self._pos, self._valid, self._padded, start, end)
+        held = Held(*sides, self._pos, self._valid, self._padded, start, end, self.counter)
         if write is None:
             self._mark(at, start, end, pos, real)
         else:
@@ -232,6 +232,11 @@ class KVState:
     def holds(self, tokens: int) -> bool:
         """Whether ``hold`` takes that many new tokens now."""
         return self.rows is None
+
+    @property
+    def counter(self) -> torch.Tensor | None:
+        """int32 [1], how many tokens are kept, where the running forward is being recorded."""
+        return None if self.step is None else self.step.counter
 
     def _places(
         self, start: int, end: int, k: torch.Tensor, v: torch.Tensor
@@ -324,6 +329,7 @@ class Cache:
         kept: record and tensors of the states that are kept in another way than they come.
     Attributes:
         prompt: tokens that were kept when decoding token by token began.
+        counter: int32 [1], how many tokens are kept, while steps are recorded.
     """
 
     def __init__(
@@ -338,6 +344,7 @@ class Cache:
         from .latent import LatentState
 
         self.batch, self.prompt = batch, 0
+        self.counter: torch.Tensor | None = None
         self.states: dict[str, KVState] = {}
         for s in states:
             how = (kept or {}).get(s.name)
@@ -377,9 +384,12 @@ class Cache:
         for s in self.states.values():
             s.reset()
 
-    def begin(self, valid: torch.Tensor | None) -> None:
-        """Start a step: which of the next tokens are real, bool [B, S], None for all."""
-        step = Step()
+    def begin(self, valid: torch.Tensor | None, whole: torch.Tensor | None = None) -> None:
+        """Start a step: which of the next tokens are real, bool [B, S], None for all.
+
+        ``whole`` is a validity that is known to name no padding.
+        """
+        step = Step(whole, self.counter)
         pending = valid if valid is not None and step.padded(valid) else None
         for s in self.states.values():
             s.pending, s.step, s.rows = pending, step, None

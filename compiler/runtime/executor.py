@@ -91,6 +91,10 @@ class Runner:
         """Whether the program keeps state between calls."""
         return bool(self.program.states)
 
+    def implementation(self, node: str) -> Callable[..., Any] | None:
+        """What runs a node of that name instead of its row's reference."""
+        return self._implementations.get(node)
+
     @property
     def vocabulary(self) -> int:
         """Number of logits per token.
@@ -152,7 +156,7 @@ class Runner:
         else:
             padded = not bool(valid.all())
         if cache is not None:
-            cache.begin(valid if padded else None)
+            cache.begin(*((valid, None) if padded else (None, valid)))
         elif padded and "attention_mask" not in self._inputs:
             raise ModelError(
                 "expected rows of one length, found padding and a program without attention_mask",

@@ -28,11 +28,15 @@ class Step:
     """One forward of a batch, shared by all layers: what is costly to ask is asked once.
 
     Attributes:
+        counter: int32 [1], how many tokens were kept before, where the forward is recorded.
         angles: for each tensor of cosines that was seen, the table that keeps them.
     """
 
-    def __init__(self) -> None:
-        self._seen: list[tuple[torch.Tensor, bool]] = []
+    def __init__(
+        self, whole: torch.Tensor | None = None, counter: torch.Tensor | None = None
+    ) -> None:
+        self._seen = [] if whole is None else [(whole, False)]
+        self.counter = counter
         self.angles: list[tuple[torch.Tensor, Any]] = []
 
     def padded(self, valid: torch.Tensor) -> bool:

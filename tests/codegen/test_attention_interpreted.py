@@ -112,6 +112,21 @@ def test_calls_that_do_not_fit_are_refused(call: str, words: str, attended: dict
     assert words in attended["refusals"][call]
 
 
+def test_a_recorded_step_says_the_same(attended: dict[str, Any]) -> None:
+    """Positions and lengths on the device, over caches of numbers and of codes."""
+    found = attended["recorded"]
+    assert found["recorded"] == found["steps"]
+    assert found["steps"][-1] == [8.0, 8.0]
+    for name, words in (
+        ("reference", "expected cached attention on a kernel"),
+        ("empty", "expected a cache that holds a prompt"),
+        ("full", "expected at most 5 tokens, found 5 and one more"),
+        ("shape", "expected ids and positions [2, 1], found [2, 5]"),
+        ("device", "cannot record a CUDA graph on cpu"),
+    ):
+        assert words in found["texts"][name]
+
+
 # ** the child process **
 
 
@@ -198,6 +213,58 @@ def _model(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _recorded() -> dict[str, Any]:
+    """Tokens of a model, step by step, and by a decoder that reads what changes on the device."""
+    import torch
+    from tiny_models import capture_tiny
+
+    from llmc.compiler.ir.caches import CacheScheme
+    from llmc.compiler.ir.errors import LlmcError
+    from llmc.compiler.runtime.graphed import GraphDecoder
+    from llmc.compiler.runtime.lowering import runner_for
+
+    program = capture_tiny("llama")
+    node = next(iter(program.calls("llmc.attention"))).name
+    program.caches = {node: CacheScheme("int8", 8, keys="token")}
+    runner = runner_for(program, "triton", cached=True)
+    prompt = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2]])
+    said: list[list[float]] = []
+    for recorded in (False, True):
+        cache = runner.start(2, 6)
+        runner.forward(prompt, cache=cache)
+        decoder = GraphDecoder(runner, cache, 12, lambda step: step) if recorded else None
+        for at, token in ((5, 9), (6, 2), (7, 6)):
+            ids, pos = torch.full((2, 1), token), torch.full((2, 1), at)
+            if decoder is None:
+                logits = runner.forward(ids, None, pos, cache)
+            else:
+                logits = decoder.step(ids, pos)
+            said.append(logits.flatten().tolist())
+        kept = [s._pos[:, : s.length].tolist() for s in cache.states.values()]
+        said.append([float(len(k[0])) for k in kept])
+    texts = {}
+    plain = runner_for(program, "reference", cached=True)
+    cache = plain.start(2)
+    plain.forward(prompt, cache=cache)
+    fresh, many = runner.start(2), runner.start(2)
+    runner.forward(prompt, cache=many)
+    calls = {
+        "reference": lambda: GraphDecoder(plain, cache, 12),
+        "empty": lambda: GraphDecoder(runner, fresh, 12),
+        "full": lambda: GraphDecoder(runner, many, 5, lambda s: s).step(
+            prompt[:, :1], prompt[:, :1]
+        ),
+        "shape": lambda: GraphDecoder(runner, many, 12).step(prompt, prompt),
+        "device": lambda: GraphDecoder(runner, many, 12).step(prompt[:, :1], prompt[:, :1]),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except LlmcError as error:
+            texts[name] = str(error)
+    return {"steps": said[:4], "recorded": said[4:], "texts": texts}
+
+
 def _refusals() -> dict[str, str]:
     """The error texts of calls that do not fit."""
     import dataclasses
@@ -247,6 +314,7 @@ def main() -> None:
     answers: dict[str, Any] = {case.label: answer(case) for case in CASES}
     answers |= {"-".join(how): _write(*how) for how in WRITES}
     answers["llama"] = _model("llama")
+    answers["recorded"] = _recorded()
     answers["refusals"] = _refusals()
     print(json.dumps(answers))
 
