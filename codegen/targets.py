@@ -99,7 +99,7 @@ def lower(
 
 # What the CPU's kernels are asked for: norms, sums and gates gain nothing there.
 CPU_FEATURES = frozenset({
-    "rank", "rounds", "outliers", "sparse", "table", "masked", "factors",
+    "concat", "rank", "rounds", "outliers", "sparse", "table", "masked", "factors",
 })  # fmt: skip
 
 

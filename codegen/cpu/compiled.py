@@ -26,9 +26,9 @@ from ..problem import Problem
 from ..tuning.cache import folder as tuned
 from .kernel import CpuKernel, Tensors, round_up, widen
 from .nibbles import NIBBLES, ROWS, block_rows, unit
-from .table import Choice, machine
+from .table import Choice, key_of, machine
 
-TOKENS = (16, 128)  # numbers of tokens that are compiled for; others are padded or split
+TOKENS = (16, 32, 64, 128)  # numbers of tokens that are compiled for; others are padded or split
 BLOCK = 32  # rows of the template's blocks
 
 
@@ -65,7 +65,14 @@ def attach(
     shape = (packed["codes"].shape[0], round_up(problem.K, unit(problem)), unit(problem))
     way = CompiledWay({m: Loaded.of(package(*shape, m), packed) for m in TOKENS})
     kernel = replace(kernel, ways={**kernel.ways, "compiled": way})
-    return kernel, packed, _measured(kernel, problem, packed, choice)
+    # Weights of one shape are alike: the first one's times serve for all.
+    key = f"{key_of(kernel, problem)} {choice} {tuned()}"
+    if key not in _TIMED:
+        _TIMED[key] = _measured(kernel, problem, packed, choice)
+    return kernel, packed, _TIMED[key]
+
+
+_TIMED: dict[str, Choice] = {}
 
 
 def _measured(kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choice) -> Choice:
@@ -73,7 +80,7 @@ def _measured(kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choi
     from .tune import timed
 
     steps: list[tuple[int, str]] = []
-    for tokens in (1, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024):
+    for tokens in (1, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024):
         old = choice.at(tokens)
         x = torch.zeros(tokens, problem.K, dtype=torch.bfloat16)
         calls = {n: _Bound(kernel, n, problem, x, packed) for n in (old, "compiled")}

@@ -90,10 +90,7 @@ def kernels_command(
         table.rows = [(r["node"], r["kernel"], r["note"], r["path"]) for r in told["attention"]]
         out.table(table)
     if target == "cpu":
-        table = Table("Ways by tokens, and where they were measured", ("kernel", "ways", "note"))
-        found = {(r["kernel"], r["ways"], r["note"]) for r in told["fused"] if "ways" in r}
-        table.rows = sorted(found)
-        out.table(table)
+        show_ways(told["fused"], out)
     if target == "triton" and told["launches_per_block"] is not None:
         most = told["launches_per_block"]
         table = Table("Launches of a decode step", ("segment", "launches", "calls"),
@@ -116,6 +113,15 @@ def kernels_command(
         problems = list(dict.fromkeys(Problem(**r["problem"]) for r in told["fused"]))
         told["aot"] = show_facts(of_problems(problems, machines, tokens), out)
     out.data("kernels", {"source": source, **told})
+
+
+def show_ways(fused: list[dict[str, Any]], out: Out) -> None:
+    """Which way of a CPU kernel is taken at how many tokens, and where that was measured."""
+    from ..report.text import Table
+
+    table = Table("Ways by tokens, and where they were measured", ("kernel", "ways", "note"))
+    table.rows = sorted({(r["kernel"], r["ways"], r["note"]) for r in fused if "ways" in r})
+    out.table(table)
 
 
 def lowering(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import GateError, UsageError
+from .kernels import show_ways
 from .output import Out, examples, output_options
 from .progress import Progress, waiting
 from .use import lowering_arguments, lowering_options, settled
@@ -107,6 +108,11 @@ def eval_command(
             result["baseline"]["speed"] = _speed(other.generator, stream, prompt_tokens, new_tokens)
     result["peak_rss_bytes"] = peak_rss()
     _tell(result, out)
+    if out.verbose and lowering["target"] == "cpu":
+        from ...codegen.survey import survey
+        from ...codegen.targets import BANDWIDTH
+
+        show_ways(survey(model.program, "cpu", 1, "bf16", BANDWIDTH)["fused"], out)
     out.data("eval", result)
     if min_recovery is not None:
         found = result["baseline"]["recovery"]

@@ -133,3 +133,14 @@ def test_kernels_say_which_way_is_taken_and_where_it_was_measured(
     shown = llmc("kernels", artefact, "--target", "cpu").out
     assert "Ways by tokens, and where they were measured" in shown
     assert "aten::_weight_int4pack_mm_for_cpu (int4pack)" in shown
+
+
+def test_eval_says_the_ways_at_length(llmc: Llmc, artefact: Path, text: Path) -> None:
+    given = ("eval", artefact, "--data", text, "--max-windows", "1", "--window", "32",
+             "--no-speed", "--target", "cpu")  # fmt: skip
+    done = llmc(*given, "-v")
+    assert done.code == 0
+    assert "Ways by tokens, and where they were measured" in done.out
+    assert "f32" in done.out.split("target cpu, ")[1].splitlines()[0]
+    dense = llmc(*given, "--resident", "dense", "--dtype", "auto", "--json")
+    assert dense.json["dtype"] in ("bf16", "f32")
