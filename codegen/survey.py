@@ -5,11 +5,12 @@ It reads no tensor and needs no GPU, so it tells of a model on any machine what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..compiler.ir.errors import ModelError
@@ -22,7 +23,7 @@ from .fuse import FEATURES, Fused, fuse
 from .fuse_nodes import constants
 from .gains import asked
 from .kernels import choose
-from .problem import Problem
+from .problem import DTYPES, Problem
 from .row import KernelRow
 from .targets import CPU_FEATURES, TOKENS, cpu_accept, triton_accept
 
@@ -68,7 +69,8 @@ def survey(
             left = []  # its sizes are not fixed: the op's own reference runs
         refused += left
         refresh_segments(own)
-    blocks = launches(own, {p.node for p in attended})
+    counts = {r["node"]: r["launches"] for r in rows} | {p.node: ATTENTION for p in attended}
+    blocks = launches(own, counts)
     decoders = [b["launches"] for name, b in blocks.items() if name.startswith("block")]
     return {
         "target": target, "tokens": tokens, "dtype": dtype, "bandwidth": bandwidth, "fused": rows,
@@ -85,6 +87,7 @@ def _row(
     problem, more = replace(fused.problem, x_dtype=dtype), dict[str, Any]()
     inputs: Iterable[fx.Node] = program.node(fused.node).args[0]  # type: ignore[assignment]
     stored = sum(p.bytes for n in inputs if (p := program.param_of(n)) is not None)
+    starts = 1
     if target == "cpu":
         kernel, _ = cpu.choose(fused.problem)
         name = kernel.name if kernel is not None else ""
@@ -98,25 +101,36 @@ def _row(
         problem = asked(problem)
         row, _ = choose(problem)
         assert row is not None
-        name, moved = row.name, _moved(row, problem, tokens)
+        name, (moved, starts) = row.name, _counted(row, problem, tokens)
     return {
         "node": fused.node, "path": fused.path, "kernel": name, "parts": list(fused.ops),
         "linears": list(fused.linears), "sections": list(fused.sections),
-        "problem": asdict(problem), "bytes": moved, "stored_bytes": stored, "launches": 1,
+        "problem": asdict(problem), "bytes": moved, "stored_bytes": stored, "launches": starts,
         "floor_us": 1e6 * moved / bandwidth, **more,
     }  # fmt: skip
 
 
 @lru_cache(4096)
-def _moved(row: KernelRow, problem: Problem, tokens: int) -> int:
-    return row.bytes_moved(problem, tokens)
+def _counted(row: KernelRow, problem: Problem, tokens: int) -> tuple[int, int]:
+    """Bytes moved by a call of a row, and how many kernels it starts, at its untuned tile."""
+    moved = row.bytes_moved(problem, tokens)
+    if row.call is None:
+        return moved, 1
+    started: list[object] = []
+    given = {
+        "x": torch.empty(tokens, problem.K, device="meta", dtype=DTYPES[problem.x_dtype]),
+        "y": torch.empty(tokens, problem.outputs, device="meta", dtype=DTYPES[problem.x_dtype]),
+    }
+    config = row.default_config(problem, tokens)
+    row.call(lambda *args, **how: started.append(args), row, problem, config, tokens, given)
+    return moved, len(started)
 
 
-def launches(program: Program, attended: set[str]) -> dict[str, dict[str, Any]]:
+def launches(program: Program, known: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """By segment: how many kernels a step starts, and by which calls.
 
     Views and what hangs on parameters alone start none; another call counts as one, which is the
-    least that it can be. attended: cached attention that a kernel row runs.
+    least that it can be. known: how many the calls start that kernel rows run.
     """
     out: dict[str, dict[str, Any]] = {}
     still = constants(program.graph)
@@ -126,8 +140,7 @@ def launches(program: Program, attended: set[str]) -> dict[str, dict[str, Any]]:
             node = program.node(name)
             if node.op == "call_function" and node not in still and _starts(node):
                 calls.append(name)
-        extra = (ATTENTION - 1) * sum(1 for c in calls if c in attended)
-        out[segment.name] = {"launches": len(calls) + extra, "calls": calls}
+        out[segment.name] = {"launches": sum(known.get(c, 1) for c in calls), "calls": calls}
     return out
 
 

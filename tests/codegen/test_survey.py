@@ -73,11 +73,20 @@ def test_what_no_row_serves_is_told_by_the_rows_that_come_closest() -> None:
 
 
 def test_the_cpu_is_asked_for_what_it_has() -> None:
-    """No norm, gate or sum is taken in there."""
+    """Rows are joined; no norm, gate or sum is taken in there."""
     page = told("w4:group=128", "cpu")
-    assert len(page["fused"]) == 14
+    assert [len(r["sections"]) for r in page["fused"]] == [3, 1, 2, 1] * 2
     assert not any(r["problem"]["norm"] or r["problem"]["residual"] for r in page["fused"])
     assert page["attention"] == []
+
+
+def test_a_row_that_rounds_inputs_may_start_two_kernels() -> None:
+    """One for a token, where each program rounds it; for many, a kernel that rounds goes before."""
+    one, many = told("a8,w8:group=row"), told("a8,w8:group=row", tokens=512)
+    assert {r["launches"] for r in one["fused"]} == {1}
+    assert {r["launches"] for r in many["fused"]} == {2}
+    assert one["launches_per_block"] == 6
+    assert many["launches_per_block"] == 10
 
 
 def test_layers_that_are_no_llama_need_more() -> None:
