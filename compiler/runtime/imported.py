@@ -90,7 +90,8 @@ def _dense(program: Program) -> Program:
         assert isinstance(node, fx.Node)
         if codes is None:
             continue
-        shape = (codes.shape[0], int(node.kwargs["columns"]))  # type: ignore[call-overload]
+        how: dict[str, Any] = dict(node.kwargs)
+        shape = (codes.shape[0], int(how["columns"]))
         new = out.add_param(Param(codes.source, shape, out.dtype), None, before=node)
         node.replace_all_uses_with(new)
     out.prune()

@@ -60,7 +60,7 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not given:
         return None
     method = given.get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         known = ", ".join(READERS)
         hint = nearest(method, READERS) if isinstance(method, str) else None
         raise wrong("quant_method", f"one of {known}", method,

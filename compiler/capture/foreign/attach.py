@@ -95,8 +95,10 @@ class _Weight:
     def _rounded(self, x: fx.Node, reader: fx.Node, where: Mapping[str, Any]) -> fx.Node:
         grid = self.layer.inputs
         assert grid is not None
-        how = {"kind": grid.kind, "bits": grid.bits, "per": grid.per, "group": 0, "power": False,
-               "limit": 0.0}  # fmt: skip
+        how: dict[str, Any] = {
+            "kind": grid.kind, "bits": grid.bits, "per": grid.per, "group": 0, "power": False,
+            "limit": 0.0,
+        }  # fmt: skip
         for user in x.users:
             shared = user.op == "call_function" and row_of(user).name == _ROUND
             if shared and not grid.static and user.kwargs == how and user < reader:

@@ -76,9 +76,12 @@ def read(
     if settings.get("kv_cache_scheme"):
         raise wrong("kv_cache_scheme", "null", "a scheme", "llmc reads weights and inputs only")
     sparsity = settings.get("sparsity_config") or {}
-    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        raise wrong("sparsity_config.format", "dense", sparsity["format"],
+    kind = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
+    if kind != "dense":
+        raise wrong("sparsity_config.format", "dense", kind,
                     "the sparse formats are gone: decompress it with an older package")  # fmt: skip
+    if settings.get("format") not in (None, "mixed-precision", *FORMATS):
+        raise _unknown(settings["format"])
     ignored = _texts(settings.get("ignore") or [], "ignore")
     groups = [_group(name, given, settings) for name, given in _groups(settings).items()]
     out = []
@@ -116,8 +119,7 @@ def _group(name: str, given: Any, settings: Mapping[str, Any]) -> _Group:
         raise wrong(at, "an object with targets and weights", given)
     kind = given.get("format") or settings.get("format")
     if kind not in FORMATS:
-        hint = "llmc reads no other; decompress it with the compressed-tensors package"
-        raise wrong("format", " or ".join(FORMATS), kind, hint)
+        raise _unknown(kind)
     if given.get("output_activations"):
         raise wrong(f"{at}.output_activations", "null", "a scheme")
     weights = _arguments(given.get("weights"), f"{at}.weights")
@@ -132,11 +134,19 @@ def _group(name: str, given: Any, settings: Mapping[str, Any]) -> _Group:
     bits = choice(weights, "num_bits", tuple(range(2, 9)) if kind == "pack-quantized" else (8,), 8)
     symmetric = choice(weights, "symmetric", (True,) if floats else (True, False), True)
     group = group_of(weights) if strategy == "group" else None
+    if strategy != "group" and weights.get("group_size") not in (None, -1):
+        raise wrong(f"{at}.weights.group_size", f"null beside strategy {strategy}",
+                    weights["group_size"])  # fmt: skip
     return _Group(
         at, _texts(given.get("targets"), f"{at}.targets"), kind, bits,
         "e4m3" if floats else "uniform", group, strategy == "tensor", symmetric,
         _inputs(given.get("input_activations"), f"{at}.input_activations"),
     )  # fmt: skip
+
+
+def _unknown(kind: Any) -> ModelError:
+    hint = "llmc reads no other; decompress it with the compressed-tensors package"
+    return wrong("format", " or ".join(FORMATS), kind, hint)
 
 
 def _arguments(given: Any, at: str) -> dict[str, Any]:
@@ -197,8 +207,9 @@ def _layer(checkpoint: Checkpoint, path: str, group: _Group) -> Layer:
     count = groups_of(columns, group.group or columns)
     scale = entry(checkpoint, f"{stem}_scale", FLOATS)
     keys.append(f"{stem}_scale")
-    shapes = {(1,), (), (1, 1)} if group.tensor else {(rows, count)}
-    shapes |= {(rows,)} if count == 1 and not group.tensor else set()
+    shapes: set[tuple[int, ...]] = {(1,), (), (1, 1)} if group.tensor else {(rows, count)}
+    if count == 1 and not group.tensor:
+        shapes.add((rows,))
     if scale.shape not in shapes:
         check_shape(scale, keys[-1], max(shapes, key=len), group.name)
     width = group.group if group.group is not None and group.group < columns else None

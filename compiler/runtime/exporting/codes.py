@@ -110,7 +110,8 @@ class Coded:
             middle = 0 if self.codes.grid != "uniform" else 1 << (bits - 1)
             which = torch.arange(self.shape[1]) // (self.codes.group or self.shape[1])
             none = torch.full((), middle) if zero is None else zero[:, which].long()
-            n, m = int(mask.kwargs["n"]), int(mask.kwargs["m"])  # type: ignore[arg-type]
+            how: dict[str, Any] = dict(mask.kwargs)
+            n, m = how["n"], how["m"]
             meta = self.program.fetch(str(mask.args[1].target))  # type: ignore[union-attr]
             q = expand_nm(q.long() + 1, meta, n, m, self.shape[1])
             q = torch.where(q > 0, q - 1, none).to(torch.uint8)
@@ -126,15 +127,14 @@ def without_grids(program: Program) -> tuple[Program, dict[str, Grid]]:
     out, found = program.clone(), dict[str, Grid]()
     for node in list(out.calls(ROUND)):
         x, scale, columns = [*node.args, None, None][:3]
-        how = node.kwargs
+        how: dict[str, Any] = dict(node.kwargs)
         if columns is not None or how["limit"]:
             raise UsageError(
                 "columns: expected one grid for all inputs, found outlier columns kept apart",
                 where=info(node).path, hint="w8a8 rounds all of them",
             )  # fmt: skip
-        group = int(how["group"]) or None  # type: ignore[call-overload]
-        grid = InputGrid(int(how["bits"]), str(how["per"]), str(how["kind"]), group,  # type: ignore[call-overload]
-                         bool(how["power"]))  # fmt: skip
+        group = int(how["group"]) or None
+        grid = InputGrid(how["bits"], how["per"], how["kind"], group, how["power"])
         param = out.param_of(scale)
         for user in node.users:
             found[user.name] = Grid(grid, param.name if param else None)
@@ -166,7 +166,7 @@ def coded(
         made = ", ".join(sorted(steps - _DECODES))
         raise _refusal(path, f"codes that are changed after decoding ({made})")
     assert isinstance(decode, fx.Node)
-    how = decode.kwargs
+    how: dict[str, Any] = dict(decode.kwargs)
     grid = "uniform" if kind == "llmc.dequantize" else str(how.get("levels", ""))
     if grid not in ("uniform", *_FLOATS):
         found = f"{grid} levels" if grid else "a table of levels"
@@ -174,12 +174,13 @@ def coded(
     given = [a for a in decode.args if a is not None]
     if len(given) < 2 or any(program.param_of(a) is None for a in given):
         raise _refusal(path, "scales or codes that are computed")
-    rows, columns = (int(d) for d in tensor_type(node).shape)  # type: ignore[arg-type]
-    group = int(how["group"])  # type: ignore[call-overload]
+    rows, columns = map(int, tensor_type(node).shape)
+    group = int(how["group"])
     if mask is not None:
-        group = group * int(mask.kwargs["m"]) // int(mask.kwargs["n"])  # type: ignore[call-overload]
+        blocks: dict[str, Any] = dict(mask.kwargs)
+        group = group * int(blocks["m"]) // int(blocks["n"])
     codes = Codes(
-        int(how["bits"]), None if group >= columns else group,  # type: ignore[call-overload]
+        int(how["bits"]), None if group >= columns else group,
         len(decode.args) < 3 or decode.args[2] is None, grid,
     )  # fmt: skip
     return Coded(name, path, (rows, columns), codes, _read(program, path, node, grids),

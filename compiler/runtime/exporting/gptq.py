@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...ir.packing import pack
+from ..artefact import versions
 from .codes import Coded, Parts, groups
 from .job import Job
 from .quantised import Layout, Whole
@@ -110,7 +111,8 @@ class Gptq:
         return {
             "quant_method": self.name, **_settings(usual), "desc_act": False,
             "lm_head": head_coded, "checkpoint_format": self.version, "pack_dtype": "int32",
-            "meta": {"quantizer": ["llmc:0.1.0"]}, **({"dynamic": rules} if rules else {}),
+            "meta": {"quantizer": [f"llmc:{versions().get('llmc', '0')}"]},
+            **({"dynamic": rules} if rules else {}),
         }  # fmt: skip
 
     def notes(self, weights: Sequence[Coded]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...analysis.linears import ExpertSite, linear_sites
+from ...analysis.linears import ExpertSite, LinearSite, linear_sites
 from ...ir.errors import UsageError
 from ...ir.types import short
 from ..artefact import versions
@@ -161,7 +161,7 @@ def _whole(fitted: Any, grids: Mapping[str, Any], format: str) -> Whole:
         )
     order = {p: i for i, p in enumerate(modules.values())}
     have = {w.path for w in found}
-    heads = [modules[s.param] for s in sites if getattr(s, "head", False)]
+    heads = [modules[s.param] for s in sites if isinstance(s, LinearSite) and s.head]
     experts = [modules[s.gate_up] for s in stacked]
     read = {modules[p.name] for n in captured.calls("aten.linear.default")
             if (p := captured.param_of(n.args[1])) is not None}  # fmt: skip
