@@ -80,7 +80,8 @@ def _own(row: KernelRow, forced: dict[str, Any]) -> Iterator[dict[str, Any]]:
     levels = [v for v in row.choices.get("levels", ()) if v]
     tables = [v for v in row.choices.get("table", ()) if v]
     kinds = [{}, *({"levels": v} for v in levels), *({"table": v} for v in tables)]
-    beside = ({}, {"outliers": 32}, {"rank": 64}, {"rank": SIZE // 4})
+    ranks: list[dict[str, Any]] = [{"rank": 64}, {"rank": SIZE // 4}]
+    beside: list[dict[str, Any]] = [{}, {"outliers": 32}, *ranks]
     for kind, more in itertools.product(kinds, beside):
         table = bool(kind)
         values = {**forced, **kind, **more}

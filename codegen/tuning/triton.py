@@ -137,17 +137,20 @@ def graph_seconds(
     found = {}
     for config in tiles:
         try:
-            found[config] = replayed(lambda p, c=config: fused_linear(p, x, config=c), packed)
+            found[config] = replayed(functools.partial(_call, x, config), packed)
         except (LlmcError, torch.OutOfMemoryError, RuntimeError):
             continue  # a tile that this GPU cannot launch is no candidate
     return found
 
 
+def _call(x: torch.Tensor, config: TileConfig, packed: Packed) -> torch.Tensor:
+    return fused_linear(packed, x, config=config)
+
+
 @functools.lru_cache(1)
 def _rotating(row: KernelRow, problem: Problem) -> list[Packed]:
     """Copies of one random weight, beyond three times the L2 cache; kept for the next bucket."""
-    parts = {n: t.cuda() for n, t in random_parts(problem).items()}
-    one = prepack(row, problem, **parts)
+    one = prepack(row, problem, **random_parts(problem, device="cuda"))
     copies = max(2, rotate_bytes() // max(1, one.bytes) + 1)
 
     def copied(packed: Packed) -> Packed:
