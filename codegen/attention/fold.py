@@ -77,14 +77,13 @@ def _turned(value: object) -> _Turned | str:
     parts, axis = value.args[0], value.args[1] if len(value.args) > 1 else 0
     if axis not in (3, -1) or not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return "it reads values that are joined in another way than rotated ones to the others"
-    turned, others = parts
-    if not (_is(turned, "llmc.rope") and _is(others, "aten.slice.Tensor")):
+    turned, others = _call(parts[0], "llmc.rope"), _call(parts[1], "aten.slice.Tensor")
+    if turned is None or others is None:
         return "it reads joined values of which none is rotated"
-    first = turned.args[0]
-    width = tensor_type(turned).shape[3]
-    if not (_is(first, "aten.slice.Tensor") and first.args[0] is others.args[0]):
+    first, width = _call(turned.args[0], "aten.slice.Tensor"), tensor_type(turned).shape[3]
+    source = others.args[0]
+    if first is None or first.args[0] is not source or not isinstance(source, fx.Node):
         return "rotated channels and the others are of different values"
-    source = first.args[0]
     ends = (0, width), (width, tensor_type(source).shape[3])
     if not all(_cut(s, *e) for s, e in zip((first, others), ends, strict=True)):
         return "rotated channels are not the first ones, or some are missing"
@@ -99,8 +98,11 @@ def _of_rope(rope: fx.Node, source: object, made: tuple[fx.Node, ...]) -> _Turne
     return _Turned(source, cos, sin, bool(rope.kwargs.get("interleaved", False)), made)
 
 
-def _is(value: object, name: str) -> bool:
-    return isinstance(value, fx.Node) and value.op == "call_function" and row_of(value).name == name
+def _call(value: object, name: str) -> fx.Node | None:
+    """The value, where it is a call of that op."""
+    if not isinstance(value, fx.Node) or value.op != "call_function":
+        return None
+    return value if row_of(value).name == name else None
 
 
 def _cut(node: fx.Node, start: object, stop: object) -> bool:

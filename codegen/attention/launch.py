@@ -13,6 +13,7 @@ import torch
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
 from ..launch import function, interpreting, unavailable
+from ..problem import dtype_name
 from ..row import MAX_REGISTERS
 from .problem import AttentionProblem
 from .render import joined, render
@@ -144,6 +145,8 @@ def _check(
     for name, (found, wanted) in expected.items():
         if found != wanted:
             raise UsageError(f"expected {name} {list(wanted)}, found {list(found)}", where=where)
+    if dtype_name(q.dtype) != problem.x_dtype:
+        raise UsageError(f"expected q in {problem.x_dtype}, found {q.dtype}", where=where)
     if queries > problem.queries:
         raise UsageError(f"expected at most {problem.queries} queries, found {queries}",
                          where=where)  # fmt: skip

@@ -72,7 +72,7 @@ class CachedAttention:
             )
         if state.counter is not None:
             problem = _changed(problem, "counted")
-        turn = (rest[0], rest[1]) if problem.turn else None
+        turn = _angles(*rest) if problem.turn else None
         # Codes are of rotated keys, which are read as they are in this step: they need a place.
         turned_q = q if turn is None else q.new_empty(q.shape)
         turned_k = k if turn is None or problem.cache not in CODED else k.new_empty(k.shape)
@@ -88,7 +88,13 @@ class CachedAttention:
 
 @functools.lru_cache(1024)
 def _changed(problem: AttentionProblem, flag: str) -> AttentionProblem:
-    return replace(problem, **{flag: True})
+    return replace(problem, counted=True) if flag == "counted" else replace(problem, valid=True)
+
+
+def _angles(
+    cos: torch.Tensor | None = None, sin: torch.Tensor | None = None, *rest: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return None if cos is None or sin is None else (cos, sin)
 
 
 def attention_implementations(

@@ -104,6 +104,7 @@ def same(found: dict[str, Any]) -> None:
         ("queries", "expected at most 1 queries, found 2"),
         ("heads", "expected q [1, 4, 1, 16], found [1, 2, 1, 16]"),
         ("positions", "expected positions [1, 1], found [1, 2]"),
+        ("dtype", "expected q in fp32, found torch.float16"),
         ("valid", "expected valid=False, found True"),
         ("turn", "expected cosines and sines where keys are rotated"),
     ],
@@ -283,6 +284,7 @@ def _refusals() -> dict[str, str]:
         "queries": (p, two, s.pos.expand(1, 2)),
         "heads": (p, s.q[:, :2], s.pos),
         "positions": (p, s.q, s.pos.expand(1, 2)),
+        "dtype": (p, s.q.half(), s.pos),
         "valid": (dataclasses.replace(p, valid=True), s.q, s.pos),
     }
     texts = {}
