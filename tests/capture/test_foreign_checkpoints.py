@@ -264,6 +264,7 @@ CORRUPT = [
     (_told(format="marlin-24"), "format: expected pack-quantized or int-quantized"),
     (_told(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config.format: expected de"),
     (_told(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme: expected null, found"),
+    (_told(transform_config={"R1": {}}), "transform_config: expected null, found 'rotations'"),
     (_told(quant_method="bitsandbytes"), "quant_method: expected one of compressed-tensors, gptq"),
     (_told(ignore=["re:(a+)+b"]), "targets: expected simple patterns of at most 256 characters"),
     (_set(f"{Q}.weight_packed", lambda t: t.float()), "_packed' of int32, found float32"),
@@ -289,6 +290,8 @@ def test_corrupt_checkpoints_are_refused(
     [
         ({"bits": 5}, None, "bits: expected 2 or 3 or 4 or 8, found 5"),
         ({"bits": 8}, None, "of 8 bits, group 32, found qweight [8, 64]"),
+        ({"rotation": "hadamard"}, None, "rotation: expected null, found 'hadamard'"),
+        ({"format": "marlin"}, None, "checkpoint_format: expected gptq or gptq_v2, found 'marl"),
         ({"checkpoint_format": "gptq_p"}, None, "checkpoint_format: expected gptq or gptq_v2"),
         ({"checkpoint_format": "gptq_v2"}, None, "look like those of checkpoint_format=gptq: is"),
         ({"desc_act": True}, _set(f"{Q}.g_idx", torch.zeros_like), "32 inputs in each group"),

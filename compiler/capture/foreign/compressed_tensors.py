@@ -73,8 +73,9 @@ def read(
         ModelError: a field that is not supported, or tensors that do not fit it.
     """
     choice(settings, "quantization_status", ("compressed",), "compressed")
-    if settings.get("kv_cache_scheme"):
-        raise wrong("kv_cache_scheme", "null", "a scheme", "llmc reads weights and inputs only")
+    for key, what in (("kv_cache_scheme", "a scheme"), ("transform_config", "rotations")):
+        if settings.get(key):
+            raise wrong(key, "null", what, "llmc reads weights and inputs only")
     sparsity = settings.get("sparsity_config") or {}
     kind = sparsity.get("format", "dense") if isinstance(sparsity, dict) else sparsity
     if kind != "dense":

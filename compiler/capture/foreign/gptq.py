@@ -37,7 +37,10 @@ def read(
     """
     choice(settings, "pack_dtype", ("int32",), "int32")
     choice(settings, "is_marlin_format", (False,), False)
-    version = choice(settings, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    label = settings.get("checkpoint_format", settings.get("format"))
+    version = choice({"checkpoint_format": label}, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    if settings.get("rotation"):
+        raise wrong("rotation", "null", settings["rotation"], "llmc reads plain weights only")
     ordered = choice(settings, "desc_act", (False, True), False)
     symmetric = choice(settings, "sym", (True, False), True)
     kinds = [(choice(settings, "bits", BITS), group_of(settings))]
