@@ -15,9 +15,10 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 SIDES = {"bias": True, "residual": True, "norm": True}
 # Row, problem, tile, and the most issue slots per weight that it may take in the loop.
 MAIN = [
-    (W4A16, {}, TileConfig(8, 64), 3.0),
-    (W4A16, {}, TileConfig(8, 128), 2.5),
-    (W4A16, {"asym": True}, TileConfig(8, 128), 2.5),
+    (W4A16, {}, TileConfig(8, 64), 2.8),
+    (W4A16, {"asym": True}, TileConfig(16, 64), 3.5),
+    (W4A16, {}, TileConfig(8, 128), 2.4),
+    (W4A16, {"asym": True}, TileConfig(8, 128), 2.4),
     (W4A16, {"asym": True, "group": 0}, TileConfig(16, 128), 2.7),
     (W4A16, {"x_dtype": "bf16"}, TileConfig(16, 128), 3.0),
     (W4A16, {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), 3.5),
