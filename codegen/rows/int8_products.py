@@ -1,18 +1,24 @@
-"""int8 weights times int8 inputs: all columns, or all but those that hold outliers."""
+"""int8 inputs times int8 weights, all columns or all but those that hold outliers, and times
+4-bit weights."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
 from ...compiler.ir import packing
 from ..grids import Grids
-from ..prepack import scale_tiles
+from ..prepack import pad, scale_tiles, words
 from ..problem import Parts, Problem, Requirement
-from ..row import KernelRow
+from ..row import TILE_ROWS, Argument, KernelRow
 from . import rounded
 from .rounded import INT8, SIDES, STEP
 
-_REQUIRES = (Requirement("bits", "(bits >= 2) & (bits <= 8)", "2 to 8"), *rounded.REQUIRES)
+_REQUIRES = (
+    Requirement("bits", "(bits >= 2) & (bits <= 8) & Ne(bits, 4)", "2 to 8, 4 aside"),
+    *rounded.REQUIRES,
+)
 
 
 def pack(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
@@ -71,4 +77,49 @@ INT8_SPLIT = _row(
     "not rounded",
     rounded.UpTo(4096, least=1),
     True,
+)
+
+
+def _pack_nibbles(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    """Signed codes of 4 bits -> int32 [Np/64, Kp/128, 64, 16].
+
+    Column 64 j + 4 w + e of a step is nibble j of byte e of word w.
+    """
+    q = packing.unpack(parts["codes"], 4, problem.K).to(torch.int64)
+    q = pad((q - 8) & 15, TILE_ROWS, STEP)
+    q = q.reshape(q.shape[0] // TILE_ROWS, TILE_ROWS, -1, 2, 16, 4).permute(0, 2, 1, 4, 5, 3)
+    scale = scale_tiles(row, problem, parts)
+    return {"codes": words(q.flatten(-2)), "scale": scale, **rounded.grid_tensors(problem, parts)}
+
+
+_NIBBLES = Argument("codes", "[Np/64, Kp/128, 64, 16]", ("i32",), dtype="i32")
+_FOUR = (Requirement("bits", "Eq(bits, 4)", "4"), *rounded.REQUIRES)
+
+
+def _nibbles(args: tuple[Argument, ...]) -> tuple[Argument, ...]:
+    return tuple(_NIBBLES if a.name == "codes" else a for a in args)
+
+
+W4A8_CODES = dataclasses.replace(
+    W8A8_CODES,
+    name="w4a8_codes",
+    summary="4-bit weights times the int8 codes of x that round_int8 made",
+    args=_nibbles(W8A8_CODES.args),
+    requires=_FOUR,
+    moves=f"{rounded.CODES_MOVE} - Np*Kp/2",
+    tiles=rounded.TILES[:-1],  # nibbles take the registers of the largest
+    pack=_pack_nibbles,
+)
+W4A8 = dataclasses.replace(
+    W8A8,
+    name="w4a8",
+    summary="4-bit weights times x put on int8, with columns of outliers beside them or not",
+    args=_nibbles(W8A8.args),
+    choices=rounded.choices(Grids(*INT8, limits=True), outliers=rounded.UpTo(4096)),
+    requires=_FOUR,
+    moves=f"Np*Kp/2 + {SIDES}",
+    tiles=rounded.TILES[:-1],
+    pack=_pack_nibbles,
+    call=rounded.call(rounded.ROUND_INT8, W4A8_CODES),
+    inner=rounded.inner(W4A8_CODES),
 )

@@ -31,7 +31,8 @@ REQUIRES = (
     Requirement("K", "K >= 16", "at least 16"),
 )
 TILES = (
-    (8, 64), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (128, 64), (128, 128), (128, 256),
+    (8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (128, 64), (128, 128),
+    (128, 256),
 )  # fmt: skip
 # Sums per group and products of floats beside those of codes take registers.
 FITS = (
@@ -39,7 +40,7 @@ FITS = (
     "(BM*BN < 16384) | (Eq(limited, 0) & (Eq(group, 0) | (group >= 128)))",
     "(BM*BN < 8192) | (Eq(limited, 0) & (Eq(group, 0) | (group >= 64)))",
     "(BM*BN < 4096) | Eq(limited*wide, 0)",
-    "Ne(BM*BN, 1024) | (group <= 128)",
+    "Ne(BM, 16) | Ne(BN, 64) | (group <= 128)",
 )
 # Columns kept apart come in whole steps of their own product.
 APART = "32*ceiling(outliers/32)"

@@ -8,7 +8,7 @@ from llmc.codegen.aot import compile_variant
 from llmc.codegen.problem import Problem
 from llmc.codegen.row import KernelRow, TileConfig
 from llmc.codegen.rows.float8 import FP8
-from llmc.codegen.rows.int8_products import INT8_SPLIT, W8A8
+from llmc.codegen.rows.int8_products import INT8_SPLIT, W4A8, W8A8
 from llmc.codegen.rows.rounded import ROUND_E4M3, ROUND_INT8, round_config
 
 SIDES = {"bias": True, "residual": True, "norm": True, "smooth": True, "eps": 1e-6}
@@ -21,6 +21,10 @@ VARIANTS = [
     (W8A8, INT8, TileConfig(128, 256, 3, 8)),
     (INT8_SPLIT, {"bits": 8, "rounds": "int8 token limit=6.0", "outliers": 40},
      TileConfig(32, 128, 3)),
+    (INT8_SPLIT, {**SIDES, "bits": 8, "rounds": "int8 token limit=6.0", "outliers": 40},
+     TileConfig(8, 64, 3)),
+    (W4A8, {**INT8, "bits": 4, "group": 128}, TileConfig(8, 128, 3)),
+    (W4A8, {**INT8, "bits": 4, "group": 128, "bias": True}, TileConfig(128, 128, 3, 8)),
     (FP8, {**E4M3, **SIDES}, TileConfig(16, 64, 3)),
     (FP8, {**E4M3, "bias": True}, TileConfig(128, 128, 3, 8)),
 ]  # fmt: skip

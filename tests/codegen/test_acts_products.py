@@ -27,7 +27,7 @@ CASES = [
     Case("w8a8", 3, 65, 200, 32, **ALL),
     Case("w8a8", 3, 70, 256, 64, dtype="bf16"),
     Case("w8a8", 3, 70, 600, 256, norm=True, dtype="fp32"),
-    Case("w8a8", 2, 1, 130, rounds="int8 static", dtype="fp32", bits=4),
+    Case("w8a8", 2, 1, 130, rounds="int8 static", dtype="fp32", bits=3),
     Case("w8a8", 3, 70, 200, rounds="int8 token power", dtype="fp32"),
     Case("w8a8", 3, 36, 200, act="silu", pairs="gate", dtype="fp32", bias=True),
     Case("w8a8", 3, 70, 200, rounds="int8 token limit=6.0", spike=True, dtype="fp32"),
@@ -47,8 +47,15 @@ CASES = [
     Case("int8_split", 3, 70, 300, 32, outliers=37, dtype="fp32", **ALL, tile=WIDE),
     # every tile
     *[Case("w8a8", 19, 256, 160, residual=t != (128, 256), tile=t) for t in (
-        (8, 64), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (128, 64), (128, 128),
-        (128, 256))],
+        (8, 64), (8, 128), (16, 64), (16, 128), (32, 64), (32, 128), (64, 128), (128, 64),
+        (128, 128), (128, 256))],
+    # 4-bit weights
+    Case("w4a8", 1, 33, 96, bits=4),
+    Case("w4a8", 3, 70, 200, 32, bits=4, **ALL),
+    Case("w4a8", 3, 70, 600, 256, bits=4, dtype="fp32", rounds="int8 token limit=6.0", spike=True),
+    Case("w4a8", 3, 70, 300, 128, bits=4, dtype="fp32", tile=WIDE),
+    Case("w4a8", 3, 72, 256, 32, bits=4, outliers=5, rounds="int8 token limit=6.0", spike=True,
+         tile=WIDE),
     # e4m3
     Case("fp8", 1, 33, 96, rounds="e4m3 token"),
     Case("fp8", 3, 70, 200, 32, rounds="e4m3 token", **ALL),
@@ -112,6 +119,8 @@ def test_what_is_no_number_spoils_its_token_alone(answers: dict[str, Any]) -> No
         ("w8a8", {"asym": True}, "asym"),
         ("w8a8", {"group": 48}, "group"),
         ("w8a8", {"bits": 9}, "bits"),
+        ("w8a8", {"bits": 4}, "bits"),
+        ("w4a8", {}, "bits"),
         ("w8a8", {"n": 2, "m": 4}, "m"),
         ("w8a8", {"K": 15}, "K"),
         ("w8a8", {"outliers": 4}, "outliers"),
@@ -143,7 +152,8 @@ def test_rounded_inputs_choose_their_row() -> None:
     for changes, name in [
         ({}, "w8a8"),
         ({"outliers": 3, "rounds": "int8 token limit=2.5"}, "int8_split"),
-        ({"bits": 4, "group": 32}, "w8a8"),
+        ({"bits": 4, "group": 32}, "w4a8"),
+        ({"bits": 6, "group": 32}, "w8a8"),
         ({"weights": "table", "levels": "e4m3", "rounds": "e4m3 token"}, "fp8"),
     ]:
         row, _ = choose(dataclasses.replace(base, **changes))
