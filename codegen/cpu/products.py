@@ -135,14 +135,21 @@ def codes_of(
     own = unit is None
     if unit is None:
         unit = scale_of(_size(x), "int", found.bits, found.power)
-    # Dividing, as the reference does: the reciprocal would move codes that lie half way.
-    codes = torch.div(x.float(), unit).round_()
-    if not own:
-        top = grid_top("int", found.bits)
-        codes.clamp_(-top, top)
-    return codes.to(torch.int8), unit
+    top, rows = grid_top("int", found.bits), max(1, _SCRATCH // problem.K)
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    scratch = torch.empty(min(rows, len(x)), problem.K)
+    for at in range(0, len(x), rows):
+        now = slice(at, at + rows)
+        part = scratch[: len(x[now])].copy_(x[now])
+        # Dividing, as the reference does: the reciprocal would move codes that lie half way.
+        part.div_(unit[now] if len(unit) > 1 else unit).round_()
+        if not own:
+            part.clamp_(-top, top)
+        codes[now].copy_(part)
+    return codes, unit
 
 
+_SCRATCH = 1 << 17  # floats that are rounded together
 _AT_ONCE = 1 << 20  # floats of a block of tokens that stay in the cache
 
 
