@@ -31,7 +31,7 @@ from llmc.compiler.ir.errors import LlmcError
 
 RESULTS = ROOT / "benchmarks" / "results" / "interop.json"
 PACKAGES = ("torch", "transformers", "compressed-tensors", "gguf", "onnxruntime", "onnx")
-MODULES = ("interop_codes",)
+MODULES = ("interop_codes", "interop_graphs")
 
 
 def measure(found: Row, subject: Subject) -> dict[str, Any]:
