@@ -150,7 +150,10 @@ def _ready(
     problem = _problem_of_call(packed, {"x": x, **packed.sides, **sides})
     M, shape = x.numel() // problem.K, (*x.shape[:-1], problem.outputs)
     many = config is None and large.better(row, problem, M)
-    tile = config or tuned_config(row, problem, M) or row.default_config(problem, M)
+    tile = config or tuned_config(row, problem, M)
+    if tile is None:
+        processors = _processors(x.device) if x.device.type == "cuda" else 132
+        tile = row.default_config(problem, M, processors)
     _check_config(row, problem, tile)
     kept = {**packed.tensors, **_joined(packed.sides)}
 

@@ -10,6 +10,7 @@ than processors, so those before them always find room to run.
 
 from __future__ import annotations
 
+from .prepack import Packed
 from .problem import Problem
 from .row import RANK_STEP as JOB  # rows of right that a program multiplies at a time
 from .row import TileConfig
@@ -71,6 +72,13 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
         columns, _ = _tiles(problem, config, M)
         values += columns * config.split * (config.BN + problem.norm) * M
     return 8 * values
+
+
+def call_bytes(packed: Packed, config: TileConfig, M: int) -> int:
+    """Bytes of one call: what the row counts, sparse entries as packed, and partial sums."""
+    sparse = sum(t.nbytes for name, t in packed.tensors.items() if name.startswith("entry_"))
+    own = packed.row.bytes_moved(packed.problem, M)
+    return own + sparse + moved(packed.problem, config, M)
 
 
 def _tiles(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:

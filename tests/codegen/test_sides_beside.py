@@ -70,6 +70,19 @@ def test_workspace_is_as_large_as_its_contents() -> None:
     assert workspace.moved(ranked, TileConfig(8, 64), 2) == 2 * 4 * 8 * 48 * 2
 
 
+def test_bytes_of_a_call_count_entries_as_packed() -> None:
+    """Four for every place of the padded rows, four per run of 64 rows, and what rows count."""
+    given = case(1, 130, 96, sparse=True)
+    packed = prepack(W4A16, given.problem, **numerics.parts_of(given))
+    places = packed["entry_starts"][-1] * 64
+    beside = 4 * int(places) + 4 * 4
+    config = TileConfig(8, 32, split=2)
+    partial = 8 * 5 * 2 * 32
+    own = W4A16.bytes_moved(given.problem, 1)
+    assert workspace.call_bytes(packed, config, 1) == own + beside + partial
+    assert packed.bytes == W4A16.bytes_moved(given.problem, 0) + beside
+
+
 @pytest.mark.parametrize(("M", "N", "processors"), [(1, 64, 132), (64, 64, 1), (700, 4096, 132)])
 def test_makers_fit_on_the_processors(M: int, N: int, processors: int) -> None:
     """Programs that others wait for: of all tiles together no more than processors, or one each."""
