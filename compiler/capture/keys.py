@@ -72,6 +72,25 @@ def places(model: Any, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
     return {key: (name or key, pattern is not None) for key, name, pattern in found}
 
 
+def stacks(model: Any, keys: Iterable[str], where: str) -> dict[str, list[str]]:
+    """Keys of the parts of each stacked parameter, in the order of its rows: expert by expert.
+
+    Raises:
+        ModelError: parts that do not stack.
+    """
+    found, converters = _matches(model, keys)
+    parts: dict[str, dict[str, list[str]]] = {}
+    for key, name, pattern in found:
+        if name is not None and pattern is not None:
+            parts.setdefault(name, {}).setdefault(pattern, []).append(key)
+    out = {}
+    for name, by_pattern in parts.items():
+        converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
+        groups = _groups(name, converter, by_pattern, where)
+        out[name] = [key for expert in zip(*groups, strict=True) for key in expert]
+    return out
+
+
 def _matches(
     model: Any, checkpoint: Iterable[str]
 ) -> tuple[list[tuple[str, str | None, str | None]], list[Any]]:
@@ -122,18 +141,8 @@ def _fused(
     checkpoint: Checkpoint | View, name: str, converter: Any, by_pattern: dict[str, list[str]]
 ) -> Leaf:
     """One leaf from per-expert tensors: stacked over experts, then gate and up side by side."""
-    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
-    known = (
-        [("MergeModulelist", 0)],
-        [("MergeModulelist", 0), ("Concatenate", 1)],
-    )
-    groups = [by_pattern.get(p, []) for p in converter.source_patterns]
     where = str(checkpoint.folder)
-    if steps not in known:
-        raise ModelError(f"expected stacked experts, found the conversion {steps}", where=name)
-    counts = {len(g) for g in groups}
-    if len(counts) != 1 or 0 in counts:
-        raise ModelError(f"expected equally many tensors per expert for {name!r}", where=where)
+    groups = _groups(name, converter, by_pattern, where)
     rows = [checkpoint.entries[g[0]] for g in groups]
     for group, first in zip(groups, rows, strict=True):
         for key in group:
@@ -149,3 +158,25 @@ def _fused(
         return stacks[0] if len(stacks) == 1 else torch.cat(stacks, 1)
 
     return Leaf((name,), (len(groups[0]), height, width), rows[0].dtype, load)
+
+
+def _groups(
+    name: str, converter: Any, by_pattern: dict[str, list[str]], where: str
+) -> list[list[str]]:
+    """Keys per source pattern, one for each expert, of a parameter whose parts lie side by side.
+
+    Raises:
+        ModelError: another conversion, or other counts.
+    """
+    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    known = (
+        [("MergeModulelist", 0)],
+        [("MergeModulelist", 0), ("Concatenate", 1)],
+    )
+    groups = [by_pattern.get(p, []) for p in converter.source_patterns]
+    if steps not in known:
+        raise ModelError(f"expected stacked experts, found the conversion {steps}", where=name)
+    counts = {len(g) for g in groups}
+    if len(counts) != 1 or 0 in counts:
+        raise ModelError(f"expected equally many tensors per expert for {name!r}", where=where)
+    return groups

@@ -15,9 +15,9 @@ import torch
 
 from ...ir.errors import ModelError, nearest
 from ..checkpoint import Checkpoint, read_json
-from ..keys import places
+from ..keys import places, stacks
 from . import awq, compressed_tensors, gptq
-from .base import Layer, View, wrong
+from .base import Layer, View, stacked, wrong
 
 READERS = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
 _SIDE = "quantize_config.json"
@@ -85,11 +85,36 @@ def read(checkpoint: Checkpoint, model: Any) -> Coded | None:
     names = _modules(checkpoint, model, reader.MARKS, method)
     paths = {module: path for path, module in names.items()}
     linears = {n: paths.get(n, n) for n, m in model.named_modules() if _is_linear(m)}
+    experts = _experts(checkpoint, model, names)
+    linears |= {path: path for some in experts.values() for path in some}
     layers = reader.read(settings, checkpoint, names, linears)
     found = {layer.path: layer for layer in layers}
     _refuse_left_over(checkpoint, reader.MARKS, found)
-    by_name = {f"{names.get(p, p)}.weight": layer for p, layer in found.items()}
+    inside = {path for some in experts.values() for path in some}
+    by_name = {f"{names.get(p, p)}.weight": x for p, x in found.items() if p not in inside}
+    for name, some in experts.items():
+        if not found.keys().isdisjoint(some):
+            by_name[name] = stacked(name, [_coded(found, path) for path in some])
     return Coded(method, View(checkpoint, layers), by_name)
+
+
+def _coded(layers: Mapping[str, Layer], path: str) -> Layer:
+    """Raises ModelError where an expert is dense and others of its stack are not."""
+    if path not in layers:
+        raise ModelError(f"expected codes of all experts of a stack, found {path!r} dense")
+    return layers[path]
+
+
+def _experts(checkpoint: Checkpoint, model: Any, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Paths of the parts of each stacked parameter that has coded parts, in the order of rows."""
+    inside = [f"{path}.weight" for path in names]
+    inside += [key for key in checkpoint if key.endswith(".weight") and key not in inside]
+    found = stacks(model, inside, str(checkpoint.folder))
+    return {
+        name: [key.removesuffix(".weight") for key in keys]
+        for name, keys in found.items()
+        if any(key.removesuffix(".weight") in names for key in keys)
+    }
 
 
 def _is_linear(module: Any) -> bool:
@@ -101,6 +126,8 @@ def _modules(
 ) -> dict[str, str]:
     """The model's module by path in the checkpoint, for all that have tensors of the format.
 
+    One of an expert, whose weight the model stacks, has the name of its path.
+
     Raises:
         ModelError: one that the model does not have, or that is no linear.
     """
@@ -110,11 +137,8 @@ def _modules(
     for path, (name, fused) in places(model, [f"{p}.weight" for p in paths]).items():
         module, path = name.removesuffix(".weight"), path.removesuffix(".weight")
         if fused:
-            raise ModelError(
-                f"expected quantised linears, found the quantised expert {path!r}",
-                where=str(checkpoint.folder), hint="quantised experts are not read yet: capture "
-                "the original checkpoint",
-            )  # fmt: skip
+            out[path] = path
+            continue
         if module not in modules:
             raise ModelError(
                 f"expected {method} tensors of the model's linears, found those of {path!r}",

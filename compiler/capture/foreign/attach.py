@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from torch import fx
@@ -40,11 +41,15 @@ class _Weight:
         readers = list(node.users)
         if not readers:
             return
-        if self.param.shape != self.layer.shape:
+        *rows, columns = self.param.shape
+        if (prod(rows), columns) != self.layer.shape or len(rows) > 2:
             want, have = list(self.layer.shape), list(self.param.shape)
             raise ModelError(f"expected {self.layer.path!r} read as {want}, found {have}")
         first = min(readers)
         new = self._decode(first)
+        if len(rows) == 2:
+            where: dict[str, Any] = {"before": first, "made_by": self.made_by, "like": first}
+            new = self.program.emit("aten.reshape.default", new, list(self.param.shape), **where)
         node.replace_all_uses_with(new)
         for reader in sorted(readers):
             self._reads(reader, new)

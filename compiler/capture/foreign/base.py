@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,36 @@ class Layer:
             order = self.pieces["order"].load().long()
             out = torch.empty_like(out).index_copy_(1, order, out)
         return out
+
+
+def stacked(name: str, layers: Sequence[Layer]) -> Layer:
+    """The linears of a stack's experts as one, their rows below each other.
+
+    Raises:
+        ModelError: they have different schemes, or round or reorder what they read.
+    """
+    first = layers[0]
+    for layer in layers:
+        if layer.codes != first.codes or layer.shape[1] != first.shape[1]:
+            raise ModelError(f"expected one scheme for all experts, found {first.short} and "
+                             f"{layer.short}", where=layer.path)  # fmt: skip
+        if layer.inputs is not None or "order" in layer.pieces:
+            what = "an order of inputs" if layer.inputs is None else layer.inputs.short
+            raise ModelError(f"expected experts that read inputs as they come, found {what}",
+                             where=layer.path, hint="capture the original checkpoint")  # fmt: skip
+    pieces = {
+        part: Piece(
+            (sum(x.pieces[part].shape[0] for x in layers), *piece.shape[1:]), piece.dtype,
+            partial(_rows, [x.pieces[part] for x in layers]),
+        )
+        for part, piece in first.pieces.items()
+    }  # fmt: skip
+    shape = (sum(layer.shape[0] for layer in layers), first.shape[1])
+    return Layer(name, shape, first.codes, None, pieces, tuple(k for x in layers for k in x.keys))
+
+
+def _rows(pieces: Sequence[Piece]) -> Tensor:
+    return torch.cat([piece.load() for piece in pieces])
 
 
 class View:

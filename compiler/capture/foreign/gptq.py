@@ -39,8 +39,9 @@ def read(
     choice(settings, "is_marlin_format", (False,), False)
     label = settings.get("checkpoint_format", settings.get("format"))
     version = choice({"checkpoint_format": label}, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-    if settings.get("rotation"):
-        raise wrong("rotation", "null", settings["rotation"], "llmc reads plain weights only")
+    for key in ("rotation", "activation"):
+        if settings.get(key):
+            raise wrong(key, "null", settings[key], "llmc reads plain weights only")
     ordered = choice(settings, "desc_act", (False, True), False)
     symmetric = choice(settings, "sym", (True, False), True)
     kinds = [(choice(settings, "bits", BITS), group_of(settings))]
