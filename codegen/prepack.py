@@ -58,14 +58,14 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
     given = {name: t for name, t in parts.items() if t is not None}
     check_parts(problem, given)
     sides = {name: given[name] for name in SIDES if name in given}
-    ordered, given = order_rows(problem, given)
-    if problem.pairs and "bias" in given:
-        sides["bias"] = pad(given["bias"][:, None], TILE_ROWS, 1)[:, 0].contiguous()
-    tensors = row.pack(row, ordered, given)
+    ordered, moved = order_rows(problem, given)
+    if problem.pairs and "bias" in moved:
+        sides["bias"] = pad(moved["bias"][:, None], TILE_ROWS, 1)[:, 0].contiguous()
+    tensors = row.pack(row, ordered, moved)
     if problem.rank and problem.weights != "factors":
-        tensors |= low_rank(ordered, given)
+        tensors |= low_rank(ordered, moved)
     if problem.sparse:
-        tensors |= entries(ordered, given)
+        tensors |= entries(ordered, moved)
     return Packed(row, problem, tensors, sides)
 
 

@@ -13,6 +13,7 @@ from ..prepack import pad, scale_tiles, words
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
 from . import rounded
+from .common import UpTo
 from .rounded import INT8, SIDES, STEP
 
 _REQUIRES = (
@@ -36,7 +37,7 @@ W8A8_CODES = KernelRow(
     summary="int8 weights times the int8 codes of x that round_int8 made",
     args=rounded.product_args("i8"),
     step=STEP,
-    choices=rounded.choices(("",), rounded=Grids(*INT8, limits=True), outliers=rounded.UpTo(4096)),
+    choices=rounded.choices(("",), rounded=Grids(*INT8, limits=True), outliers=UpTo(4096)),
     requires=_REQUIRES,
     moves=rounded.CODES_MOVE,
     tiles=rounded.TILES,
@@ -75,7 +76,7 @@ INT8_SPLIT = _row(
     "int8_split",
     "int8 products, with columns of outliers beside them as they are and tokens beyond a limit "
     "not rounded",
-    rounded.UpTo(4096, least=1),
+    UpTo(4096, least=1),
     True,
 )
 
@@ -115,7 +116,7 @@ W4A8 = dataclasses.replace(
     name="w4a8",
     summary="4-bit weights times x put on int8, with columns of outliers beside them or not",
     args=_nibbles(W8A8.args),
-    choices=rounded.choices(Grids(*INT8, limits=True), outliers=rounded.UpTo(4096)),
+    choices=rounded.choices(Grids(*INT8, limits=True), outliers=UpTo(4096)),
     requires=_FOUR,
     moves=f"Np*Kp/2 + {SIDES}",
     tiles=rounded.TILES[:-1],
