@@ -1,7 +1,9 @@
 """Launch a rendered kernel: source file in the user's cache -> jit function -> call.
 
-Runs on CUDA tensors, or on CPU tensors when Triton was imported under TRITON_INTERPRET=1. Every
-program of a launch owns its outputs and sums in a fixed order, so results are the same each time.
+Runs on CUDA tensors, or on CPU tensors when Triton was imported under TRITON_INTERPRET=1. Results
+are the same bits each time: a program sums its columns in their order, and what several programs
+found is added in the order of their columns by one of them, never in the order of their arrival.
+A weight's counters belong to it, so two streams must not call one weight at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,6 +169,34 @@ def test_python_costs_little_beside_a_dispatch(function: Function) -> None:
             launch.fused_linear(packed, x)
         best = min(best, (time.thread_time() - start) / 200)
     assert best < 60e-6
+
+
+LEFT_AT_ZERO = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from numerics import parts_of
+from sides_cases import case
+from llmc.codegen.launch import fused_linear
+from llmc.codegen.prepack import prepack
+from llmc.codegen.row import TileConfig
+from llmc.codegen.rows.int4 import W4A16
+given = case(1, 70, 300, rank=20)
+packed = prepack(W4A16, given.problem, **parts_of(given))
+x = torch.randn(20, 300).half()
+tiles = {1: TileConfig(8, 32, split=2), 20: TileConfig(8, 32), 9: TileConfig(8, 64, split=3)}
+for M, config in tiles.items():
+    y = fused_linear(packed, x[:M], config=config)
+    assert not packed.kept["counts"].any(), (M, config)
+    assert torch.equal(y, fused_linear(packed, x[:M], config=config)), (M, config)
+"""
+
+
+def test_launches_leave_their_counters_at_zero(tmp_path: Path) -> None:
+    """Under the interpreter: tickets, makers and splits of one weight, call after call."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", LEFT_AT_ZERO, str(Path(__file__).parent)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_kinds_tell_dtype_and_alignment() -> None:
