@@ -23,7 +23,7 @@ from .kernel import CpuKernel, Tensors, centred_codes, grow, round_up, widen
 INT4 = "aten::_weight_int4pack_mm_for_cpu"
 GROUPS = (256, 128, 64, 32)  # that the kernel serves
 ROWS = 64  # rows are padded to whole blocks
-_AT_ONCE = 1 << 21  # weights decoded together: 4 MB of bf16
+_AT_ONCE = 1 << 20  # weights decoded together: 2 MB of bf16
 
 
 def unit(problem: Problem) -> int:
