@@ -256,10 +256,12 @@ def main() -> int:
     torch.set_num_threads(1)
     at, shards = map(int, args.shard.split("/"))
     cases = sample(args.count, args.seed, args.row)[at::shards]
-    wrong = [(c, w) for c in cases if (w := judge(c, answered(c)))]
-    for case, why in wrong:
-        print(f"{case.label}: {why}")
-    print(f"{len(cases)} cases, {len(wrong)} wrong")
+    wrong = 0
+    for case in cases:
+        if why := judge(case, answered(case)):
+            wrong += 1
+            print(f"{case.label}: {why}", flush=True)
+    print(f"{len(cases)} cases, {wrong} wrong")
     return 1 if wrong else 0
 
 

@@ -23,10 +23,10 @@ INDICES = ("csr_index", "csr_starts")
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 
 
-def wrong(cases: list[Case], cache: Path) -> list[str]:
+def wrong(cases: list[Case], cache: Path) -> str:
     """What is wrong, one line per case."""
     told = zip(cases, run_cases(cases, cache), strict=True)
-    return [f"{c.label}: {why}" for c, found in told if (why := judge(c, found))]
+    return "\n".join(f"{c.label}: {why}" for c, found in told if (why := judge(c, found)))
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,16 @@ def drawn() -> list[Case]:
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_rows_compute_what_problems_mean(chunk: int, drawn: list[Case], tmp_path: Path) -> None:
     """Within the bound, the same twice, and beyond the bound when a part is changed."""
-    assert not wrong(drawn[chunk::CHUNKS], tmp_path)
+    found = wrong(drawn[chunk::CHUNKS], tmp_path)
+    assert not found, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_rows_compute_what_problems_mean_at_length(shard: int, tmp_path: Path) -> None:
     """Other draws: 2,000 of them over all shards."""
-    assert not wrong(sample(2000, seed=1)[shard::SHARDS], tmp_path)
+    found = wrong(sample(2000, seed=1)[shard::SHARDS], tmp_path)
+    assert not found, found
 
 
 @each_row
@@ -78,6 +80,6 @@ def test_what_is_just_missed_is_refused_by_field(row: KernelRow) -> None:
 def test_a_child_that_dies_is_told(tmp_path: Path) -> None:
     """A case that cannot be read ends the child; a case that raises is one wrong answer."""
     broken = Case("no such row", {"N": 1, "K": 16}, 1)
-    assert "no kernel row" in wrong([broken], tmp_path)[0]
+    assert "no kernel row" in wrong([broken], tmp_path)
     with pytest.raises((RuntimeError, subprocess.SubprocessError)):
         run_cases([Case("w4a16", {}, 1, tile=5)], tmp_path)  # type: ignore[arg-type]
