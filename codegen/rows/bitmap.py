@@ -9,7 +9,7 @@ from ...compiler.ir.errors import ModelError
 from ..prepack import expect, pad, wrap
 from ..problem import DTYPES, Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .bytes import SHAPE
+from .bytes import BESIDE, SHAPE
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 from .sparse_nm import ones
 
@@ -74,6 +74,6 @@ W16_BITMAP = KernelRow(
     tiles=((8, 64), (16, 64), (32, 64)),
     stages=(2, 3, 4),
     splits=SPLITS,
-    fits=("(BM <= 16) | Eq(rank, 0)",),
+    fits=(BESIDE,),
     pack=_dense,
 )

@@ -46,6 +46,8 @@ SHAPE = (
     Requirement("K", "K >= 16", "at least 16"),
 )
 TILES = ((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64))
+# Wide tiles beside a product of low rank or sparse entries would spill.
+BESIDE = "(BM * BN <= 1024) | (Eq(rank, 0) & Eq(sparse, 0))"
 DENSE = Requirement("m", "Eq(m, 0)", "0 (dense)")
 
 W8A16 = KernelRow(
@@ -61,6 +63,10 @@ W8A16 = KernelRow(
     tiles=TILES,
     stages=(3, 4, 6),
     splits=SPLITS,
-    fits=("Eq(wide, 0) | (BM <= 16)", "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"),
+    fits=(
+        "Eq(wide, 0) | (BM <= 16)",
+        "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)",
+        BESIDE,
+    ),
     pack=_integers,
 )

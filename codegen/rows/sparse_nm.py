@@ -9,6 +9,7 @@ from ...compiler.ir.errors import ModelError
 from ..prepack import expect, pad, scale_tiles, wrap
 from ..problem import DTYPES, Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
+from .bytes import BESIDE
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
@@ -105,7 +106,7 @@ W16_24 = KernelRow(
     tiles=((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (64, 64)),
     stages=(2, 3, 4),
     splits=SPLITS,
-    fits=(),
+    fits=(BESIDE,),
     pack=_dense,
 )
 
@@ -136,6 +137,6 @@ W8A16_24 = KernelRow(
     stages=(2, 3, 4),
     splits=SPLITS,
     # Zero points of bf16 in wide tiles would send weights through memory.
-    fits=("Eq(wide, 0) | (BM <= 16)", "Eq(asym, 0) | (BN <= 64)"),
+    fits=("Eq(wide, 0) | (BM <= 16)", "Eq(asym, 0) | (BN <= 64)", BESIDE),
     pack=_bytes,
 )
