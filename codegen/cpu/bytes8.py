@@ -15,7 +15,7 @@ from .kernel import CpuKernel, Tensors, centred_codes, grow, round_up, widen
 
 INT8 = "aten::_weight_int8pack_mm"
 _STEP = 16  # the kernel crashes on bf16 columns that are no multiple of it
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 
 
 def misfit(problem: Problem) -> str | None:

@@ -16,7 +16,7 @@ from .. import meaning
 from ..problem import DTYPES, Parts, Problem
 from .kernel import CpuKernel, Tensors, dense_codes
 
-_AT_ONCE = 1 << 22  # weights decoded together
+_AT_ONCE = 1 << 20  # weights decoded together
 _WORDS = {2: torch.int32, 4: torch.int64}  # that hold a pair of floats
 
 
