@@ -41,7 +41,7 @@ W8A8_CODES = KernelRow(
     requires=_REQUIRES,
     moves=rounded.CODES_MOVE,
     tiles=rounded.TILES,
-    stages=(3, 4),
+    stages=(2, 3, 4),  # the largest tile has room for three
     fits=rounded.FITS,
     pack=pack,
     product="int8",
@@ -60,7 +60,7 @@ def _row(name: str, summary: str, outliers: tuple[object, ...], limits: bool) ->
         requires=_REQUIRES,
         moves=f"Np*Kp + {SIDES}",
         tiles=rounded.TILES,
-        stages=(3, 4),
+        stages=(2, 3, 4),  # the largest tile has room for three
         fits=rounded.FITS,
         pack=pack,
         product="int8",

@@ -21,12 +21,10 @@ CASES: dict[str, dict[str, Any]] = {
     "w4 fp32": {"group": 32, "x_dtype": "fp32", "norm": True, "smooth": True, "bias": True},
     "w4 sides": {"group": 128, "asym": True, "norm": True, "bias": True, "residual": True,
                  "act": "gelu"},
-    "w4 residual": {"group": 128, "residual": True, "smooth": True},
     "w4 gate": {"group": 64, "N": 44, "act": "silu", "pairs": "gate", "bias": True},
-    "w4 rank": {"group": 64, "rank": 20, "residual": True},
+    "w4 rank": {"group": 64, "rank": 20, "residual": True, "smooth": True},
     "w4 2:4": {"group": 32, "n": 2, "m": 4, "asym": True},
     "w8": {"bits": 8, "group": 132},
-    "w3": {"bits": 3, "group": 128},
     "nf4": {"weights": "table", "levels": "nf", "group": 64},
 }  # fmt: skip
 BARE: dict[str, Any] = {
@@ -111,8 +109,9 @@ def test_the_workspace_counts() -> None:
     assert large.workspace_bytes(problem_of("w4 gate")) == 132 * 48 * 2
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ["w4", "w4 2:4"])
+@pytest.mark.parametrize(
+    ("name", "target"), [("w4", "sm_80"), ("w4", "sm_90"), ("w4 2:4", "sm_90")]
+)
 def test_decoding_compiles_without_spills(name: str, target: str) -> None:
     from llmc.codegen import large
     from llmc.codegen.aot import compile_variant
