@@ -120,7 +120,7 @@ def show_ways(fused: list[dict[str, Any]], out: Out) -> None:
     from ..report.text import Table
 
     table = Table("Ways by tokens, and where they were measured", ("kernel", "ways", "note"))
-    table.rows = sorted({(r["kernel"], r["ways"], r["note"]) for r in fused if "ways" in r})
+    table.rows += sorted({(r["kernel"], r["ways"], r["note"]) for r in fused if "ways" in r})
     out.table(table)
 
 

@@ -135,7 +135,8 @@ def _plan(
     table.rows = [(t.key, found.bucket(t.tokens), mark.join(t.candidates)) for t in trials]
     out.table(table)
     out.text(f"{counted(len(trials), 'choice')} on {machine.name}, torch {machine.torch}")
-    out.text(f"cache {held.path}: {held.reason or f'{len(held.table.entries)} choices in use'}")
+    used = "" if held.table is None else f"{len(held.table.entries)} choices in use"
+    out.text(f"cache {held.path}: {held.reason or used}")
     why_not = found.unavailable()
     if why_not is not None:
         out.text(f"cannot be measured here: {why_not}")
