@@ -10,6 +10,7 @@ from torch import fx
 from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Program
 from ..compiler.ir.ops import row_of
+from .cpu.products import plain
 from .placed import Implementation
 from .targets import Lowered
 
@@ -50,4 +51,4 @@ def as_module(lowered: Lowered, *, device: torch.device | str = "cpu") -> fx.Gra
 
 
 def _value(program: Program, node: fx.Node) -> Any:
-    return program.fetch(str(node.target))
+    return plain(program.fetch(str(node.target)))

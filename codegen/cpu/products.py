@@ -92,7 +92,14 @@ def _pack_onednn(problem: Problem, parts: Parts) -> Tensors:
     return packed | {"codes": codes, "none": none}
 
 
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that can be saved: int8 [N, K] of a weight in oneDNN's own layout, others as is."""
+    return value if value.layout == torch.strided else value.to_dense().t().contiguous()
+
+
 def _onednn(x: torch.Tensor, packed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if packed["codes"].layout == torch.strided:  # as it comes out of an exported graph
+        return _int_mm(x, packed)
     found: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
         x, 1.0, 0, packed["codes"], packed["scale"], packed["none"], None, 1.0, 0, torch.float32,
         "none", [], "",

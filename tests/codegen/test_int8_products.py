@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from lowering_programs import Maker, Weight
 
 from llmc.codegen.cpu import CpuKernel, choose
 from llmc.codegen.cpu.products import INT_MM, ONEDNN, PRODUCTS, QLINEAR, exact_onednn, misfit
+from llmc.codegen.modules import as_module
 from llmc.codegen.problem import Problem
 from llmc.codegen.targets import lower
 from llmc.compiler.ir import packing
@@ -104,6 +106,20 @@ def test_what_is_no_integer_product_runs_otherwise(fields: dict[str, Any], why: 
     kernel, _ = choose(problem)
     assert kernel is None or kernel.name not in (QLINEAR, INT_MM)
     assert why in str(misfit(problem))
+
+
+@pytest.mark.parametrize("weight", [Weight(33, 80, 8, 0), Weight(128, 256, 8, 0, asym=True)])
+def test_an_exported_product_can_be_saved_and_gives_the_same(weight: Weight) -> None:
+    """oneDNN's own layout cannot be written; the integers can, and their sums are the same."""
+    lowered = lower(rounded(weight, per="token"), "cpu")
+    module, x = as_module(lowered), hidden(weight.K)
+    exported = torch.export.export(module, (x,))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    y = torch.export.load(file).module()(x)
+    want = run(lowered.program, {"h": x}, implementations=lowered.implementations)
+    torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-6)
 
 
 def test_sixteen_bit_floats_are_rounded_by_the_kernel_itself() -> None:
