@@ -21,12 +21,13 @@ from ..compiler.ir.errors import ModelError, ResourceError, UsageError, nearest
 from ..compiler.ir.graph import Param, Program
 from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
-from . import cpu, sparse
+from . import cpu, large, sparse
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import Fused, fuse
 from .fuse_nodes import MAKER, refusal
 from .gains import asked, in_range, round_scales
 from .kernels import choose
+from .kernels import row as row_named
 from .placed import Implementation, OwnCall
 from .prepack import prepack
 from .problem import DTYPES, Problem
@@ -290,7 +291,8 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
     """The lowering as plain values, for `llmc kernels`.
 
     Per fused node: kernel, parts, shape, scheme, bytes of a one-token call and its floor in
-    microseconds at `bandwidth` bytes per second; then what was not fused, with node and reason.
+    microseconds at `bandwidth` bytes per second; from how many tokens its weight is decoded once
+    and the bytes that this takes; then what was not fused, with node and reason.
     """
     rows = []
     for p in lowered.placed:
@@ -299,7 +301,7 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
             "node": p.fused.node, "path": p.fused.path, "kernel": p.kernel,
             "parts": list(p.fused.ops), "problem": scheme, "bytes": p.bytes,
             "floor_us": round(1e6 * p.bytes / bandwidth, 3), "resident_bytes": p.resident,
-            "stored_bytes": p.stored, "note": p.note,
+            "stored_bytes": p.stored, "note": p.note, **_dense(lowered.target, p),
         })  # fmt: skip
     return {
         "target": lowered.target,
@@ -307,4 +309,14 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
         "attention": [p.json(batch=1, tokens=TOKENS, speed=bandwidth) for p in lowered.attention],
         "not_fused": [r.to_json() for r in lowered.refused],
         "resident_bytes": sum(lowered.resident_bytes.values()),
+        "workspace_bytes": max((r.get("workspace_bytes", 0) for r in rows), default=0),
     }
+
+
+def _dense(target: str, placed: Placed) -> dict[str, int]:
+    """From how many tokens a weight is decoded once, and the bytes that this takes meanwhile."""
+    problem = asked(placed.fused.problem)
+    if target != "triton" or not large.serves(row_named(placed.kernel), problem):
+        return {}
+    least = large.least(row_named(placed.kernel), problem)
+    return {"dense_from": least, "workspace_bytes": large.workspace_bytes(problem)}

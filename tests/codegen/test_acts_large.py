@@ -70,6 +70,14 @@ def test_many_tokens_meet_a_weight_that_was_decoded_once(
     assert answer["fewer"] == [answer["row"]]
 
 
+def test_a_lowered_program_tells_of_it_and_takes_it(answers: dict[str, Any]) -> None:
+    """Eighteen tokens through gate, up and down; the plan names the tokens and the workspace."""
+    answer = answers["lowered"]
+    assert answer["told"] == [[12, 24576], [12, 12288]]
+    assert answer["workspace"] == 24576
+    assert answer["error"] < 2e-3
+
+
 def test_where_it_pays() -> None:
     """Three quarters of a dense product against 231/M of one; narrow tiles decode again."""
     from llmc.codegen import large
@@ -197,6 +205,24 @@ def _answer(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _lowered() -> dict[str, Any]:
+    import torch
+    from lowering_programs import hidden, mlp
+
+    from llmc.codegen.targets import describe, lower
+    from llmc.compiler.ir.interpret import run
+
+    program, x = mlp(torch.float16), hidden(torch.float16)
+    lowered = lower(program, "triton")
+    told, x = describe(lowered), torch.cat([x, x, x])
+    y = run(lowered.program, {"h": x}, implementations=lowered.implementations).float()
+    exact = run(program, {"h": x}).float()
+    return {
+        "told": [[r["dense_from"], r["workspace_bytes"]] for r in told["fused"]],
+        "workspace": told["workspace_bytes"], "error": float((y - exact).norm() / exact.norm()),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Answer all cases as JSON on stdout."""
     import torch
@@ -205,7 +231,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     large.DECODE = 4.0  # decoding is the same for few tokens as for many
-    print(json.dumps({name: _answer(name) for name in CASES}))
+    answers = {name: _answer(name) for name in CASES}
+    sys.path.insert(0, os.path.dirname(__file__))
+    print(json.dumps({**answers, "lowered": _lowered()}))
 
 
 if __name__ == "__main__":
