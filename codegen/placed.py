@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 
 from ..compiler.ir.errors import UsageError, nearest
 from . import cpu
@@ -160,5 +161,5 @@ def _fake(x: torch.Tensor, *rest: Any, problem: str, **how: Any) -> torch.Tensor
     return x.new_empty(*x.shape[:-1], read_problem(problem).outputs)
 
 
-_LIBRARY.impl("placed", _placed, "CompositeExplicitAutograd")
+_LIBRARY.impl("placed", _disable_dynamo(_placed), "CompositeExplicitAutograd")
 torch.library.register_fake("llmc::placed", _fake, lib=_LIBRARY)

@@ -31,10 +31,10 @@ from .pipeline.plan import Plan, make_plan
 from .pipeline.recipe import Recipe
 from .pipeline.structure import Structural
 from .pipeline.trace import tracing
-from .runtime.attend import attention_implementations
 
 _SETTINGS = ("samples", "length", "seed", "batch", "propagate", "true_sequential", "budget")
-OPTIONS = ("passes", "recipe", "calibration", "artifact", "tokenizer", "target", *_SETTINGS)
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+OPTIONS = ("passes", "recipe", "calibration", "artifact", "tokenizer", "target", "mode", *_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Options:
         recipe: from ``passes`` or ``recipe``, or the artefact's own.
         calibration: texts, tokens or a path; ``artifact``: a folder made by ``llmc compile``.
         target: ``reference``, ``cpu`` or ``triton``; by default triton on CUDA, else reference.
+        mode: of :data:`MODES`: what is no kernel of ours is compiled by Inductor around them.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class Options:
     artifact: Path | None = None
     tokenizer: Tokenizer | None = None
     target: str | None = None
+    mode: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -96,9 +98,15 @@ def read_options(given: Mapping[str, Any] | None) -> Options:
     tokenizer = given.get("tokenizer")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)
+    mode = given.get("mode")
+    if mode is not None and mode not in MODES:
+        raise UsageError(
+            f"mode: expected one of {', '.join(MODES)}, found {mode!r}",
+            hint=nearest(str(mode), MODES),
+        )
     return Options(
         wanted, given.get("calibration"), None if artifact is None else Path(artifact), tokenizer,
-        given.get("target"), {k: given[k] for k in _SETTINGS if k in given},
+        given.get("target"), mode, {k: given[k] for k in _SETTINGS if k in given},
     )  # fmt: skip
 
 
@@ -144,7 +152,7 @@ def llmc_backend(
 
     Args:
         options: see :class:`Options` and :data:`OPTIONS`.
-        mode: must stay unset; it is a setting of other backends.
+        mode: must stay unset, as torch takes it or options; ``options`` have one of their own.
     Returns:
         A callable with the graph's own inputs and outputs. ``llmc_program`` is its program.
     Raises:
@@ -153,7 +161,10 @@ def llmc_backend(
             grad, or that cannot be captured.
     """
     if mode is not None:
-        raise UsageError(f"expected no mode for backend llmc, found {mode!r}")
+        raise UsageError(
+            f"expected no mode for backend llmc, found {mode!r}",
+            hint=f"pass options={{..., 'mode': {mode!r}}}",
+        )
     wanted = read_options(options)
     with tracing():
         return _compiled(gm, example_inputs, wanted)
@@ -168,7 +179,7 @@ def _compiled(
     program = found.program
     device = _device(example_inputs)
     if _linears(program) == 0:
-        return _callable(program, found.order, "reference", device)
+        return _callable(program, found.order, "reference", device, wanted.mode)
     names = _name_inputs(program)
     order = [names.get(n, n) if n is not None else None for n in found.order]
     plan = make_plan(program, wanted.recipe)
@@ -180,7 +191,7 @@ def _compiled(
         else:
             _solve(plan, wanted, device)
         _keep(plan, reached, found.sources, wanted.key)
-    return _callable(plan.program, order, wanted.target or _target(device), device)
+    return _callable(plan.program, order, wanted.target or _target(device), device, wanted.mode)
 
 
 def compressed(module: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
@@ -343,16 +354,18 @@ def _fitted(program: Program, wanted: Options) -> Settings:
 
 
 def _callable(
-    program: Program, order: Sequence[str | None], target: str, device: torch.device
-) -> Callable[..., Any]:
+    program: Program, order: Sequence[str | None], target: str, device: torch.device,
+    mode: str | None,
+) -> Callable[..., Any]:  # fmt: skip
     """The program as a function of Dynamo's inputs, lowered; weights stay packed."""
+    from ..codegen.modules import as_module
     from ..codegen.targets import lower
 
     made = lower(program, target, device=device)
-    given = dict(made.implementations)
-    if target != "reference":
-        given = attention_implementations(made.program) | given
-    module = _graph_module(made.program, given, device)
+    # Kernels are registered ops of that module, so that Inductor sees one graph around them.
+    module: Any = as_module(made, device=device)
+    if mode is not None:
+        module = torch.compile(module, mode=mode, fullgraph=True)
     names = [n.name for n in made.program.inputs]
     places = [order.index(n) for n in names]
     single = not isinstance(made.program.output.args[0], (tuple, list))
@@ -363,31 +376,6 @@ def _callable(
 
     call.llmc_program = program  # type: ignore[attr-defined]
     return call
-
-
-def _graph_module(
-    program: Program, implementations: Mapping[str, Callable[..., Any]], device: torch.device
-) -> fx.GraphModule:
-    """Plain fx: each node calls its implementation; parameters are buffers of the module."""
-    root = torch.nn.Module()
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            name = f"w{len(nodes)}"
-            value = program.fetch(str(node.target)).to(device)
-            root.register_buffer(name, value)
-            nodes[node] = graph.get_attr(name)
-            continue
-        new = graph.node_copy(node, lambda n: nodes[n])
-        new.meta = {}
-        if node.op == "call_function":
-            row = row_of(node)
-            new.target = implementations.get(node.name, row.reference)
-            if "device" in new.kwargs:
-                new.kwargs = {**new.kwargs, "device": device}
-        nodes[node] = new
-    return fx.GraphModule(root, graph)
 
 
 __all__ = ["Options", "compressed", "llmc_backend", "read_options"]

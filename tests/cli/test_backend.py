@@ -206,3 +206,25 @@ def test_sixteen_bit_models_are_calibrated(model: Any) -> None:
         ours = fast(tokens, use_cache=False).logits
         assert ours.dtype == torch.bfloat16
         assert error(ours.float(), model(tokens, use_cache=False).logits.float()) < 0.05
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_a_mode_compiles_around_our_kernels(model: Any, target: str) -> None:
+    """Inductor and plain calls give one result, for other shapes too, without a graph break."""
+    outs = []
+    for more in ({}, {"mode": "default"}):
+        torch._dynamo.reset()
+        options = {"passes": RTN, "target": target, **more}
+        fast = torch.compile(model, backend="llmc", options=options, fullgraph=True)
+        with torch.no_grad():
+            shapes = (ids_of(2, 9), ids_of(1, 5))
+            outs.append([fast(ids, use_cache=False).logits for ids in shapes])
+    for plain, compiled in zip(*outs, strict=True):
+        assert error(compiled, plain) < 1e-2
+
+
+def test_a_mode_that_inductor_does_not_have_is_refused(model: Any) -> None:
+    with pytest.raises(UsageError, match="did you mean 'max-autotune'"):
+        read_options({"passes": RTN, "mode": "max-autotun"})
+    with pytest.raises(Exception, match="expected no mode for backend llmc"):
+        torch.compile(model, backend="llmc", mode="max-autotune")(ids_of(1, 4), use_cache=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._compile import _disable_dynamo
 
 from ..dims import Dim, dim, numel
 from ..errors import ModelError, nearest
@@ -110,7 +111,8 @@ def llmc_op(
 ) -> OpRow:
     """A row for an op of ours; it becomes ``torch.ops.llmc.<name>``, so graphs print and export."""
     _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    # A compiled graph calls the op as a whole: what it is made of is not traced again.
+    _LIBRARY.impl(name, _disable_dynamo(reference), "CompositeExplicitAutograd")
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         known: dict[Dim, Any] = {}
