@@ -16,7 +16,7 @@ from ..analysis.latents import renew_latents
 from ..analysis.linears import LinearSite
 from ..analysis.migrate import MigrationSite
 from ..ir.errors import GateError, UsageError
-from ..ir.events import Event, rule_event, tell
+from ..ir.events import Event, tell
 from ..ir.graph import Program, info
 from ..ir.refusal import Refusal
 from ..ir.scheme import Scheme, Transform, View
@@ -29,6 +29,7 @@ from .equivalence import prepared
 from .predict import predictions
 from .recipe import Call, Recipe
 from .restructure import Choose, Step, checks_on, own_call, take
+from .snapshots import Snapshot, keep
 from .structure import Choice, Structural
 
 FORMAT = 1
@@ -111,17 +112,6 @@ class Stage:
         decisions = [d for d in self.decisions.values() if d.needs or d.swept or d.trained]
         names |= {n for d in decisions for n in d.passes}
         return sorted(names)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The graph after one pass, without tensors, and the parameters that the pass rewrote."""
-
-    name: str
-    graph: dict[str, Any]
-    rewrote: tuple[str, ...]
-    sites: int
-    effect: str
 
 
 @dataclass
@@ -298,11 +288,8 @@ def _take(plan: Plan, stage: int, call: Call, choose: Choose) -> None:
     plan.program = taken.program
     plan.steps.append(taken.step)
     plan.refusals += taken.refusals
-    step, effect = taken.step, str(call.made.effect)
-    snap = Snapshot(call.name, to_json(taken.program), step.resized, step.sites, effect)
-    plan.snapshots.append(snap)
-    nodes = len(taken.program.graph.nodes)
-    tell(rule_event(call.name, step.sites, taken.refusals, nodes, began))
+    step, new = taken.step, taken.program
+    plan.snapshots.append(keep(call, new, step.resized, step.sites, taken.refusals, began))
 
 
 def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
@@ -326,10 +313,8 @@ def _round(plan: Plan, stage: Stage, analysis: Analysis) -> None:
         if checks_on():
             verify(final)
             verify_interface(plan.source, final)
-        snap = Snapshot(call.name, to_json(final), tuple(rewrote), here, str(call.made.effect))
-        plan.snapshots.append(snap)
-        nodes = len(final.graph.nodes)
-        tell(rule_event(call.name, here, plan.refusals[known:], nodes, began))
+        refused = plan.refusals[known:]
+        plan.snapshots.append(keep(call, final, tuple(rewrote), here, refused, began))
 
 
 def _state(plan: Plan, stage: Stage, call: Call, site: Any) -> None:
