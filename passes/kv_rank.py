@@ -8,10 +8,10 @@ from typing import Any
 
 from ..compiler.analysis.heads import AttentionSite, attention_sites
 from ..compiler.ir.errors import UsageError
+from ..compiler.ir.events import Event
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
-from ..compiler.ir.events import Event
 from ..compiler.pipeline.latents import CUT, LATENT, Narrowing, Side, apply_ranks, sides, wanted
 from ..compiler.pipeline.measure import collect
 from ..compiler.pipeline.structure import Choice, Context, Structural

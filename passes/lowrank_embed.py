@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..compiler.analysis.tables import TableSite
 from ..compiler.ir.errors import ModelError, UsageError
+from ..compiler.ir.events import Event
 from ..compiler.ir.graph import Program
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, knob
-from ..compiler.ir.events import Event
 from ..compiler.pipeline.measure import collect
 from ..compiler.pipeline.structure import Choice, Context
 from ..compiler.pipeline.tables import (

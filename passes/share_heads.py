@@ -12,11 +12,11 @@ from ..compiler.analysis.cut import cut
 from ..compiler.analysis.heads import AttentionSite, attention_sites, found_sites
 from ..compiler.analysis.unweave import unweave
 from ..compiler.ir.errors import UsageError
+from ..compiler.ir.events import Event
 from ..compiler.ir.graph import Program, tensor_type
 from ..compiler.ir.refusal import Refusal
 from ..compiler.pipeline.analysis import Analysis
 from ..compiler.pipeline.base import Example, Lossy, Precondition, knob
-from ..compiler.ir.events import Event
 from ..compiler.pipeline.measure import collect
 from ..compiler.pipeline.sharing import Sharing, roots, wanted
 from ..compiler.pipeline.structure import Choice, Context, Structural
