@@ -6,7 +6,7 @@ from ..compiler.ir.errors import UsageError, nearest
 from .problem import Misfit, Problem
 from .render import add_template, check_template
 from .row import KernelRow
-from .rows.bitmap import W16_BITMAP
+from .rows.bitmap import W4_BITMAP, W16_BITMAP
 from .rows.bytes import W8A16
 from .rows.factors import FACTORS
 from .rows.float8 import FP8, FP8_CODES
@@ -18,8 +18,8 @@ from .rows.sparse_nm import W8A16_24, W16_24
 from .rows.tables import W2_LUT, W2A16, W3_LUT, W3A16, W4_LUT
 
 ROWS: tuple[KernelRow, ...] = (
-    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT, W3_LUT,
-    W2_LUT, W3A16, W2A16, W8A8, INT8_SPLIT, W4A8, FP8, FACTORS,
+    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W4_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT,
+    W3_LUT, W2_LUT, W3A16, W2A16, W8A8, INT8_SPLIT, W4A8, FP8, FACTORS,
 )  # fmt: skip
 # What calls of other rows launch; never chosen for a linear.
 INNER: tuple[KernelRow, ...] = (

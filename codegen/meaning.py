@@ -36,6 +36,8 @@ def weight(problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64) -
         return packing.expand_nm(values, parts["meta"], problem.n, problem.m, problem.K)
     if problem.bitmap:
         mask = packing.unpack(parts["bitmap"], 1, problem.K).bool()
+        if problem.weights != "dense":
+            return values * mask
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
     return values
 

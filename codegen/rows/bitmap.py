@@ -6,10 +6,10 @@ import torch
 
 from ...compiler.ir import packing
 from ...compiler.ir.errors import ModelError
-from ..prepack import expect, pad, wrap
+from ..prepack import expect, pad, scale_tiles, wrap
 from ..problem import DTYPES, Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .bytes import BESIDE, SHAPE
+from .bytes import BESIDE, GROUP, SHAPE
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 from .sparse_nm import ones
 
@@ -35,9 +35,13 @@ def _marks(row: KernelRow, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor],
     }, tiles
 
 
-def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+def _mask(problem: Problem, parts: Parts) -> torch.Tensor:
     expect("bitmap", parts.get("bitmap"), (problem.N, packing.packed_words(problem.K, 1)))
-    mask = packing.unpack(parts["bitmap"], 1, problem.K).bool()
+    return packing.unpack(parts["bitmap"], 1, problem.K).bool()
+
+
+def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    mask = _mask(problem, parts)
     values = parts["values"]
     if values.dtype != DTYPES[problem.x_dtype]:
         raise ModelError(f"expected {DTYPES[problem.x_dtype]} values, found {values.dtype}")
@@ -46,6 +50,16 @@ def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Te
     dense = values.new_zeros(mask.shape).masked_scatter(mask, values)
     kept = _tiles(row, dense)[tiles.bool()]
     return {**marks, "values": kept, "scale": ones(row, problem, values.device)}
+
+
+def _codes(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    """Kept codes as one run of nibbles, low ones first."""
+    marks, tiles = _marks(row, _mask(problem, parts))
+    q = packing.unpack(parts["codes"], 4, problem.K).to(torch.int64)
+    kept = _tiles(row, q)[tiles.bool()]
+    twos = torch.nn.functional.pad(kept, (0, len(kept) % 2)).reshape(-1, 2)
+    codes = (twos[:, 0] | (twos[:, 1] << 4)).to(torch.uint8).view(torch.int8)
+    return {**marks, "codes": codes, "scale": scale_tiles(row, problem, parts)}
 
 
 BITMAP = Argument("bitmap", "[Np/64, Kp/128, 4, 64]", ("i32",), dtype="i32")
@@ -76,4 +90,28 @@ W16_BITMAP = KernelRow(
     splits=SPLITS,
     fits=(BESIDE,),
     pack=_dense,
+)
+
+W4_BITMAP = KernelRow(
+    name="w4_bitmap",
+    op="llmc.fused",
+    template="bitmap.py.j2",
+    summary="4-bit weights sparse without a pattern, a bitmap and kept codes; for size, not time",
+    args=linear_args(
+        Argument("codes", "[kept/2]", ("i8",), dtype="i8"), BITMAP, BEGINS, STARTS, SCALE
+    ),
+    step=128,
+    choices={**CHOICES, "x_dtype": ("fp16", "bf16"), "bitmap": (True,)},
+    requires=(
+        Requirement("bits", "Eq(bits, 4)", "4"),
+        Requirement("m", "Eq(m, 0)", "0"),
+        GROUP,
+        *SHAPE,
+    ),
+    moves=f"ceiling(kept/2) + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",
+    tiles=((8, 64), (16, 64), (32, 64)),
+    stages=(2, 3, 4),
+    splits=SPLITS,
+    fits=(BESIDE,),
+    pack=_codes,
 )

@@ -49,7 +49,8 @@ def test_packed_bytes_are_what_the_row_moves(case: Case) -> None:
     problem = dataclasses.replace(problem, pairs="", act="", residual=False)
     parts = parts_of(dataclasses.replace(case, fields=dataclasses.asdict(problem)))
     if problem.bitmap:
-        problem = dataclasses.replace(problem, kept=len(parts["values"]))
+        kept = packing.unpack(parts["bitmap"], 1, problem.K).sum(dtype=torch.int64)
+        problem = dataclasses.replace(problem, kept=int(kept))
     assert prepack(row(case.row), problem, **parts).bytes == row(case.row).bytes_moved(problem, 0)
 
 

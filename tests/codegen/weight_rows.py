@@ -31,8 +31,8 @@ def case(name: str, M: int, N: int, K: int, spoil: str = "codes", **fields: Any)
 
 
 def family(name: str, base: Fields, cases: list[Case], tiled: Fields) -> None:
-    """Register a row's cases: those given, the first of them at the tile that a call would take (its
-    columns are split) and the others at a small one, and one case for each tile."""
+    """Register a row's cases: those given, the first of them at the tile that a call would take
+    (its columns are split) and the others at a small one, and one case for each tile."""
     ALL.append(name)
     CASES.append(cases[0])
     CASES.extend(replace(c, tile=(8, 64)) for c in cases[1:])
@@ -241,4 +241,22 @@ FACTS += [
 ]
 TILED["w16_bitmap"] = [
     {**BITS, "x_dtype": "bf16", **ALL_SIDES}, {**BITS, "x_dtype": "fp16", "rank": 64}
+]  # fmt: skip
+BITS4: Fields = {"bitmap": True}
+family("w4_bitmap", BITS4, [
+    case("w4_bitmap", 1, 33, 96, "zero", **BITS4, group=32, asym=True),
+    case("w4_bitmap", 3, 67, 300, "bitmap", **BITS4, group=64, stride="padded"),
+    case("w4_bitmap", 9, 33, 260, "scale", **BITS4, x_dtype="bf16", asym=True),
+    case("w4_bitmap", 2, 34, 200, "bitmap", **BITS4, group=0, **ALL_SIDES, **GATE),
+], {"K": 96})  # fmt: skip
+MISSES += [
+    ("w4_bitmap", BITS4, {"bits": 3}, "bits"),
+    ("w4_bitmap", BITS4, {"bitmap": False}, "bitmap"),
+    ("w4_bitmap", BITS4, {"group": 48}, "group"),
+]
+FACTS += [
+    ("w4_bitmap", BITS4, TileConfig(8, 64, 3), "sm_90", 24.0, 64),
+]
+TILED["w4_bitmap"] = [
+    {**BITS4, "group": 32, "asym": True, "x_dtype": "bf16", **ALL_SIDES}, BITS4
 ]  # fmt: skip
