@@ -16,7 +16,7 @@ from ..launch import function, interpreting, unavailable
 from ..problem import dtype_name
 from ..row import MAX_REGISTERS
 from .problem import AttentionProblem
-from .render import joined, render
+from .render import joined, padded, render
 from .row import AttentionRow, SplitConfig
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -83,15 +83,11 @@ def sizes(problem: AttentionProblem, config: SplitConfig) -> dict[str, Any]:
     least = 16 if problem.cache == "kv" else 16 * (16 // problem.bits) // joined(problem)
     return {
         "GROUP": problem.repeat, "D": problem.D, "E": problem.E,
-        "BD": max(least, _power(problem.D)), "BE": max(least, _power(problem.E)),
+        "BD": max(least, padded(problem.D)), "BE": max(least, padded(problem.E)),
         "K_GROUP": problem.group, "V_GROUP": problem.value_group,
         "TAIL": 32 if problem.cache == "kivi" else 16,
         "BM": config.BM, "BT": config.BT, "STAGES": config.stages, "ALONE": config.splits == 1,
     }  # fmt: skip
-
-
-def _power(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def _strides(name: str, x: torch.Tensor) -> dict[str, int]:

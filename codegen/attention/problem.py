@@ -65,6 +65,7 @@ class AttentionProblem:
         return min(self.group or self.E, self.E)
 
     def integers(self) -> dict[str, int]:
-        """The numeric fields, flags as 0 and 1."""
+        """The numeric fields, flags as 0 and 1, and ``wide``: 1 in fp32."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {n: int(v) for n, v in found.items() if isinstance(v, (bool, int))}
+        numbers = {n: int(v) for n, v in found.items() if isinstance(v, (bool, int))}
+        return {**numbers, "wide": int(self.x_dtype == "fp32")}

@@ -38,11 +38,19 @@ def render(row: AttentionRow, problem: AttentionProblem, *, interpret: bool = Fa
 
 
 def joined(problem: AttentionProblem) -> int:
-    """Shifts of a word of codes that make one product.
+    """Shifts of a word of codes that make one product, so that it is 32 channels wide or more.
 
-    Two of 2-bit codes: eight products of 16 channels take twice the instructions of four of 32.
+    Narrower ones take twice the instructions and registers.
     """
-    return 2 if problem.bits == 2 else 1
+    width, shifts = min(padded(problem.D), padded(problem.E)) * problem.bits // 16, 1
+    while width * shifts < 32 and shifts < 16 // problem.bits:
+        shifts *= 2
+    return shifts
+
+
+def padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()
 
 
 def render_stated(template: str, row: str, values: dict[str, object]) -> Rendered:

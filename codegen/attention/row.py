@@ -83,15 +83,18 @@ class AttentionRow:
     ) -> SplitConfig:  # fmt: skip
         """The untuned choice: two programs per multiprocessor, and at least four steps in a run."""
         rows = queries * problem.repeat
-        BM = min(64, max(16, 1 << (rows - 1).bit_length()))
-        given = {**problem.integers(), "BM": BM, "wide": int(problem.x_dtype == "fp32")}
+        # More rows of codes, or of fp32, than this spill; the next program finds them in the L2.
+        most = {"kv": 64, "kivi": 16}.get(problem.cache, 32)
+        most = min(most, 16) if problem.x_dtype == "fp32" else most
+        BM = min(most, max(16, 1 << (rows - 1).bit_length()))
+        given = {**problem.integers(), "BM": BM}
         BT = next(
             (t for t in self.steps if all(_evaluate(f, {**given, "BT": t}) for f in self.fits)),
             self.steps[-1],
         )
         programs = batch * problem.kv_heads * -(-rows // BM)
-        most = max(1, tokens // (4 * BT))
-        splits = max(1, min(MAX_SPLITS, most, -(-2 * processors // programs)))
+        long = max(1, tokens // (4 * BT))
+        splits = max(1, min(MAX_SPLITS, long, -(-2 * processors // programs)))
         return SplitConfig(BM, BT, splits, stages=2 if problem.x_dtype == "fp32" else 3)
 
 

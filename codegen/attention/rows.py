@@ -19,6 +19,8 @@ _REQUIRES = (
     Requirement("queries", f"(queries >= 1) & (queries <= {QUERIES})", f"1 to {QUERIES}"),
     Requirement("D", "(D >= 1) & (D <= 256)", "1 to 256"),
     Requirement("E", "(E >= 1) & (E <= 256)", "1 to 256"),
+    # Three products of tf32 for one of fp32 leave no registers for more.
+    Requirement("D", "Eq(wide, 0) | (D + E <= 256)", "at most 256 together with E, in fp32"),
 )
 _SIDES = "xb*B*S*heads*(D + E) + 8*B*(T + S) + B*T*valid + xb*heads*sinks"
 _NEW = "xb*B*kv_heads*S*(D + E)"

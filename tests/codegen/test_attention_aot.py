@@ -82,7 +82,11 @@ def test_every_variant_compiles_without_spills(dtype: str, target: str) -> None:
         check(problem_of(dtype, kept), target, 16)
     for sizes in ((8, 8, 64, 64), (16, 8, 256, 256), (16, 1, 80, 64)):
         for kept in (KV, INT8, KIVI):
-            check(AttentionProblem(*sizes, 16, dtype, **kept), target)
+            problem = AttentionProblem(*sizes, 16, dtype, **kept)
+            if sizes[2] + sizes[3] <= 256 or dtype != "fp32":
+                check(problem, target)
+            else:
+                assert [m.field for m in choose(problem)[1]] == ["D"]
     for turn in ("half", "pairs", ""):
         for kept in (KV, INT8, FP8, KIVI):
             problem = problem_of(dtype, kept, turn=turn, rotary=64 if turn else 0)

@@ -50,6 +50,7 @@ def test_each_cache_has_a_row(problem: AttentionProblem, name: str) -> None:
         (PLAIN, {"turned": True}, "attention_kv: turned=True, expected False"),
         (PLAIN, {"latent": True}, "attention_kv: latent=True, expected False"),
         (PLAIN, {"x_dtype": "float64"}, "attention_kv: x_dtype=float64, expected fp16 or"),
+        (PLAIN, {"D": 160, "x_dtype": "fp32"}, "attention_kv: D=160, expected at most 256"),
         (PLAIN, {"D": 257}, "attention_kv: D=257, expected 1 to 256"),
         (PLAIN, {"E": 512}, "attention_kv: E=512, expected 1 to 256"),
         (PLAIN, {"queries": 17}, "attention_kv: queries=17, expected 1 to 16"),
