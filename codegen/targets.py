@@ -309,7 +309,7 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
         "attention": [p.json(batch=1, tokens=TOKENS, speed=bandwidth) for p in lowered.attention],
         "not_fused": [r.to_json() for r in lowered.refused],
         "resident_bytes": sum(lowered.resident_bytes.values()),
-        "workspace_bytes": max((r.get("workspace_bytes", 0) for r in rows), default=0),
+        "workspace_bytes": max((int(str(r.get("workspace_bytes", 0))) for r in rows), default=0),
     }
 
 

@@ -223,7 +223,7 @@ def trial(listen: Callable[[str], None] = lambda text: None) -> list[Check]:
     program = zoo.decoder(hidden=64, inner=128, size=16)
     done = compile_plan(make_plan(program, recipe.from_strings(["w4:group=32,solver=rtn"])), None)
     ids = torch.arange(8).reshape(1, 8)
-    inputs = model_inputs(ids)
+    inputs: Any = model_inputs(ids)
     wanted = runner_for(done.program, "reference").forward(**inputs)
     names = ["cpu"] + (["triton"] if unavailable() is None else [])
     found = []

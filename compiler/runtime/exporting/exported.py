@@ -57,6 +57,8 @@ def exported(program: Program, instead: Instead | None = None) -> Any:
     Raises:
         UsageError: a program with state, or one that torch.export refuses.
     """
+    from torch._dynamo.exc import UserError
+
     if program.states:
         raise UsageError("expected a program without a KV cache, found one")
     module = module_of(program, instead)
@@ -70,7 +72,7 @@ def exported(program: Program, instead: Instead | None = None) -> Any:
         try:
             made = torch.export.export(module, given, dynamic_shapes=shapes, strict=False)
             return made.run_decompositions(table)
-        except (torch.export.UserError, RuntimeError, ValueError) as error:
+        except (UserError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
             raise UsageError(f"expected a graph that torch.export takes, found {text}") from error
 

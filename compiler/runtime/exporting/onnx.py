@@ -49,7 +49,7 @@ def write(job: Job) -> dict[str, Any]:
         raise ResourceError("expected the packages onnx and onnxscript, found none",
                             hint="pip install onnx onnxscript") from error  # fmt: skip
     if job.dtype not in (None, torch.float32):
-        raise UsageError(f"--dtype: expected f32, found {short(job.dtype)}",  # type: ignore[arg-type]
+        raise UsageError(f"--dtype: expected f32, found {short(job.dtype)}",
                          hint="the graph computes in f32")  # fmt: skip
     plain, grids = without_grids(job.program)
     if grids:
@@ -142,7 +142,7 @@ def _products(packed: dict[str, Packed]) -> Any:
         if node.op != "call_function" or node.name not in packed:
             return None
         p = packed[node.name]
-        names = []
+        names: list[fx.Node | None] = []
         for part in ("codes", "scale", "zero"):
             tensor: Tensor | None = getattr(p, part)
             if tensor is not None:

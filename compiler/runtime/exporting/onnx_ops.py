@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def product(
     It stands for the op while a graph is exported; it computes nothing.
     """
     given = [x, codes, scale] + ([] if zero is None else [zero])
-    attrs = {"K": columns, "N": rows, "bits": bits, "block_size": block,
+    attrs: Any = {"K": columns, "N": rows, "bits": bits, "block_size": block,
              "accuracy_level": ACCURACY}  # fmt: skip
     found: Tensor = torch.onnx.ops.symbolic(
         "com.microsoft::MatMulNBits", given, attrs, dtype=x.dtype, shape=(*x.shape[:-1], rows),
