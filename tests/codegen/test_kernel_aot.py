@@ -23,7 +23,7 @@ MAIN = [
     (W4A16, {"x_dtype": "bf16"}, TileConfig(16, 128), 3.0),
     (W4A16, {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), 3.5),
     (W4A16, {"group": 64, "asym": True, **SIDES}, TileConfig(16, 64), 9.0),
-    (W4A16_24, {}, TileConfig(8, 32, 3, warps=2), 4.2),
+    (W4A16_24, {}, TileConfig(8, 32, 3, warps=2), 3.4),
     (W4A16_24, {"asym": True, "x_dtype": "bf16", **SIDES}, TileConfig(16, 64, 3), 9.0),
 ]
 
