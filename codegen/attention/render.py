@@ -13,6 +13,7 @@ from ..render import Rendered, environment
 from .problem import AttentionProblem
 from .row import AttentionRow
 
+_SET = frozenset({"coded", "dense", "planes"})
 _STATED = re.compile(r"\{# constants: (?P<names>[a-z0-9_]+(?:, [a-z0-9_]+)*) #\}")
 
 
@@ -77,7 +78,11 @@ def check(template: str) -> frozenset[str]:
     text = env.loader.get_source(env, template)[0]
     match = _STATED.match(text)
     stated = frozenset(match["names"].split(", ")) if match else frozenset[str]()
-    used = frozenset(jinja2.meta.find_undeclared_variables(env.parse(text)))
+    tree = env.parse(text)
+    used = set(jinja2.meta.find_undeclared_variables(tree))
+    for other in jinja2.meta.find_referenced_templates(tree):
+        # What the template itself sets for its parts is no constant of a row.
+        used |= check(str(other)) - _SET
     if stated != used:
         raise UsageError(
             f"template states {sorted(stated)} but uses {sorted(used)}",
