@@ -103,7 +103,7 @@ W16_24 = KernelRow(
     },
     requires=(*NM, *SHAPE),
     moves=f"9*Np*Kp/8 + {SIDES}",
-    tiles=((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (64, 64)),
+    tiles=((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64)),
     stages=(2, 3, 4),
     splits=SPLITS,
     fits=(BESIDE,),
@@ -133,10 +133,14 @@ W8A16_24 = KernelRow(
         *SHAPE,
     ),
     moves=f"5*Np*Kp/8 + {SIDES}",
-    tiles=((8, 32), (8, 64), (16, 32), (16, 64), (16, 128), (32, 64)),
+    tiles=((8, 32), (8, 64), (16, 32), (16, 64), (16, 128)),
     stages=(2, 3, 4),
     splits=SPLITS,
     # Zero points of bf16 in wide tiles would send weights through memory.
-    fits=("Eq(wide, 0) | (BM <= 16)", "Eq(asym, 0) | (BN <= 64)", BESIDE),
+    fits=(
+        "Eq(wide, 0) | (BM <= 16)",
+        "Eq(asym, 0) | (BN <= 64)",
+        BESIDE,
+    ),
     pack=_bytes,
 )

@@ -73,6 +73,8 @@ def _row(name: str, bits: int, summary: str, choices: dict[str, tuple[object, ..
     table = (TABLE,) if "table" in choices["weights"] else ()
     # Stored tables of 128 rows would go through shared memory in each step.
     wide = () if table else ((8, 128), (16, 128))
+    # Eight products of a step and their scales would spill in the largest tile.
+    most = ((64, 64),) if step == 128 else ()
     return KernelRow(
         name=name,
         op="llmc.fused",
@@ -88,10 +90,10 @@ def _row(name: str, bits: int, summary: str, choices: dict[str, tuple[object, ..
             *SHAPE,
         ),
         moves=f"{bits}*Np*Kp/8 + {4 * 2**bits if table else 0}*Tp + {SIDES}",
-        tiles=((8, 32), (8, 64), (16, 32), (16, 64), *wide, (32, 64), (64, 64)),
+        tiles=((8, 32), (8, 64), (16, 32), (16, 64), *wide, (32, 64), *most),
         stages=(3, 4, 6),
         splits=SPLITS,
-        fits=("Eq(wide, 0) | (BM <= 16)", BESIDE),
+        fits=("Eq(wide, 0) | (BM * BN <= 1024)", BESIDE),
         pack=_pack,
     )
 

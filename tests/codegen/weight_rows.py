@@ -215,7 +215,7 @@ FACTS += [
     ("w8a16_24", I24 | {"asym": True}, TileConfig(8, 64, 3), "sm_80", 5.5, 2),
 ]
 TILED["w16_24"] = [
-    {**D24, "x_dtype": "bf16", **ALL_SIDES}, {**D24, "x_dtype": "fp16", "rank": 64}
+    {**D24, "x_dtype": "bf16", **ALL_SIDES}, {**D24, "x_dtype": "fp16", "rank": 64},
 ]  # fmt: skip
 TILED["w8a16_24"] = [{**f, "group": 32 if f["group"] == 32 else f["group"] // 2}
                      for f in grid({"bits": 8, "n": 2, "m": 4})]  # fmt: skip
