@@ -62,8 +62,14 @@ def test_the_cases_cover_a_row(row: KernelRow, drawn: list[Case]) -> None:
     assert {1, max(TOKENS)} <= {c.M for c in cases} | {max(TOKENS)}
     assert any(p.N % 2 for p in problems)
     assert any(p.K % row.step for p in problems)
-    named = {part for p in problems for part in parts_named(p)}
-    assert {c.spoil for c in cases} >= named - set(INDICES)
+
+
+def test_every_part_is_spoiled(drawn: list[Case]) -> None:
+    """Each kind of tensor is changed in some case, and of every row the weight is."""
+    named = {part for c in drawn for part in parts_named(c.problem)}
+    assert {c.spoil for c in drawn} >= named - set(INDICES)
+    spoilt = {c.row for c in drawn if c.spoil in ("codes", "values", "left")}
+    assert spoilt == {r.name for r in ROWS}
 
 
 @each_row
