@@ -128,7 +128,7 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
     spoils: dict[str, int] = {}
     for at in range(count):
         problem = _covering(row, rng, missing)
-        for _ in range(100 if at % 2 else 1):
+        for _ in range(300 if at >= count - 3 else 1):
             # A tile that no case had yet; the widest fit few problems, so that some are drawn anew.
             grid = [c for c in row.configs(problem) if not tiles or (c.BM, c.BN) in tiles]
             if grid:
@@ -173,6 +173,7 @@ def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]])
     """A problem with as many values as fit of those that no case had yet."""
     due = [(n, v[0]) for n, v in missing.items() if v]
     rng.shuffle(due)
+    due.sort(key=lambda d: -len(missing[d[0]]))  # most values first: they take most cases
     problem, wanted = drawn(row, rng, {}), dict[str, Any]()
     for name, value in due:
         other = drawn(row, rng, wanted | {name: value})
