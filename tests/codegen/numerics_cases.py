@@ -173,7 +173,6 @@ def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]])
     """A problem with as many values as fit of those that no case had yet."""
     due = [(n, v[0]) for n, v in missing.items() if v]
     rng.shuffle(due)
-    due.sort(key=lambda d: -len(missing[d[0]]))  # most values first: they take most cases
     problem, wanted = drawn(row, rng, {}), dict[str, Any]()
     for name, value in due:
         other = drawn(row, rng, wanted | {name: value})
