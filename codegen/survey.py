@@ -35,6 +35,7 @@ VIEWS = frozenset({
     "aten.split.Tensor", "aten.chunk.default", "aten.t.default", "aten.narrow.default",
     "aten.unflatten.int", "aten.flatten.using_ints", "aten.detach.default", "aten.alias.default",
 })  # fmt: skip
+Launched = tuple[KernelRow, Problem]
 # New keys and values are written, then attended to; what splits a run joins it in the same launch.
 ATTENTION = 2
 
@@ -110,20 +111,26 @@ def _row(
     }  # fmt: skip
 
 
-@lru_cache(4096)
 def _counted(row: KernelRow, problem: Problem, tokens: int) -> tuple[int, int]:
     """Bytes moved by a call of a row, and how many kernels it starts, at its untuned tile."""
-    moved = row.bytes_moved(problem, tokens)
+    return row.bytes_moved(problem, tokens), len(launched(row, problem, tokens))
+
+
+@lru_cache(4096)
+def launched(
+    row: KernelRow, problem: Problem, tokens: int
+) -> tuple[tuple[KernelRow, Problem], ...]:
+    """The kernels that a call of a row starts, in order, at its untuned tile."""
     if row.call is None:
-        return moved, 1
-    started: list[object] = []
+        return ((row, problem),)
+    started: list[Launched] = []
     given = {
         "x": torch.empty(tokens, problem.K, device="meta", dtype=DTYPES[problem.x_dtype]),
         "y": torch.empty(tokens, problem.outputs, device="meta", dtype=DTYPES[problem.x_dtype]),
     }
     config = row.default_config(problem, tokens)
-    row.call(lambda *args, **how: started.append(args), row, problem, config, tokens, given)
-    return moved, len(started)
+    row.call(lambda *args, **how: started.append(args[:2]), row, problem, config, tokens, given)
+    return tuple(started)
 
 
 def launches(program: Program, known: Mapping[str, int]) -> dict[str, dict[str, Any]]:

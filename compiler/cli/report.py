@@ -192,6 +192,7 @@ def _subject(folder: str, artefact: Loaded, quality: dict[str, Any] | None, targ
     from ..report.html import Subject
     from ..runtime.sizes import sizes
     from .look import caches_text, exits_text, graph_of
+    from .lowered import lowered
 
     graphs = [(n.partition("-")[2], graph_of(artefact, n)) for n in artefact.graphs]
     states = [
@@ -201,57 +202,5 @@ def _subject(folder: str, artefact: Loaded, quality: dict[str, Any] | None, targ
     name = Path(folder).expanduser().resolve().name
     return Subject(
         name, artefact, graphs, sizes(artefact.program), states, quality,
-        _kernels(artefact, target),
+        lowered(artefact.program, target),
     )  # fmt: skip
-
-
-def _kernels(artefact: Loaded, target: str) -> dict[str, Any] | None:
-    """What lowering gives, alike nodes in one row, each kernel's source once; None for nothing."""
-    from ...codegen.kernels import choose
-    from ...codegen.problem import Problem
-    from ...codegen.render import render
-    from ...codegen.targets import BANDWIDTH
-    from ..report.text import Table, counted, size
-    from .kernels import lowering, scheme_text
-
-    told = lowering(artefact.program, target, 1, "fp16", BANDWIDTH)
-    if not told["fused"] and not told["not_fused"]:
-        return None
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for r in told["fused"]:
-        p = r["problem"]
-        parts = " ".join(x.partition(".")[2] for x in r["parts"])
-        groups.setdefault((r["kernel"], f"{p['N']}×{p['K']}", scheme_text(p), parts), []).append(r)
-    table = Table("", ("kernel", "shape", "scheme", "parts", "nodes", "bytes each", "floor µs each",
-                       "first"), right=("nodes", "bytes each", "floor µs each"))  # fmt: skip
-    for key, rows in groups.items():
-        first = rows[0]
-        table.rows.append((*key, str(len(rows)), size(first["bytes"]), f"{first['floor_us']:.3g}",
-                           f"{first['node']} {first['path']}".strip()))  # fmt: skip
-    refused = Table("", ("nodes", "condition", "reason", "first"), right=("nodes",))
-    missed: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for r in told["not_fused"]:
-        missed.setdefault((r["predicate"], r["reason"]), []).append(r)
-    for (predicate, reason), rows in missed.items():
-        where = f"{rows[0]['node']} {rows[0]['path']}".strip()
-        refused.rows.append((str(len(rows)), predicate, reason, where))
-    sources: dict[str, dict[str, Any]] = {}
-    for r in told["fused"] if target == "triton" else []:
-        problem = Problem(**r["problem"])
-        row, _ = choose(problem)
-        if row is None:
-            continue
-        made = render(row, problem)
-        if made.digest in sources:
-            sources[made.digest]["nodes"] += 1
-            continue
-        limits = Table("What it serves", ("field", "expected"))
-        limits.rows = [(f, " or ".join(map(str, v))) for f, v in row.choices.items()]
-        limits.rows += [(n.field, n.expected) for n in row.requires]
-        sources[made.digest] = {
-            "name": made.name, "summary": row.summary, "nodes": 1, "limits": limits,
-            "source": made.source,
-        }  # fmt: skip
-    for s in sources.values():
-        s["about"] = f"{counted(s['nodes'], 'node')}; {s['summary']}"
-    return told | {"table": table, "refused": refused, "sources": list(sources.values())}

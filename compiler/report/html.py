@@ -191,8 +191,8 @@ def _facts(subject: Subject, told: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = record.get("calibration")
     if isinstance(data, dict):
         out.append(("calibration", f"{data.get('data')} ({str(data.get('sha256'))[:12]}), "
-                    f"{data.get('samples')} × {data.get('length')} tokens, "
-                    f"seed {data.get('seed')}"))  # fmt: skip
+                    f"{data.get('samples')} × {data.get('length')} tokens"
+                    + ("" if data.get("seed") is None else f", seed {data['seed']}")))  # fmt: skip
     if subject.quality is not None:
         out += quality_facts(subject.quality)
     command = run.get("command")

@@ -65,7 +65,7 @@ def size(count: float | None) -> str:
 
 def counted(count: int, noun: str) -> str:
     """``1 site``, ``2 sites``, ``0 near misses``."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
     return f"{count:,} {noun}{ending}"
 
 

@@ -27,6 +27,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.wrong: list[str] = []
         self.words: list[str] = []
+        self.policies: list[str] = []
         self.feed(source)
         self.close()
         if self.open:
@@ -37,6 +38,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         names = [name for name, _ in attrs]
+        if dict(attrs).get("http-equiv") == "Content-Security-Policy":
+            self.policies.append(dict(attrs)["content"] or "")
         if len(set(names)) < len(names):
             self.wrong.append(f"an attribute twice in {tag}: {names}")
         for name, value in attrs:

@@ -63,6 +63,7 @@ def test_sections_whatever_was_compiled(
             assert f"→ {name}" in page.text, name
     assert "llmc compile model --passes" in page.text
     assert {"svg", "details", "table"} <= set(page.tags)
+    assert "default-src 'none'; style-src 'unsafe-inline'" in page.policies
 
 
 def test_nothing_but_a_program(
