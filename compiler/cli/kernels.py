@@ -59,6 +59,9 @@ def kernels_command(
     if bandwidth is not None and not bandwidth > 0:
         raise UsageError(f"--bandwidth: expected more than 0, found {bandwidth}")
     machines = _machines(aot, target)
+    if row_name is not None and (source is not None or not machines):
+        beside = f"with {source}" if source is not None else "without --aot"
+        raise UsageError(f"--row: expected --aot and no model, found it {beside}")
     if source is None:
         if not machines:
             raise UsageError("expected an artefact, a model or --aot, found none")

@@ -78,7 +78,8 @@ class Trace:
             self._events = open(folder / EVENTS, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ResourceError(
-                f"expected a trace folder that can be written, found {error.strerror}",
+                "expected a trace folder that can be written, found one that cannot "
+                f"({error.strerror})",
                 where=str(folder), hint=f"name another one by --trace or {VARIABLE}",
             ) from error  # fmt: skip
 

@@ -60,7 +60,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
                              where=str(path))  # fmt: skip
         found = json.loads(path.read_bytes())
     except OSError as e:
-        raise UsageError(f"--eval: expected a file that can be read, found {e}") from None
+        raise UsageError(
+            f"--eval: expected a file that can be read, found {path} ({e.strerror})"
+        ) from None
     except (ValueError, RecursionError):
         raise ModelError("expected the JSON of llmc eval --json", where=str(path)) from None
     if not isinstance(found, dict) or found.get("command") != "eval":

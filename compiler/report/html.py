@@ -202,8 +202,9 @@ def _facts(subject: Subject, told: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.append(("took", seconds(run["seconds"])))
     host = run.get("host")
     if isinstance(host, dict):
-        out.append(("machine", ", ".join(f"{v} {k}" if isinstance(v, int) else str(v)
-                                         for k, v in host.items())))  # fmt: skip
+        parts = (counted(v, k.removesuffix("s")) if isinstance(v, int) else str(v)
+                 for k, v in host.items())  # fmt: skip
+        out.append(("machine", ", ".join(parts)))
     made = a.manifest.versions
     out.append(("versions", ", ".join(f"{k} {v}" for k, v in made.items())))
     out.append(("content", a.manifest.content_hash))

@@ -76,8 +76,7 @@ def check_format(name: str) -> None:
     if name not in FORMATS:
         known = ", ".join(FORMATS)
         raise UsageError(
-            f"format: expected one of {known}, found {name!r}",
-            hint=nearest(name, FORMATS) or f"the formats are: {known}",
+            f"format: expected one of {known}, found {name!r}", hint=nearest(name, FORMATS)
         )
 
 

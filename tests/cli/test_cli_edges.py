@@ -126,6 +126,9 @@ def test_a_folder_is_no_data_file(llmc: Call, artefact: Path, tmp_path: Path) ->
 def test_kernels_without_a_model(llmc: Call) -> None:
     """A row's machine code, for its documented variants; without --aot there is nothing to show."""
     assert "--aot" in llmc("kernels").error
+    assert "found it without --aot" in llmc("kernels", "--row", "w4a16").error
+    alone = llmc("kernels", "model", "--aot", "sm_80", "--row", "w4a16")
+    assert (alone.code, "found it with model" in alone.error) == (2, True)
     done = llmc("kernels", "--aot", "sm_80", "--row", "w4a16_24", "--json")
     assert done.code == 0, done.err
     facts = done.json["aot"]

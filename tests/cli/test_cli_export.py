@@ -116,7 +116,7 @@ def test_a_difference_is_a_failed_gate(
     ("arguments", "words"),
     [
         (["--format", "hg"], "found 'hg'; did you mean 'hf'?"),
-        (["--format", "tensorrt"], "found 'tensorrt'; the formats are: hf, compressed-tensors"),
+        (["--format", "tensorrt"], "expected one of hf, compressed-tensors, gptq"),
         ([], "Missing option '--format'"),
         (["--format", "hf", "--dtype", "f64"], "'f64' is not one of"),
     ],

@@ -108,7 +108,7 @@ def test_bad_input_is_one_line(
         ([artefact, "-o", tmp_path], 2, "-o: expected a file, found the folder"),
         ([artefact, "-o", tmp_path / "no" / "a.html"], 2, "-o: expected a folder for"),
         ([artefact, "-o", good / "a.html"], 2, "-o: expected a folder for"),
-        ([artefact, *goal, "--eval", tmp_path / "no.json"], 2, "--eval: expected a file that can"),
+        ([artefact, *goal, "--eval", tmp_path / "no.json"], 2, f"found {tmp_path / 'no.json'} (No"),
         ([artefact, *goal, "--eval", odd], 3, "expected the JSON of llmc eval --json"),
         ([artefact, *goal, "--eval", artefact / "tokenizer.json"], 3, "expected the JSON of llmc"),
         ([artefact, *goal, "--eval", blank], 3, "expected a value at quality.perplexity"),

@@ -108,6 +108,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     words = "expected a trace folder that can be written"
     with pytest.raises(ResourceError, match=words) as found, tracing(tmp_path / "file" / "t"):
         pass
+    assert "found one that cannot (Not a directory) at " in str(found.value)
     assert "LLMC_TRACE" in str(found.value)
 
 
