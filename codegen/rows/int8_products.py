@@ -72,12 +72,15 @@ def _row(name: str, summary: str, outliers: tuple[object, ...], limits: bool) ->
 W8A8 = _row(
     "w8a8", "int8 weights times x put on int8, per token or with a stored scale", (0,), True
 )
-INT8_SPLIT = _row(
-    "int8_split",
-    "int8 products, with columns of outliers beside them as they are and tokens beyond a limit "
-    "not rounded",
-    UpTo(4096, least=1),
-    True,
+INT8_SPLIT = dataclasses.replace(
+    _row(
+        "int8_split",
+        "int8 products, with columns of outliers beside them as they are and tokens beyond a limit "
+        "not rounded",
+        UpTo(4096, least=1),
+        True,
+    ),
+    tiles=rounded.TILES[:-1],  # the largest has no registers left for outliers
 )
 
 

