@@ -67,8 +67,8 @@ class KernelRow:
         pack: (row, problem, canonical parts) -> the tensors that the kernel reads, by argument.
         product: what is multiplied: "float" (fp16, bf16 or tf32), "int8" or "fp8".
         moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
-            activation), out (columns of y), tiles (N and K rounded up to whole tiles: Np, Kp, Gp), Tp
-            (rows of a stored table).
+            activation), out (columns of y), tiles (N and K rounded up to whole tiles: Np, Kp, Gp),
+            Tp (rows of a stored table).
         tiles, stages, splits: the tuning space: (BM, BN) pairs, pipeline depths, and programs that
             share the columns of a tile.
         fits: predicates over BM, BN and the problem (`wide`: fp32 activations) that keep a tile

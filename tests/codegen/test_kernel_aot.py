@@ -70,7 +70,7 @@ def test_the_loop_reader_sees_a_spill() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("row", (W4A16, W4A16_24), ids=lambda r: r.name)
+@pytest.mark.parametrize("row", [W4A16, W4A16_24], ids=lambda r: r.name)
 def test_every_tile_compiles_without_spills(row: KernelRow, target: str) -> None:
     """The whole tuning grid over the schemes that need most registers, and some that need few."""
     schemes: list[dict[str, object]] = [
