@@ -124,9 +124,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     return {"key": trial.key, "tokens": trial.tokens, "candidates": list(trial.candidates)}
 
 
-def _plan(
-    trials: list[Trial], found: Tuner, machine: Machine, held: Found, out: Out
-) -> None:
+def _plan(trials: list[Trial], found: Tuner, machine: Machine, held: Found, out: Out) -> None:
     from ..report.text import Table, counted
 
     table = Table(f"To measure for {machine.target}", ("problem", "tokens", "candidates"),
