@@ -136,11 +136,16 @@ def lowering(
     """
     from ...codegen.survey import survey
     from ..analysis.cacheable import cache_refusals
+    from ..ir.graph import info
     from ..runtime.cache import add_cache
 
     if not program.states and any(program.calls("llmc.attention")) and not cache_refusals(program):
         program = add_cache(program)
-    return survey(program, target, tokens, dtype, bandwidth)
+    told = survey(program, target, tokens, dtype, bandwidth)
+    for row in told["fused"]:
+        # From a kernel back to the lines of the model's own code.
+        row["source"] = sorted({info(program.node(n)).source for n in row["linears"]} - {""})
+    return told
 
 
 def scheme_text(problem: dict[str, Any]) -> str:

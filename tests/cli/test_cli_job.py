@@ -326,6 +326,8 @@ def test_kernels_without_a_gpu(llmc: Call, artefact: Path, tiny: Path) -> None:
     assert {r["kernel"] for r in told["fused"]} == {"w4a16_24"}
     assert sum("llmc.rms_norm" in r["parts"] for r in told["fused"]) == 4
     assert [r["predicate"] for r in told["not_fused"]] == ["decoded"]
+    assert all("modeling_llama.py:" in line for r in told["fused"] for line in r["source"])
+    assert all(r["source"] and r["path"] for r in told["fused"])
     assert told["floor_us"] == pytest.approx(1e6 * told["bytes"] / told["bandwidth"])
     more = llmc("kernels", artefact, "--tokens", 64, "--json").json
     assert more["bytes"] > told["bytes"]
