@@ -5,6 +5,7 @@ Weights stay as they are stored, codes among them; what decodes them is part of 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,8 +114,15 @@ def compare(program: Program, model: Callable[[dict[str, torch.Tensor]], torch.T
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without what torch's own modules warn about themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def quiet(*loggers: str) -> Iterator[None]:
+    """Without what torch's own modules warn about themselves, by warnings and by loggers' names."""
+    before = [(log, log.level) for log in map(logging.getLogger, loggers)]
+    for log, _ in before:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in before:
+            log.setLevel(level)

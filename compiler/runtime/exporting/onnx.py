@@ -8,9 +8,6 @@ decides, see the note in the record.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,8 @@ from .onnx_ops import ACCURACY, OPSET, product
 from .onnx_pack import Packed, check_weight, pack
 
 FILE = "model.onnx"
+# It names packages that are not needed here.
+_EXPORTER = "torch.onnx._internal.exporter._registration"
 SESSION_KEY = "session.qdq_matmulnbits_accuracy_level"
 
 
@@ -66,7 +65,7 @@ def write(job: Job) -> dict[str, Any]:
         packed = {name: pack(w) for name, w in weights.items()}
         made = exported(plain, _products(packed))
         job.tell("writing it as ONNX")
-        with quiet(), _hushed():
+        with quiet(_EXPORTER):
             graph = torch.onnx.export(
                 made, (), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
                 input_names=[n.name for n in plain.inputs],
@@ -99,18 +98,6 @@ def write(job: Job) -> dict[str, Any]:
         out.write(RECORD, canonical_json(record))
         out.adopt()
     return record
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Without the exporter's words on packages that are not needed here."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
 
 
 def coded_linears(program: Program) -> dict[str, Coded]:

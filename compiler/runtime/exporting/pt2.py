@@ -5,11 +5,8 @@ The package holds machine code: whoever loads it runs it.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ from .exported import TOLERANCE, compare, exported, quiet
 from .job import OVERHEAD, RECORD, Job
 
 FILE = "model.pt2"
+# It warns about its own file names.
+_PACKAGER = "torch._inductor.package.package"
 
 
 def write(job: Job) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def write(job: Job) -> dict[str, Any]:
         made = exported(job.program)
         job.tell("compiling it")
         path = out.path / FILE
-        with _quiet(), quiet():
+        with quiet(_PACKAGER):
             torch._inductor.aoti_compile_and_package(made, package_path=str(path))
         job.tell("loading it and comparing logits")
         apart = compare(job.program, _loaded(path))
@@ -66,7 +65,7 @@ def write(job: Job) -> dict[str, Any]:
 
 
 def _loaded(path: Path) -> Any:
-    with _quiet():
+    with quiet(_PACKAGER):
         package = torch._inductor.aoti_load_package(str(path))
 
     def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -74,15 +73,3 @@ def _loaded(path: Path) -> Any:
         return found if isinstance(found, torch.Tensor) else found[0]
 
     return run
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the packager's warnings, which are about its own file names."""
-    log = logging.getLogger("torch._inductor.package.package")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
