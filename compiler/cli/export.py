@@ -79,11 +79,17 @@ def _say(made: dict[str, Any], folder: Path, out: Out) -> None:
     if "schemes" in made:
         out.text(", ".join(f"{n} linears {text}" for text, n in made["schemes"].items())
                  + f"; {len(made['dense'])} dense")  # fmt: skip
-    out.text(
-        f"{made['architecture']}, {made['dtype']}, {made['bytes']} bytes of weights; loaded again, "
-        f"its logits differ by {made['difference']:.2g} of the largest "
-        f"(at most {made['tolerance']:g})"
+    apart = made["difference"]
+    checked = (
+        "no loader is installed to compare its logits"
+        if apart is None
+        else (
+            f"loaded again, its logits differ by {apart:.2g} of the largest "
+            f"(at most {made['tolerance']:g})"
+        )
     )
+    told = f"{made['architecture']}, {made['dtype']}, {made['bytes']} bytes of weights"
+    out.text(f"{told}; {checked}")
     if made["rounding"] > made["tolerance"]:
         out.text(f"weights in {made['dtype']} move a logit by up to {made['rounding']:.2g}; "
                  "--dtype f32 keeps them exact")  # fmt: skip

@@ -48,7 +48,8 @@ class Scale:
 
     def ticks(self, most: int = 6) -> list[float]:
         """Round values inside, 1, 2 or 5 times a power of ten."""
-        if self.high == self.low:
+        # What differs by a few last places has no round values between.
+        if self.high - self.low <= 1e-12 * max(abs(self.low), abs(self.high)):
             return [self.low]
         return self._decades(most) if self.log and self.high > 8 * self.low else self._even(most)
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from xml.etree import ElementTree
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmc.compiler.report.markup import num, tag
@@ -29,6 +29,7 @@ def test_front_is_what_nothing_beats(pairs: list[tuple[float, float]]) -> None:
 
 
 @given(st.lists(POSITIVE, min_size=2, max_size=20), st.booleans())
+@example([1.0000000000000003e-09, 1e-09], False)
 def test_ticks_are_round_few_and_inside(values: list[float], log: bool) -> None:
     """Ticks lie within the values and are 1, 2 or 5 times a power of ten where values differ."""
     scale = Scale.of(values, log)

@@ -132,3 +132,14 @@ def test_a_file_that_reads_back_otherwise_never_appears(
     with pytest.raises(GateError, match="expected the values that were written"):
         model.export(tmp_path / "out", format="gguf")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_accelerate_tensors_alone_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers cannot read the file then; the record says that logits were not compared."""
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    model = api.compile(make("llama", **SIZES), "w4:group=32,solver=rtn", calibration=IDS)
+    record = model.export(tmp_path / "out", format="gguf")
+    assert record["difference"] is None
+    assert any("accelerate" in note for note in record["notes"])

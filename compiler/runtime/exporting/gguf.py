@@ -7,6 +7,7 @@ matrices F16, BF16 or F32. Every tensor is read back from the file before anyone
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ def write(job: Job) -> dict[str, Any]:
         writer.close()
         job.tell("reading it back and comparing tensors and logits")
         check(out.path / FILE, expected)
-        apart, rounded = write_back.compare(fitted, runner_of(fitted, out.path, FILE), instead)
+        apart, rounded = None, 0.0
+        if find_spec("accelerate") is None:
+            told.append("logits were not compared: transformers reads GGUF with accelerate only")
+        else:
+            runner = runner_of(fitted, out.path, FILE)
+            apart, rounded = write_back.compare(fitted, runner, instead)
         record = {
             "format": "gguf", "architecture": fitted.family.model.__name__, "arch": names.arch.name,
             "changes": [*fitted.family.written, *say(fitted.changes)], "dtype": short(dtype),
