@@ -109,7 +109,11 @@ def test_the_standard_form(passes: str, tmp_path: Path) -> None:
     [
         ("onnx", "w3:solver=rtn", "bits: expected 2 or 4 or 8, found 3"),
         ("onnx-qdq", "w8:solver=rtn", "bits: expected 4, found 8"),
-        ("onnx", "w8a8:solver=rtn", "inputs: expected inputs as they come"),
+        (
+            "onnx",
+            "w8a8:solver=rtn",
+            r"inputs: expected .*, found a8 token at model\.layers\.0\.\S*q_",
+        ),
         ("onnx", "w4:group=8,solver=rtn", "group: expected one of 16, 32"),
         ("onnx", "nf4", "codes: expected integers"),
     ],

@@ -144,6 +144,15 @@ def without_grids(program: Program) -> tuple[Program, dict[str, Grid]]:
     return out, found
 
 
+def refuse_grids(program: Program, grids: Mapping[str, Grid], hint: str) -> None:
+    """For formats of weights alone: UsageError naming the first linear whose inputs are rounded."""
+    for name, grid in grids.items():
+        raise UsageError(
+            f"inputs: expected inputs as they come, found {grid.grid.short}",
+            where=info(program.node(name)).path, hint=hint,
+        )  # fmt: skip
+
+
 def coded(
     program: Program, name: str, path: str, node: fx.Node, grids: Mapping[str, Grid]
 ) -> Coded | None:

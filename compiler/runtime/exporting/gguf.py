@@ -18,7 +18,7 @@ from ...ir.errors import GateError, ResourceError, UsageError
 from ...ir.types import short
 from ..artefact import versions
 from ..files import canonical_json, new_folder
-from .codes import Coded, Parts, coded, without_grids
+from .codes import Coded, Parts, coded, refuse_grids, without_grids
 from .gguf_blocks import BLOCK, KINDS, blocks
 from .gguf_words import words
 from .job import OVERHEAD, RECORD, Job
@@ -54,10 +54,7 @@ def write(job: Job) -> dict[str, Any]:
     from ...capture.foreign.gguf_names import names_of, runner_of
 
     plain, grids = without_grids(job.program)
-    if grids:
-        first = next(iter(grids.values())).grid.short
-        raise UsageError(f"inputs: expected inputs as they come, found {first}",
-                         hint="gguf keeps weights alone")  # fmt: skip
+    refuse_grids(plain, grids, "gguf keeps weights alone")
     job.tell("looking for the config")
     fitted = fit(plain, job.tell)
     names = names_of(fitted.family.make(fitted.changes)[0].config)

@@ -19,9 +19,10 @@ from ...ir.graph import Program, info
 from ...ir.types import short
 from ..artefact import versions
 from ..files import canonical_json, new_folder
-from .codes import Coded, coded, without_grids
+from .codes import Coded, coded, refuse_grids, without_grids
 from .exported import TOLERANCE, compare, exported, quiet
 from .job import OVERHEAD, RECORD, Job
+from .onnx_data import check_data
 from .onnx_ops import ACCURACY, OPSET, product
 from .onnx_pack import Packed, check_weight, pack
 
@@ -51,10 +52,7 @@ def write(job: Job) -> dict[str, Any]:
         raise UsageError(f"--dtype: expected f32, found {short(job.dtype)}",
                          hint="the graph computes in f32")  # fmt: skip
     plain, grids = without_grids(job.program)
-    if grids:
-        first = next(iter(grids.values())).grid.short
-        raise UsageError(f"inputs: expected inputs as they come, found {first}",
-                         hint="--format compressed-tensors holds w8a8")  # fmt: skip
+    refuse_grids(plain, grids, "--format compressed-tensors holds w8a8")
     standard = job.format == "onnx-qdq"
     weights = coded_linears(plain)
     for weight in weights.values():
@@ -154,11 +152,13 @@ def check(program: Program, folder: Path, standard: bool) -> tuple[float | None,
     Returns:
         The largest difference of a logit, None where nothing could run it; and notes.
     Raises:
-        GateError: onnx refuses the graph, or other logits.
+        ModelError: weights beside the graph that are not in its folder. GateError: onnx refuses
+        the graph, or other logits.
     """
     import onnx
 
     path = folder / FILE
+    check_data(path)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
