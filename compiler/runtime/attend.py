@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from ..ir.graph import Program
-from ..ir.ops.attention import allowed, attention, rotated
+from ..ir.ops.attention import allowed, attention
+from ..ir.ops.heads import Before, ready, turn_of
 from .rows import Step
 
 # Queries of a window that are attended at once: together they read what each of them may.
@@ -82,6 +83,8 @@ class Attend:
         k_sin: torch.Tensor | None = None,
         k_up: torch.Tensor | None = None,
         k_up_bias: torch.Tensor | None = None,
+        q_gain: torch.Tensor | None = None,
+        k_gain: torch.Tensor | None = None,
         *,
         scale: float,
         causal: bool = True,
@@ -89,15 +92,13 @@ class Attend:
         softcap: float | None = None,
         dilation: int = 1,
         first: int = 0,
-        interleaved: bool = False,
-        rotate: bool = False,
         state: Any,
+        **before: Unpack[Before],
     ) -> torch.Tensor:
         """See ``llmc.cached_attention``: q [B, H, S, D], k and v [B, KV, S, D] -> [B, S, H, D]."""
-        if rotate:
-            q, k = (rotated(x, k_cos, k_sin, interleaved) for x in (q, k))
-            k_cos = None
-        how: dict[str, Any] = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
+        q, k = (ready(x, g, k_cos, k_sin, **before) for x, g in ((q, q_gain), (k, k_gain)))
+        turn = turn_of(k_cos, k_sin, before)
+        how: dict[str, Any] = {} if turn is None else {"turn": turn}
         if k_up is not None:
             how["up"] = (k_up, k_up_bias)
         keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **how)

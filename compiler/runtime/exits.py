@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import fx
@@ -20,18 +20,21 @@ from ..ir.errors import ModelError
 from ..ir.exits import classified, classifier_of, features, similarity, sure_enough
 from ..ir.graph import Program
 from ..ir.ops import row_of
+from ..ir.ops.heads import GAINS, Before, ready, turn_of
 from ..ir.refusal import Refusal
 from .cache import Cache, KVState
 from .executor import Constants, Runner
 from .rows import Rows
 from .steps import Step, run_steps
 
-_CACHED = "llmc.cached_attention"
+_CACHED, _K_GAIN = "llmc.cached_attention", GAINS[1]
+_BEFORE = ("state", *Before.__annotations__)
 
 
 def _kept(node: fx.Node) -> list[Any]:
-    """What goes into its state: keys, values, positions, validity; what turns or makes keys."""
-    return [*node.args[1:5], *[None] * (5 - len(node.args)), *node.args[7:11]]
+    """What goes into its state: keys, values, positions, validity; what makes keys of these."""
+    args = [*node.args, *[None] * (_K_GAIN + 1)]
+    return [*args[1:5], *args[7:11], args[_K_GAIN]]
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ def _keep(
     k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None = None,
     cos: torch.Tensor | None = None, sin: torch.Tensor | None = None,
     up: torch.Tensor | None = None, up_bias: torch.Tensor | None = None,
-    *, state: KVState, interleaved: bool = False,
+    gain: torch.Tensor | None = None, *, state: KVState, **before: Unpack[Before],
 ) -> None:  # fmt: skip
     """Keep keys and values of tokens that nobody attends from here."""
-    turn = None if cos is None or sin is None else (cos, sin, interleaved)
+    k, turn = ready(k, gain, cos, sin, **before), turn_of(cos, sin, before)
     state.append(k, v, pos, valid, turn, None if up is None else (up, up_bias))
 
 
@@ -158,9 +161,7 @@ class ExitRunner(Runner):
                 needed.update(i for i in node.all_input_nodes if i in inside)
                 steps.append(self._step(node, constants))
             elif node in keeping:
-                kwargs: dict[str, Any] = {
-                    n: node.kwargs[n] for n in ("state", "interleaved") if n in node.kwargs
-                }
+                kwargs: dict[str, Any] = {n: node.kwargs[n] for n in _BEFORE if n in node.kwargs}
                 steps.append(self._calling(_keep, node, _kept(node), kwargs, constants))
         return steps[::-1]
 

@@ -19,7 +19,8 @@ from llmc.codegen.attention.rows import ROWS, choose, row
 from llmc.codegen.attention.write import bytes_written, render_write
 from llmc.compiler.ir.caches import CacheScheme
 from llmc.compiler.ir.errors import ModelError, UsageError
-from llmc.compiler.ir.ops.attention import cached_attention, rotated
+from llmc.compiler.ir.ops.attention import cached_attention
+from llmc.compiler.ir.ops.heads import rotated
 from llmc.compiler.runtime.cache import add_cache
 from llmc.compiler.runtime.executor import Runner
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -10,7 +10,7 @@ from ..dims import Dim, divide, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
-from .semantic import rope
+from .heads import Before, check_norm, norm_ties, ready, turn_of
 
 _SCHEMA_TAIL = (
     "float scale, bool causal=True, int? window=None, float? softcap=None, int dilation=1, "
@@ -161,9 +161,12 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
 def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                   **attrs: Any) -> TensorType:  # fmt: skip
     """As plain attention; with ``k_up`` [KV·D, R] the keys come as latents [B, 1, S, R]."""
-    if attrs.pop("rotate", False) and None in [*rest, *[None] * 6][4:6]:
+    cos, sin, up, bias, *gains = [*rest, *[None] * 10][4:10]
+    rotate = attrs.pop("rotate", False)
+    if rotate and None in (cos, sin):
         raise ModelError("expected cosines and sines of what is to be rotated, found none")
-    up, bias = [*rest, *[None] * 8][6:8]
+    if attrs.get("norm") and (up is not None or (cos is not None and not rotate)):
+        raise ModelError("expected a norm of keys that are kept as they are read, found others")
     if up is not None:
         made = q.shape[3]
         if up.rank != 2 or k.rank != 4 or v.rank != 4 or q.rank != 4:
@@ -177,12 +180,15 @@ def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
         k = k.with_shape(k.shape[0], v.shape[1], k.shape[2], made)
     elif bias is not None:
         raise ModelError(f"expected k_up beside its bias, found {bias} alone")
-    return _infer(q, k, v, *rest, **attrs)
+    out = _infer(q, k, v, *rest, **attrs)
+    check_norm((q, k), gains, str(attrs.get("norm", "")))
+    return out
 
 
 def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                  **attrs: Any) -> list[Tie]:  # fmt: skip
-    q_pos, k_valid, bias, sinks, turned, _, up, up_bias = [*rest, *[None] * 8][:8]
+    given = [*rest, *[None] * 10][:10]
+    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains = given
     core = _core_ties(q, k if up is None else v)
     if up is not None:
         # What makes keys of latents mixes all their channels when they are read.
@@ -198,6 +204,7 @@ def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *
         *_token_ties(4, k_valid, None),
         *_score_ties(5, out, bias),
         *([Tie("same", ((6, 0),), (2,))] if sinks is not None else []),
+        *norm_ties(str(attrs.get("norm", "")), gains),
     ]
 
 
@@ -271,21 +278,6 @@ llmc_op(
 )
 
 
-def rotated(
-    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
-) -> torch.Tensor:
-    """``llmc.rope`` of the first R channels of x [B, H, S, D]; cos, sin [B, 1, S, R].
-
-    Raises:
-        ModelError: no cosines.
-    """
-    if cos is None or sin is None:
-        raise ModelError("expected cosines and sines of what is to be rotated, found none")
-    width = cos.shape[-1]
-    turned = rope(x[..., :width], cos, sin, interleaved=interleaved)
-    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
-
-
 def cached_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -298,6 +290,8 @@ def cached_attention(
     k_sin: torch.Tensor | None = None,
     k_up: torch.Tensor | None = None,
     k_up_bias: torch.Tensor | None = None,
+    q_gain: torch.Tensor | None = None,
+    k_gain: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -305,9 +299,8 @@ def cached_attention(
     softcap: float | None = None,
     dilation: int = 1,
     first: int = 0,
-    interleaved: bool = False,
-    rotate: bool = False,
     state: Any,
+    **before: Unpack[Before],
 ) -> torch.Tensor:
     """Append k, v [B, KV, S, D] to ``state`` and attend to all that it holds.
 
@@ -317,15 +310,17 @@ def cached_attention(
     of that ``interleaved``): the state keeps it so and gives rotated keys. With ``rotate`` too,
     queries come before theirs as well, both are rotated first, and the state keeps rotated keys;
     cosines of R channels, fewer than D, leave the others as they are.
+    With ``norm`` queries and keys are normed before that (``llmc.rms_norm`` of ``eps`` and
+    ``offset``): "head" each head by itself, with gains [D], "row" all heads of a token together,
+    with q_gain [H·D] and k_gain [KV·D].
     With k_up [KV·D, R] ``k`` is a latent [B, 1, S, R]: the state keeps it so, and keys are
     k_up · latent + k_up_bias when they are read.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
-    if rotate:
-        q, k = (rotated(x, k_cos, k_sin, interleaved) for x in (q, k))
-        k_cos = k_sin = None
-    made: dict[str, Any] = {} if k_cos is None else {"turn": (k_cos, k_sin, interleaved)}
+    q, k = (ready(x, g, k_cos, k_sin, **before) for x, g in ((q, q_gain), (k, k_gain)))
+    turn = turn_of(k_cos, k_sin, before)
+    made: dict[str, Any] = {} if turn is None else {"turn": turn}
     if k_up is not None:
         made["up"] = (k_up, k_up_bias)
     keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **made)
@@ -339,8 +334,9 @@ llmc_op(
     "cached_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
     f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, Tensor? k_up=None, "
-    f"Tensor? k_up_bias=None, *, {_SCHEMA_TAIL}, bool interleaved=False, "
-    "bool rotate=False, str state) -> Tensor",
+    f"Tensor? k_up_bias=None, Tensor? q_gain=None, Tensor? k_gain=None, *, {_SCHEMA_TAIL}, "
+    'bool interleaved=False, bool rotate=False, str norm="", float eps=0.0, float offset=0.0, '
+    "str state) -> Tensor",
     _cached_infer,
     cached_attention,
     ties=_cached_ties,

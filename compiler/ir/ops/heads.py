@@ -1,0 +1,100 @@
+"""What cached attention does to the heads of queries and keys first: norms, then rotations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+
+from ..dims import same
+from ..errors import ModelError
+from ..types import TensorType
+from .base import Tie
+from .semantic import rms_norm, rope
+
+NORMS = ("", "head", "row")
+# Places of the gains of queries and of keys among the arguments of ``llmc.cached_attention``.
+GAINS = (11, 12)
+
+
+class Before(TypedDict, total=False):
+    """Attributes of ``llmc.cached_attention`` that say what is done first."""
+
+    interleaved: bool
+    rotate: bool
+    norm: str
+    eps: float
+    offset: float
+
+
+def ready(
+    x: torch.Tensor, gain: torch.Tensor | None, cos: torch.Tensor | None,
+    sin: torch.Tensor | None, *, interleaved: bool = False, rotate: bool = False, norm: str = "",
+    eps: float = 0.0, offset: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Queries or keys x [B, H, S, D] as they are read: normed where asked, then rotated.
+
+    The norm's result has x's dtype before it is rotated, as where the two are calls of their own.
+
+    Raises:
+        ModelError: an unknown norm; ``rotate`` without cosines.
+    """
+    if norm not in NORMS:
+        raise ModelError(f"expected a norm of {', '.join(map(repr, NORMS))}, found {norm!r}")
+    if norm == "head":
+        x = rms_norm(x, gain, eps=eps, offset=offset)
+    elif norm:
+        row = rms_norm(x.transpose(1, 2).flatten(2), gain, eps=eps, offset=offset)
+        x = row.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+    return rotated(x, cos, sin, interleaved) if rotate else x
+
+
+def rotated(
+    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
+) -> torch.Tensor:
+    """``llmc.rope`` of the first R channels of x [B, H, S, D]; cos, sin [B, 1, S, R].
+
+    Raises:
+        ModelError: no cosines.
+    """
+    if cos is None or sin is None:
+        raise ModelError("expected cosines and sines of what is to be rotated, found none")
+    width = cos.shape[-1]
+    turned = rope(x[..., :width], cos, sin, interleaved=interleaved)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+
+def turn_of(
+    cos: torch.Tensor | None, sin: torch.Tensor | None, before: Before
+) -> tuple[torch.Tensor, torch.Tensor, bool] | None:
+    """What a state is told that rotates its keys when they are read; None where nothing does."""
+    if cos is None or sin is None or before.get("rotate", False):
+        return None
+    return cos, sin, before.get("interleaved", False)
+
+
+def check_norm(heads: Sequence[TensorType], gains: Sequence[TensorType | None], norm: str) -> None:
+    """Raises ModelError unless gains fit the norm of queries and keys [B, H, S, D]."""
+    if norm not in NORMS:
+        raise ModelError(f"expected a norm of {', '.join(map(repr, NORMS))}, found {norm!r}")
+    for x, gain, name in zip(heads, gains, ("queries", "keys"), strict=True):
+        if gain is None:
+            continue
+        if not norm:
+            raise ModelError(f"expected a norm beside gains of {name}, found {gain} alone")
+        width = x.shape[3] if norm == "head" else x.shape[1] * x.shape[3]
+        if gain.rank != 1 or not same(gain.shape[0], width):
+            raise ModelError(f"expected gains [{width}] of {name}, found {gain}")
+
+
+def norm_ties(norm: str, gains: Sequence[TensorType | None]) -> list[Tie]:
+    """Ties that norms of queries and keys add to those of their attention.
+
+    A call of its own can have its divisor kept when a channel is cut; here none may be.
+    """
+    if not norm:
+        return []
+    axes = [(0, 3), (1, 3), *(((0, 1), (1, 1)) if norm == "row" else ())]
+    given = [(at, 0) for at, gain in zip(GAINS, gains, strict=True) if gain is not None]
+    return [Tie("mix", (axis,)) for axis in (*axes, *given)]
