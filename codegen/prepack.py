@@ -8,7 +8,6 @@ scale bits low, zero point high), because 4 bytes is the least that an asynchron
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 
 from ..compiler.ir import packing
 from ..compiler.ir.errors import ModelError, UsageError
+from .by_row import order_rows
+from .centre import centre
 from .problem import DTYPES, PARTS, Parts, Problem
 from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
 
@@ -25,14 +26,14 @@ class Packed:
     """A prepacked weight: the row it was packed for, its problem and its tensors by argument.
 
     ``sides`` are those that stay as they are: bias, gain and whatever else a call would bring.
-    ``kept`` is what launches keep from call to call.
+    ``kept`` is what launches keep from call to call; a copy of a weight keeps its own.
     """
 
     row: KernelRow
     problem: Problem
     tensors: dict[str, torch.Tensor]
     sides: dict[str, torch.Tensor]
-    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -66,52 +67,9 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
         tensors |= low_rank(ordered, moved)
     if problem.sparse:
         tensors |= entries(ordered, moved)
+    if problem.centred:
+        tensors |= centre(ordered, moved)
     return Packed(row, problem, tensors, sides)
-
-
-# Parts with a row of their own for each output feature.
-_BY_ROW = ("codes", "scale", "zero", "meta", "bitmap", "left", "column_weights", "bias")
-
-
-def order_rows(problem: Problem, parts: Parts) -> tuple[Problem, Parts]:
-    """The parts as a kernel that joins rows in pairs reads them: eight rows of the first half
-    before their eight of the second, so that one thread holds both of a pair.
-
-    N grows to whole blocks of 16; rows that fill up repeat the last one and are never stored.
-    """
-    if not problem.pairs:
-        return problem, parts
-    half = problem.N // 2
-    at = torch.arange(-(-half // 8) * 8).clamp(max=half - 1).reshape(-1, 1, 8)
-    order = (at + torch.tensor([[0], [half]])).flatten()
-    moved = dict(parts)
-    for name in _BY_ROW:
-        if name in parts:
-            moved[name] = parts[name][order.to(parts[name].device)]
-    if "table" in parts and len(parts["table"]) == problem.N:
-        moved["table"] = parts["table"][order.to(parts["table"].device)]
-    if "values" in parts and not problem.bitmap:
-        moved["values"] = parts["values"][order.to(parts["values"].device)]
-    elif "values" in parts:
-        kept = packing.unpack(parts["bitmap"], 1, problem.K).sum(1)
-        moved["values"] = parts["values"][_runs(kept, order)]
-    if "csr_starts" in parts:
-        entries = parts["csr_starts"].diff()
-        taken = _runs(entries, order)
-        moved["csr_values"] = parts["csr_values"][taken]
-        moved["csr_index"] = parts["csr_index"][taken]
-        starts = entries[order.to(entries.device)].cumsum(0)
-        moved["csr_starts"] = torch.nn.functional.pad(starts, (1, 0)).to(parts["csr_starts"].dtype)
-    return dataclasses.replace(problem, N=len(order)), moved
-
-
-def _runs(lengths: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Where the elements of runs of those lengths lie, run after run in the given order."""
-    order = order.to(lengths.device)
-    ends = lengths.cumsum(0)
-    wanted = lengths[order]
-    offset = torch.repeat_interleave(ends[order] - wanted - (wanted.cumsum(0) - wanted), wanted)
-    return torch.arange(len(offset), device=lengths.device) + offset
 
 
 def check_parts(problem: Problem, parts: Parts) -> None:
@@ -132,6 +90,10 @@ def check_parts(problem: Problem, parts: Parts) -> None:
     if problem.weights in ("int", "table"):
         words = packing.packed_words(problem.columns, problem.bits)
         expect("codes", parts.get("codes"), (N, words))
+    if problem.centred:
+        there = {"gain": True, "shift": "shift" in parts, "smooth": problem.smooth}
+        for role in [r for r, has in there.items() if has]:
+            expect(role, parts.get(role), (problem.K,))
     if problem.m and "meta" not in parts:
         raise ModelError("expected the positions of the kept values, found none")
 

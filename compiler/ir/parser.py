@@ -206,7 +206,7 @@ class _Reader:
             self.segments(f)
 
     def statement(self, s: ast.stmt) -> None:
-        if self.program.graph.nodes and next(reversed(self.program.graph.nodes)).op == "output":
+        if self.program.graph.nodes and next(iter(reversed(self.program.graph.nodes))).op == "output":
             raise ModelError("expected nothing after the return")
         match s:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() as value):

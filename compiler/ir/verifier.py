@@ -95,7 +95,7 @@ def _rows(program: Program) -> None:
 def _output(program: Program) -> None:
     """One output, the last node, made of values."""
     outputs = [n for n in program.graph.nodes if n.op == "output"]
-    if len(outputs) != 1 or next(reversed(program.graph.nodes)) is not outputs[0]:
+    if len(outputs) != 1 or next(iter(reversed(program.graph.nodes))) is not outputs[0]:
         _fail("output", f"expected one output at the end, found {len(outputs)}")
     node = outputs[0]
     if len(node.args) != 1 or node.kwargs:
