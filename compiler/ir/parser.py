@@ -206,7 +206,8 @@ class _Reader:
             self.segments(f)
 
     def statement(self, s: ast.stmt) -> None:
-        if self.program.graph.nodes and next(iter(reversed(self.program.graph.nodes))).op == "output":
+        last = next(iter(reversed(self.program.graph.nodes)), None)
+        if last is not None and last.op == "output":
             raise ModelError("expected nothing after the return")
         match s:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Subscript() as value):
