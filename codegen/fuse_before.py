@@ -1,4 +1,7 @@
-"""What a linear's input went through: rms_norm -> times a vector -> round_input -> linear."""
+"""What a linear's input went through: a norm -> times a vector -> round_input -> linear.
+
+The norm is an rms_norm or a layer_norm.
+"""
 
 from __future__ import annotations
 
@@ -47,10 +50,21 @@ def read_before(reads: fx.Node) -> list[Before]:
         if len(vectors) == 1 and tensor_type(vectors[0]).shape[0] == width:
             found.append(Before("smooth", node, {"smooth": vectors[0]}))
             node = found[-1].reads
-    if is_op(node, "llmc.rms_norm"):
-        gain = argument(node, 1, "gain")
-        found.append(Before("norm", node, {} if gain is None else {"gain": gain}))
+    if is_norm(node):
+        given = {"gain": argument(node, 1, "gain")}
+        if centred(node):
+            given["shift"] = argument(node, 2, "bias")
+        found.append(Before("norm", node, {k: v for k, v in given.items() if v is not None}))
     return found
+
+
+def is_norm(node: object) -> bool:
+    return is_op(node, "llmc.rms_norm") or is_op(node, "llmc.layer_norm")
+
+
+def centred(norm: fx.Node) -> bool:
+    """Whether a norm takes the mean away."""
+    return is_op(norm, "llmc.layer_norm")
 
 
 def _vector(value: Any) -> bool:
@@ -62,6 +76,9 @@ def norm_refusal(norm: fx.Node) -> Unfit | None:
     gain = argument(norm, 1, "gain")
     if gain is not None and not constant(gain):
         return Unfit("the norm's gain is not stored", "stored_gain")
+    shift = argument(norm, 2, "bias") if centred(norm) else None
+    if shift is not None and not constant(shift):
+        return Unfit("the norm's bias is not stored", "stored_shift")
     x = norm.args[0]
     assert isinstance(x, fx.Node)
     width, count = tensor_type(x).shape[-1], norm.kwargs.get("count")

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..compiler.ir.ops import row_of
 from ..compiler.ir.ops.fused import Ref, Step, inputs_of, write
-from .fuse_before import Before, grid_words
+from .fuse_before import Before, centred, grid_words
 from .fuse_chain import Core
 from .problem import Problem
 
@@ -55,7 +55,9 @@ class Unit:
         if "rounds" in kinds:
             out = replace(out, rounded="", rounds=grid_words(kinds["rounds"], values=True))
         if "norm" in kinds:
-            out = replace(out, norm=True, eps=float(str(kinds["norm"].kwargs["eps"])))
+            norm = kinds["norm"]
+            eps = float(str(norm.kwargs["eps"]))
+            out = replace(out, norm=True, centred=centred(norm), eps=eps)
         elif "smooth" in kinds:
             out = replace(out, smooth=True)
         behind = self.gate or self.act
@@ -204,8 +206,8 @@ def join(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Canonical parts by role from the values of a body.
 
-    sections: rows of each linear that is joined. A norm's gain takes a smoothing vector in; a norm
-    without one gets ones.
+    sections: rows of each linear that is joined. A norm's gain and shift take a smoothing vector
+    in; a norm without a gain gets ones.
     """
     out: dict[str, torch.Tensor] = {}
     if problem.norm:
@@ -214,11 +216,13 @@ def join(
     for part in parts:
         given = [None if r is None else values[r] for r in part.refs]
         out[part.role] = _joined(part.role, given, sections)
-        if part.role == "gain":  # in fp32 at least, as the norm multiplies
-            wide = torch.promote_types(torch.float32, out["gain"].dtype)
-            out["gain"] = out["gain"].to(wide) + part.offset
+        if part.role in ("gain", "shift"):  # in fp32 at least, as the norm multiplies
+            wide = torch.promote_types(torch.float32, out[part.role].dtype)
+            out[part.role] = out[part.role].to(wide) + part.offset
     if "gain" in out and "smooth" in out:
-        out["gain"] = out["gain"] * out.pop("smooth").to(out["gain"].dtype)
+        smooth = out.pop("smooth")
+        for role in {"gain", "shift"} & set(out):
+            out[role] = out[role] * smooth.to(out[role].dtype)
     for role, dtype in (("zero", torch.uint8), ("columns", torch.int64)):
         if role in out:
             out[role] = out[role].to(dtype)

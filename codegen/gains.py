@@ -36,8 +36,9 @@ def in_range(
     if power == 1.0:
         return parts, ""
     out = {**parts, "gain": parts["gain"] / power}
-    if "in_scale" in out:
-        out["in_scale"] = out["in_scale"] / power
+    for role in ("in_scale", "shift"):
+        if role in out:
+            out[role] = out[role] / power
     for role in scaled(problem):
         if role not in parts:
             raise ModelError(f"expected {role} to scale with the gain of a norm, found none")

@@ -58,8 +58,8 @@ def weight_problem(problem: Problem) -> Problem:
     """The weight alone, of all rows as they are packed."""
     N = 16 * -(-problem.N // 16) if problem.pairs else problem.N
     return replace(
-        problem, N=N, bias=False, residual=False, norm=False, smooth=False, act="", pairs="",
-        rank=0, eps=0.0,
+        problem, N=N, bias=False, residual=False, norm=False, centred=False, smooth=False,
+        act="", pairs="", rank=0, eps=0.0,
     )  # fmt: skip
 
 
@@ -110,10 +110,10 @@ def linear(
     if problem.gained:
         gained = Problem(
             problem.N, problem.K, x_dtype=problem.x_dtype, norm=problem.norm,
-            smooth=problem.smooth, eps=problem.eps,
+            centred=problem.centred, smooth=problem.smooth, eps=problem.eps,
         )  # fmt: skip
         scaled = x.new_empty(M, problem.K)
-        tensors = {"x": x, "gain": given["gain"], "y": scaled}
+        tensors = {**given, "x": x, "y": scaled}
         launch(NORM_INPUT, gained, round_config(problem.K), M, tensors, grid=(1, M))
         x = scaled
     if factors:

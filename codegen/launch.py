@@ -115,9 +115,9 @@ def fused_linear(
     """y [..., N] of x [..., K], in x's dtype: what `Problem` says, over a prepacked weight.
 
     `sides` are the tensors of a call (residual [..., N]) and those that were not packed (bias [N],
-    gain [K] of the RMS norm of x). Rows of x may be strided, columns not. UsageError when
-    an argument does not fit the row or a tile configuration does not fit the weight; ResourceError
-    when there is neither a CUDA device nor the interpreter.
+    gain [K] of the norm of x, unless it is centred). Rows of x may be strided, columns not.
+    UsageError when an argument does not fit the row or a tile configuration does not fit the
+    weight; ResourceError when there is neither a CUDA device nor the interpreter.
     """
     ready = packed.kept.setdefault("ready", {})
     key = (config, _look(x), *[(name, _look(t)) for name, t in sides.items()])
@@ -320,6 +320,12 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
     if missing:
         told = ", ".join(missing)
         raise UsageError(f"expected {told} as the problem says, found none", where=where)
+    late = [n for n in ("gain", "smooth") if n in given and n not in packed.sides]
+    if base.centred and late:
+        raise UsageError(
+            f"expected {late[0]} packed with the weight that takes a mean away, found it in a call",
+            where=where,
+        )
     flags: Any = {flag: name in given for name, flag in _FLAGS.items()}
     if base.weights == "dense" and x.dtype != DTYPES[base.x_dtype]:
         raise UsageError(

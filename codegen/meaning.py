@@ -14,7 +14,7 @@ from ..compiler.ir import packing
 from ..compiler.ir.ops.compressed import dequantize
 from ..compiler.ir.ops.lookup import lookup
 from ..compiler.ir.ops.rounding import FLOATS, round_input
-from ..compiler.ir.ops.semantic import activation, gated, rms_norm
+from ..compiler.ir.ops.semantic import activation, gated, layer_norm, rms_norm
 from ..compiler.ir.ops.sparse import csr_linear
 from .problem import Parts, Problem
 
@@ -48,7 +48,7 @@ def linear(
     """y [..., outputs] of x [..., K] and residual [..., outputs], in x's dtype."""
     dtype = x.dtype
     if problem.norm:
-        x = rms_norm(x, parts["gain"].to(dtype), eps=problem.eps)
+        x = normed(problem, parts, x)
     if problem.smooth:
         x = x * parts["smooth"].to(dtype)
     if problem.outliers:
@@ -73,6 +73,14 @@ def linear(
     elif problem.act:
         y = activation(y, act=problem.act)
     return y if residual is None else y + residual
+
+
+def normed(problem: Problem, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] behind the problem's norm, in x's dtype."""
+    gain, shift = (None if t is None else t.to(x.dtype) for t in map(parts.get, ("gain", "shift")))
+    if problem.centred:
+        return layer_norm(x, gain, shift, eps=problem.eps)
+    return rms_norm(x, gain, eps=problem.eps)
 
 
 def rounded(problem: Problem, parts: Parts, x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ class Problem:
         group: stored (kept) columns per scale, 0 for one scale per row.
         n, m: N:M sparsity, n kept of m; 0, 0 when dense.
         x_dtype: "fp16", "bf16" or "fp32"; scale_dtype likewise, "" where there is no scale.
-        asym: a zero point is stored. bias, residual, norm: which side inputs exist.
+        asym: a zero point is stored. bias, residual, norm: which side inputs exist. centred: the
+            norm takes the mean away too, as layer_norm does.
         rounded: the grid that x is on already, e.g. "int8 token"; "" where it is on none.
         rank: of the product beside the codes; 0 where there is none.
         weights: "int" (codes on a uniform grid), "table" (codes are indices of levels), "dense"
@@ -61,6 +62,7 @@ class Problem:
     bias: bool = False
     residual: bool = False
     norm: bool = False
+    centred: bool = False
     rounded: str = ""
     rank: int = 0
     weights: str = "int"
@@ -116,17 +118,19 @@ class Problem:
 
 PARTS = (
     "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",
-    "csr_index", "csr_starts", "columns", "column_weights", "gain", "smooth", "in_scale", "bias",
+    "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift", "smooth", "in_scale",
+    "bias",
 )  # fmt: skip
 """Roles of the canonical tensors of a problem: codes int32 [N, words]; scale [N, G]; zero uint8
 [N, G]; table [1 or N, 2**bits]; meta int32, positions of n:m; bitmap int32 [N, words]; values dense
 [N, columns], or flat [nnz] under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`;
-columns int64 [c] and column_weights [N, c]; gain and smooth [K]; in_scale, static; bias [N]."""
+columns int64 [c] and column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm
+adds, where it adds something; in_scale, static; bias [N]."""
 
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (
-    "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "rank", "sparse",
-    "outliers", "smooth", "rounds", "act", "pairs",
+    "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "centred",
+    "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs",
 )  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Problem)}
 

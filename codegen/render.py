@@ -83,7 +83,8 @@ def signature(row: KernelRow, problem: Problem) -> str:
 
 def variant_name(row: KernelRow, problem: Problem) -> str:
     """The function name of a variant, e.g. ``w4a16_g128_asym_bf16_norm``."""
-    flags = [f for f in ("norm", "smooth", "bias", "residual", "sparse") if getattr(problem, f)]
+    sides = ("norm", "centred", "smooth", "bias", "residual", "sparse")
+    flags = [f for f in sides if getattr(problem, f)]
     flags += [w for w in (problem.levels, problem.table, problem.act, problem.pairs) if w]
     # Limits differ from layer to layer and are no part of the code; a group is.
     rounds = re.sub(r"=[.\d]+e?[-+\d]*$", "", problem.rounds or problem.rounded * problem.limited)

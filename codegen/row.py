@@ -173,6 +173,8 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
     if problem.pairs and (problem.N % 2 or not problem.act):
         field, expected = ("N", "even") if problem.N % 2 else ("act", "an activation")
         found.append(Misfit(row.name, field, values.get(field, ""), f"{expected} where rows pair"))
+    if problem.centred and not problem.norm:
+        found.append(Misfit(row.name, "norm", False, "True where its mean is taken away"))
     for need in row.requires:
         if not bool(_evaluate(need.test, values)):
             found.append(Misfit(row.name, need.field, values[need.field], need.expected))

@@ -70,7 +70,7 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
         values += runs(problem) * ranks(problem) * M
     if config.split > 1:
         columns, _ = _tiles(problem, config, M)
-        values += columns * config.split * (config.BN + problem.norm) * M
+        values += columns * config.split * (config.BN + problem.norm + problem.centred) * M
     return 8 * values
 
 

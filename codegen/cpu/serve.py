@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from ...compiler.ir.ops.semantic import activation, gated, rms_norm
+from ...compiler.ir.ops.semantic import activation, gated
 from ...compiler.ir.ops.sparse import csr_linear
-from ..meaning import rounded
+from ..meaning import normed, rounded
 from ..problem import Parts, Problem
 from ..sparse import csr_linear as mkl_csr_linear
 from .kernel import CpuKernel, Tensors
@@ -17,8 +17,8 @@ from .table import Choice, ways_by_tokens
 
 # Parts that a call reads as they are stored.
 SIDES = (
-    "bias", "gain", "smooth", "in_scale", "left", "right", "columns", "column_weights",
-    "csr_values", "csr_index", "csr_starts",
+    "bias", "gain", "shift", "smooth", "in_scale", "left", "right", "columns",
+    "column_weights", "csr_values", "csr_index", "csr_starts",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def call(
     if not len(h):
         return x.new_empty(shape)
     if problem.norm:
-        h = rms_norm(h, packed["gain"].to(dtype), eps=problem.eps)
+        h = normed(problem, packed, h)
     if problem.smooth:
         h = h * packed["smooth"].to(dtype)
     apart = None

@@ -30,6 +30,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("bias", "[N]", FLOATS, "bias"),
         Argument("residual", "[M, out]", FLOATS, "residual", strided=True),
         Argument("gain", "[K]", FLOATS, "gained", dtype="fp32"),
+        Argument("centre", "[Np, 2]", ("fp32",), "centred", dtype="fp32"),
         Argument("left", "[Np, Rp]", FLOATS, "rank"),
         Argument("right", "[Rp, Kp]", FLOATS, "rank"),
         Argument("entry_starts", "[Np/64 + 1]", ("i32",), "sparse", dtype="i32"),
@@ -44,6 +45,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
 SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
 # Bytes of everything around a weight; beside it, four per group hold scale and zero point.
 AROUND = "xb*M*K + xb*M*out*(1 + residual) + xb*N*bias + 4*K*Max(norm, smooth)"
+AROUND += " + 8*Np*centred"
 AROUND += " + xb*Rp*(Np + 128*ceiling(K/128))"
 SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
@@ -54,7 +56,7 @@ ACTS = ("", "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
 CHOICES: dict[str, tuple[object, ...]] = {
     "x_dtype": FLOATS,
     "scale_dtype": ("fp16", "bf16"),
-    **dict.fromkeys(("asym", "bias", "residual", "norm", "smooth"), (False, True)),
+    **dict.fromkeys(("asym", "bias", "residual", "norm", "centred", "smooth"), (False, True)),
     "act": ACTS,
     "pairs": ("", "gate"),
     "rank": UpTo(1024),

@@ -46,6 +46,7 @@ FITS = (
 APART = "32*ceiling(outliers/32)"
 SIDES = (
     "xb*M*K + xb*M*out*(1 + residual) + 4*Gp*Np + xb*N*bias + 4*K*Max(norm, smooth)"
+    f" + 4*K*centred"
     f" + Min(outliers, 1)*Kp + {APART}*(4 + xb*(Np + M))"
 )
 CODES_MOVE = (
@@ -59,6 +60,7 @@ AGAIN = 6 << 20
 
 
 _GAIN = Argument("gain", "[K]", FLOATS, "gained", dtype="fp32")
+_SHIFT = Argument("shift", "[K]", ("fp32",), "centred", dtype="fp32")
 _COLUMNS = (
     Argument("apart", "[Kp]", ("i8",), "outliers", dtype="i8"),
     Argument("columns", f"[{APART}]", ("i32",), "outliers", dtype="i32"),
@@ -95,7 +97,7 @@ def _codes(dtype: str) -> Argument:
 
 def args(dtype: str) -> tuple[Argument, ...]:
     """Arguments of a product that rounds x itself; codes are "i8" or "fp8e4nv"."""
-    return (_X, _GAIN, *_SCALES, _codes(dtype), SCALE, *_COLUMNS, _KEPT, *_OUT)
+    return (_X, _GAIN, _SHIFT, *_SCALES, _codes(dtype), SCALE, *_COLUMNS, _KEPT, *_OUT)
 
 
 def product_args(dtype: str) -> tuple[Argument, ...]:
@@ -150,6 +152,7 @@ def _round(name: str, summary: str, dtype: str, words: tuple[str, ...]) -> Kerne
         args=(
             _X,
             _GAIN,
+            _SHIFT,
             *_SCALES,
             *_COLUMNS,
             *_MADE,
@@ -158,7 +161,7 @@ def _round(name: str, summary: str, dtype: str, words: tuple[str, ...]) -> Kerne
         step=STEP,
         choices=choices(Grids(*words, limits=True), outliers=UpTo(4096)),
         requires=(),
-        moves=f"xb*M*K + M*Kp + 4*M + 4*K*Max(norm, smooth) + Min(outliers, 1)*Kp"
+        moves=f"xb*M*K + M*Kp + 4*M + 4*K*Max(norm, smooth) + 4*K*centred + Min(outliers, 1)*Kp"
         f" + {APART}*(4 + xb*M)",
         tiles=((1, 1024), (1, 2048), (1, 4096), (1, 8192)),
         stages=(1, 1),
@@ -181,22 +184,22 @@ NORM_INPUT = dataclasses.replace(
     op="llmc.rms_norm",
     template="norm_input.py.j2",
     summary="norm and smooth alone, before a product of many tokens",
-    args=(_X, _GAIN, Argument("y", "[M, K]", FLOATS)),
+    args=(_X, _GAIN, _SHIFT, Argument("y", "[M, K]", FLOATS)),
     choices=choices(("",)),
-    moves="2*xb*M*K + 4*K",
+    moves="2*xb*M*K + 4*K + 4*K*centred",
 )
 
 
 def codes_problem(problem: Problem) -> Problem:
     """The problem of a product whose x is codes already."""
     return dataclasses.replace(
-        problem, norm=False, smooth=False, rounds="", rounded=problem.rounds, eps=0.0
+        problem, norm=False, centred=False, smooth=False, rounds="", rounded=problem.rounds, eps=0.0
     )
 
 
 def round_problem(problem: Problem) -> Problem:
     """What the kernel before a product must know: nothing of the weight."""
-    names = ("x_dtype", "norm", "smooth", "rounds", "outliers", "eps")
+    names = ("x_dtype", "norm", "centred", "smooth", "rounds", "outliers", "eps")
     return Problem(problem.N, problem.K, **{name: getattr(problem, name) for name in names})
 
 
@@ -209,12 +212,13 @@ def round_config(K: int) -> TileConfig:
 def one_launch(problem: Problem, config: TileConfig, M: int) -> bool:
     """Whether every program rounds x itself.
 
-    It reads x twice, and all programs of a column of tiles read the same x; a launch more costs
-    about as much as `AGAIN` bytes.
+    It reads x twice, a third time where its mean must be known first, and all programs of a column
+    of tiles read the same x; a launch more costs about as much as `AGAIN` bytes.
     """
     width = 4 if problem.x_dtype == "fp32" else 2
     again = -(-problem.N // config.BN) * M * problem.K * width
-    return config.BM <= MOST_ALONE and again * (1 if problem.static else 2) <= AGAIN
+    times = (1 if problem.static else 2) + problem.centred
+    return config.BM <= MOST_ALONE and again * times <= AGAIN
 
 
 def inner(

@@ -11,8 +11,9 @@ from numerics import judge
 from sides_cases import case
 
 from llmc.codegen import meaning
+from llmc.codegen.by_row import order_rows
 from llmc.codegen.kernels import row
-from llmc.codegen.prepack import order_rows, prepack
+from llmc.codegen.prepack import prepack
 from llmc.codegen.problem import Problem
 from llmc.codegen.rows.common import ACTS
 from llmc.codegen.rows.int4 import W4A16

@@ -89,11 +89,13 @@ def test_a_row_that_rounds_inputs_may_start_two_kernels() -> None:
     assert many["launches_per_block"] == 10
 
 
-def test_layers_that_are_no_llama_need_more() -> None:
-    """Layer norms are calls of their own."""
-    page = told("w4:group=128", norm="layer", mlp="gelu")
-    assert page["launches_per_block"] == 8
-    assert sum("layer_norm" in c for c in page["blocks"]["block0"]["calls"]) == 2
+@pytest.mark.parametrize("text", ["w4:group=128", "a8,w8:group=row", "w4:group=64,lorc"])
+def test_layers_that_are_no_llama_need_no_more(text: str) -> None:
+    """Layer norms join like others, whatever reads them."""
+    page = told(text, norm="layer", mlp="gelu")
+    assert page["launches_per_block"] == 6
+    centred = [r["problem"]["centred"] for r in page["fused"]]
+    assert centred[:8] == [True, False, True, False] * 2
 
 
 def test_a_program_without_blocks_has_no_launches_per_block() -> None:
