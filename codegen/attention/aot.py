@@ -17,7 +17,7 @@ from .launch import sizes
 from .problem import AttentionProblem
 from .render import render
 from .row import AttentionRow, SplitConfig
-from .write import render_write, write_sizes
+from .write import render_write, write_sizes, write_warps
 
 _UNALIGNED = {
     "END", "K_DUE", "V_DUE", "BASE", "RING", "CHUNK", "SPLITS", "S", "KV", "scale", "START", "SLOT",
@@ -153,9 +153,9 @@ def compile_attention(
 
 
 def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False) -> CodeFacts:
-    """Compile the write of new tokens; it has no loop, so that `slots` is of all its code."""
+    """Compile the write of new tokens; its loop is not pipelined, so that `slots` is of all code."""
     stored = {"int8": "*i8", "fp8": "*u8"}.get(problem.cache, f"*{problem.x_dtype}")
-    own = ("q_ptr", "q_out_ptr", "k_ptr", "v_ptr", "k_out_ptr")
+    own = ("q_ptr", "q_out_ptr", "q_gain_ptr", "k_ptr", "v_ptr", "k_out_ptr", "k_gain_ptr")
     types = {
         **dict.fromkeys(own, f"*{problem.x_dtype}"), "cos_ptr": "*fp32", "sin_ptr": "*fp32",
         "k_to_ptr": stored, "v_to_ptr": stored, "q_pos_ptr": "*i64", "pos_to_ptr": "*i64",
@@ -164,5 +164,6 @@ def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False
     }  # fmt: skip
     sizes = write_sizes(problem)
     return compile_source(
-        render_write(problem, valid), types, sizes, target, warps=1, stages=1, numbers=sizes["BD"]
-    )
+        render_write(problem, valid), types, sizes, target, warps=write_warps(problem), stages=1,
+        numbers=int(sizes["BD"]),
+    )  # fmt: skip

@@ -17,11 +17,12 @@ from ...compiler.ir.refusal import Refusal
 from ..problem import dtype_name
 from .fold import fold_rotations
 from .launch import attend
-from .problem import BIAS, COS, QUERIES, SINKS, UP, AttentionProblem
+from .problem import BIAS, COS, GAIN, QUERIES, SINKS, UP, AttentionProblem
 from .row import AttentionRow
 from .rows import choose
-from .write import CODED, write
+from .write import CODED, Gains, write
 
+_GAIN = GAIN - COS
 PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
 
 
@@ -73,17 +74,21 @@ class CachedAttention:
         if state.counter is not None:
             problem = _changed(problem, "counted")
         turn = _angles(*rest) if problem.turn else None
-        # Codes are of rotated keys, which are read as they are in this step: they need a place.
-        turned_q = q if turn is None else q.new_empty(q.shape)
-        turned_k = k if turn is None or problem.cache not in CODED else k.new_empty(k.shape)
+        gains: Gains = (rest[_GAIN], rest[_GAIN + 1]) if problem.gains else (None, None)
+        # Codes are of changed keys, which are read as they are in this step: they need a place.
+        ready_q = q.new_empty(q.shape) if problem.changed else q
+        coded = problem.changed and problem.cache in CODED
+        ready_k = k.new_empty(k.shape) if coded else k
         pos = q_pos.expand(batch, queries)
         held = state.hold(
-            turned_k, v, pos, k_valid,
-            lambda held, real: write(problem, held, q, k, v, pos, real, turn, turned_q, turned_k),
+            ready_k, v, pos, k_valid,
+            lambda held, real: write(
+                problem, held, q, k, v, pos, real, turn, ready_q, ready_k, gains
+            ),
         )  # fmt: skip
         if held.padded:
             problem = _changed(problem, "valid")
-        return attend(self.row, problem, turned_q, held, pos, sinks, scale=scale)
+        return attend(self.row, problem, ready_q, held, pos, sinks, scale=scale)
 
 
 @functools.lru_cache(1024)
@@ -129,7 +134,8 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
     kind = tensor_type(q)
     scheme = program.caches.get(str(node.kwargs["state"]))
     cache = PLAIN if scheme is None else scheme.kind
-    given = {i: len(node.args) > i and node.args[i] is not None for i in (BIAS, SINKS, COS, UP)}
+    places = (BIAS, SINKS, COS, UP, GAIN)
+    given = {i: len(node.args) > i and node.args[i] is not None for i in places}
     how, rotate = node.kwargs, bool(node.kwargs.get("rotate", False))
     kept: dict[str, Any] = {}
     if scheme is not None:
@@ -141,7 +147,9 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
         window=_number(how.get("window")), dilation=_number(how.get("dilation", 1)),
         first=_number(how.get("first")), softcap=float(str(how.get("softcap") or 0.0)),
         bias=given[BIAS], sinks=given[SINKS], turned=given[COS] and not rotate,
-        latent=given[UP], **_turn(node, rotate), **kept,
+        latent=given[UP], norm=str(how.get("norm", "")), gains=given[GAIN],
+        eps=float(str(how.get("eps", 0.0))), offset=float(str(how.get("offset", 0.0))),
+        **_turn(node, rotate), **kept,
     )  # fmt: skip
 
 

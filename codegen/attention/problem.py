@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 # Queries of one step that a decode kernel takes; more are a prompt, which torch's SDPA does better.
 QUERIES = 16
 # Places of `llmc.cached_attention`'s optional tensors.
-BIAS, SINKS, COS, UP = 5, 6, 7, 9
+BIAS, SINKS, COS, UP, GAIN = 5, 6, 7, 9, 11
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,12 @@ class AttentionProblem:
             where a scale serves ``group`` tokens of a channel.
         causal, window, dilation, first, softcap: as in ``llmc.attention``; 0 where there is none.
         sinks, valid, bias: whether these tensors are given.
+        norm: what queries and new keys are normed over first: "head", each head by itself, "row",
+            all heads of a token, or "", nothing. gains: by a vector too, each channel times
+            ``offset`` and its own. eps: beside the mean square.
         turn: how the channels of queries and new keys pair up that are rotated first: "half" (i and
-            i + R/2), "pairs" (2i and 2i + 1) or "", not at all. rotary: R, of the first channels.
+            i + R/2), "pairs" (2i and 2i + 1) or "", not at all. rotary: R, of the first channels. A
+            norm goes before.
         counted: how many tokens were kept is on the device, for launches that are recorded.
         turned, latent: keys are kept before their rotation, or as latents.
     """
@@ -48,6 +52,10 @@ class AttentionProblem:
     sinks: bool = False
     valid: bool = False
     bias: bool = False
+    norm: str = ""
+    gains: bool = False
+    eps: float = 0.0
+    offset: float = 0.0
     turn: str = ""
     rotary: int = 0
     counted: bool = False
@@ -58,6 +66,11 @@ class AttentionProblem:
     def repeat(self) -> int:
         """Query heads of one key head."""
         return self.heads // self.kv_heads
+
+    @property
+    def changed(self) -> bool:
+        """Whether queries and new keys are normed or rotated first."""
+        return bool(self.norm or self.turn)
 
     @property
     def value_group(self) -> int:

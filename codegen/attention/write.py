@@ -1,4 +1,4 @@
-"""Put a step's keys and values into a cache's buffers, rotated and as codes, in one launch."""
+"""Put a step's keys and values into a cache's buffers in one launch: normed, rotated, as codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
+from ..calls import on
 from ..launch import function, unavailable
 from ..render import Rendered
 from .problem import AttentionProblem
@@ -16,7 +17,10 @@ from .render import render_stated
 
 TEMPLATE = "cache_write.py.j2"
 CODED = ("int8", "fp8")
+# Numbers of a token that a program reads at once to norm all of it: 32 a thread.
+AT_ONCE = 4096
 Turn = tuple[torch.Tensor, torch.Tensor]
+Gains = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 @functools.lru_cache(1024)
@@ -24,12 +28,15 @@ def render_write(problem: AttentionProblem, valid: bool) -> Rendered:
     """The Triton source that writes tokens of `problem`; ``valid``: a call says which are real."""
     coded = problem.cache in CODED
     keys = problem.keys if coded else ""
-    names = ("cache_write", problem.cache, keys, problem.turn, problem.x_dtype)
-    flags = ("valid" if valid else "", "counted" if problem.counted else "")
+    norm = f"{problem.norm}norm" if problem.norm else ""
+    names = ("cache_write", problem.cache, keys, norm, problem.turn, problem.x_dtype)
+    flags = ("gains" if problem.gains else "", "valid" if valid else "",
+             "counted" if problem.counted else "")  # fmt: skip
     name = "_".join(n for n in (*names, *flags) if n)
     values = {
-        "cache": problem.cache, "counted": problem.counted, "keys": keys, "name": name,
-        "turn": problem.turn, "valid": valid, "x_dtype": problem.x_dtype,
+        "cache": problem.cache, "counted": problem.counted, "gains": problem.gains, "keys": keys,
+        "name": name, "norm": problem.norm, "turn": problem.turn, "valid": valid,
+        "x_dtype": problem.x_dtype,
     }  # fmt: skip
     return render_stated(TEMPLATE, "cache_write", values)
 
@@ -38,24 +45,28 @@ def bytes_written(problem: AttentionProblem, batch: int, tokens: int) -> int:
     """Bytes of one call of ``tokens`` new tokens a row: read once, and what is kept of them."""
     width = 4 if problem.x_dtype == "fp32" else 2
     kept = problem.kv_heads * (problem.D + problem.E)
-    read = width * (kept + (2 * problem.heads * problem.D if problem.turn else 0))
+    read = width * (kept + (2 * problem.heads * problem.D if problem.changed else 0))
     stored = kept * (1 if problem.cache in CODED else width)
     angles = 8 * problem.rotary if problem.turn else 0
     scales = 2 * problem.kv_heads * (1 + (problem.keys == "token")) if problem.keys else 0
-    return batch * tokens * (read + stored + angles + scales + 17)
+    heads = 2 if problem.norm == "head" else problem.heads + problem.kv_heads
+    gains = width * heads * problem.D if problem.gains else 0
+    return batch * tokens * (read + stored + angles + scales + 17) + gains
 
 
 def write(
     problem: AttentionProblem, held: Held, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     q_pos: torch.Tensor, real: torch.Tensor | None, turn: Turn | None,
-    q_out: torch.Tensor, k_out: torch.Tensor,
+    q_out: torch.Tensor, k_out: torch.Tensor, gains: Gains = (None, None),
 ) -> None:  # fmt: skip
     """Write k [B, KV, S, D] and v [B, KV, S, E] with positions int [B, S] into ``held``'s buffers.
 
-    ``real`` bool [B, S] says which are no padding, None for all. With ``turn``, cosines and sines
-    that broadcast to [B, 1, S, R], rotated queries go to ``q_out`` [B, H, S, D], and rotated keys
-    to ``k_out`` [B, KV, S, D] where the cache keeps codes; both are contiguous.
-    ResourceError when there is neither a CUDA device nor the interpreter.
+    ``real`` bool [B, S] says which are no padding, None for all. ``turn``: cosines and sines that
+    broadcast to [B, 1, S, R]. ``gains``: of the norm of queries and of keys. Where the problem has
+    a norm or a rotation, queries as they are read go to ``q_out`` [B, H, S, D], and keys to
+    ``k_out`` [B, KV, S, D] where the cache keeps codes; both are contiguous.
+    ResourceError when there is neither a CUDA device nor the interpreter; UsageError where angles
+    or gains are not given as the problem says.
     """
     why = unavailable()
     if why:
@@ -63,6 +74,8 @@ def write(
     batch, kv_heads, new, _ = k.shape
     if (turn is None) != (not problem.turn):
         raise UsageError("expected cosines and sines where keys are rotated, and nowhere else")
+    if any((gain is None) == problem.gains for gain in gains):
+        raise UsageError("expected gains where the norm has some, and nowhere else")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     given: dict[str, Any] = {
         "q_ptr": q, "q_out_ptr": q_out, "k_ptr": k, "v_ptr": v, "k_out_ptr": k_out,
@@ -82,17 +95,32 @@ def write(
             cos, sin = cos.contiguous(), sin.contiguous()
         given |= {"cos_ptr": cos, "sin_ptr": sin, "stride_cb": cos.stride(0),
                   "stride_cs": cos.stride(2)}  # fmt: skip
+    for name, gain in zip("qk", gains, strict=True):
+        given[f"{name}_gain_ptr"] = None if gain is None else gain.contiguous()
     kernel = function(render_write(problem, real is not None))
-    heads = 2 * kv_heads + (problem.heads if problem.turn else 0)
-    kernel[heads, new, batch](**{n: given[n] for n in kernel.arg_names}, num_warps=1)
+    heads = 2 * kv_heads + (problem.heads if problem.changed else 0)
+    with on(k.device):
+        kernel[heads, new, batch](
+            **{n: given[n] for n in kernel.arg_names}, num_warps=write_warps(problem)
+        )
 
 
-def write_sizes(problem: AttentionProblem) -> dict[str, int]:
-    """What is compiled in: heads, sizes and padded ones."""
+def write_warps(problem: AttentionProblem) -> int:
+    """Warps of a program: one for a head, more where it reads all heads of its token."""
+    return 4 if problem.norm == "row" else 1
+
+
+def write_sizes(problem: AttentionProblem) -> dict[str, float]:
+    """What is compiled in: heads, sizes and padded ones, and how many heads are read at once."""
     sizes = {"D": problem.D, "E": problem.E}
     padded = {f"B{n}": 1 << (s - 1).bit_length() for n, s in sizes.items()}
     heads = {"H": problem.heads, "KV": problem.kv_heads, "R": problem.rotary}
-    return {**heads, **sizes, **padded}
+    most = max(1, AT_ONCE // padded["BD"])
+    blocks = {
+        f"{name}_BLOCK": min(most, 1 << (count - 1).bit_length())
+        for name, count in (("Q", problem.heads), ("K", problem.kv_heads))
+    }
+    return {**heads, **sizes, **padded, **blocks, "EPS": problem.eps, "OFFSET": problem.offset}
 
 
 def _to(name: str, problem: AttentionProblem, side: HeldSide, start: int) -> dict[str, Any]:
