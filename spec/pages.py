@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..codegen.kernels import ROWS as KERNELS
-from ..codegen.row import KernelRow
+from ..codegen.listing import all_rows, described
 from ..compiler.ir.ops import ROWS as OPS
 from ..compiler.ir.ops import OpRow
 from ..compiler.pipeline.base import Knob, Pass
@@ -141,29 +140,29 @@ def _known(row: OpRow) -> str:
 def kernels_page() -> str:
     """``spec/kernels.md``: each kernel row with its requirements, arguments and bytes."""
     parts = ["# Kernels\n\n", MADE]
-    for row in KERNELS:
-        parts.append(f"## {row.name}\n\n{row.summary[:1].upper()}{row.summary[1:]}.\n\n")
+    for row in map(described, all_rows()):
+        parts.append(f"## {row['name']}\n\n{row['summary'][:1].upper()}{row['summary'][1:]}.\n\n")
         parts.append(table(("", ""), _kernel_facts(row)) + "\n")
         args = [
-            (f"`{a.name}`", a.shape, ", ".join(a.dtypes), f"if {a.flag}" if a.flag else "always")
-            for a in row.args
-        ]
-        parts.append(table(("argument", "shape", "dtypes", "present"), args) + "\n")
-        parts.append(compiled_table(row.name))
+            (f"`{a['name']}`", a["shape"], ", ".join(a["dtypes"]),
+             f"if {a['if']}" if a["if"] else "always")
+            for a in row["arguments"]
+        ]  # fmt: skip
+        if args:
+            parts.append(table(("argument", "shape", "dtypes", "present"), args) + "\n")
+        parts.append(compiled_table(row["name"]))
     return "".join(parts).rstrip() + "\n"
 
 
-def _kernel_facts(row: KernelRow) -> list[tuple[str, str]]:
-    facts = [("implements", f"`{row.op}`"), ("template", f"`codegen/templates/{row.template}`")]
-    facts += [(need.field, need.expected) for need in row.requires]
-    facts += [(f, " or ".join(str(v) for v in allowed)) for f, allowed in row.choices.items()]
-    tiles = ", ".join(f"{tokens} x {features}" for tokens, features in row.tiles)
-    return [
-        *facts,
-        ("bytes moved", f"`{row.moves}`"),
-        ("tiles (tokens x features)", tiles),
-        ("pipeline stages", ", ".join(map(str, row.stages))),
-    ]
+def _kernel_facts(row: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = [("implements", f"`{row['op']}`"), ("template", f"`{row['template']}`")]
+    facts += [(need["field"], need["expected"]) for need in row["requires"]]
+    facts.append(("bytes moved", f"`{row['moves']}`"))
+    if "tiles" in row:
+        tiles = ", ".join(f"{tokens} x {features}" for tokens, features in row["tiles"])
+        stages = ", ".join(map(str, row["stages"]))
+        facts += [("tiles (tokens x features)", tiles), ("pipeline stages", stages)]
+    return facts
 
 
 FACTS = Path(__file__).with_name("kernels.json")

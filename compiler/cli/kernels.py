@@ -1,4 +1,4 @@
-"""``llmc kernels``: what lowering fuses, which kernel runs it, its bytes, and what is left."""
+"""``llmc kernels MODEL``: what is fused, which kernel runs it, its bytes, and what is left."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import click
 
 from ..ir.errors import UsageError, nearest
 from .kernel_facts import documented, of_problems, show_facts
+from .kernel_list import show_list, show_one
 from .look import open_headers
 from .output import Out, examples, output_options
 
@@ -18,6 +19,8 @@ MACHINES = ("sm_80", "sm_90")
 
 
 @click.command(epilog=examples(
+    "llmc kernels",
+    "llmc kernels --row w4a16",
     "llmc kernels out",
     "llmc kernels out --target cpu",
     "llmc kernels out --tokens 16",
@@ -38,7 +41,8 @@ MACHINES = ("sm_80", "sm_90")
               help="Compile the kernels for sm_80,sm_90 without a GPU; show registers, stack and "
               "shared memory.")  # fmt: skip
 @click.option("--row", "row_name", default=None, metavar="NAME",
-              help="With --aot and no model, this kernel alone.")  # fmt: skip
+              help="Without a model: this kernel alone, what it requires; with --aot, its machine "
+              "code.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True,
               help="Run modelling code that lies in the model's folder.")  # fmt: skip
 @output_options
@@ -46,9 +50,10 @@ def kernels_command(
     source: str | None, target: str, tokens: int, dtype: str, bandwidth: float | None,
     aot: str | None, row_name: str | None, trust_remote_code: bool, out: Out,
 ) -> None:  # fmt: skip
-    """Show how an artefact or a model is lowered. Reads headers; needs neither a GPU nor a tensor.
+    """List the kernels, or show how an artefact or a model is lowered to them.
 
-    With --aot and no model, every documented variant is compiled for 4096 x 4096 weights.
+    Reads headers; needs neither a GPU nor a tensor. With --aot and no model, every documented
+    variant is compiled for 4096 x 4096 weights.
     """
     from ...codegen.problem import Problem
     from ...codegen.targets import BANDWIDTH
@@ -59,12 +64,16 @@ def kernels_command(
     if bandwidth is not None and not bandwidth > 0:
         raise UsageError(f"--bandwidth: expected more than 0, found {bandwidth}")
     machines = _machines(aot, target)
-    if row_name is not None and (source is not None or not machines):
-        beside = f"with {source}" if source is not None else "without --aot"
-        raise UsageError(f"--row: expected --aot and no model, found it {beside}")
+    if row_name is not None and (source is not None or target != "triton"):
+        beside = f"with {source}" if source is not None else "with --target cpu"
+        raise UsageError(f"--row: expected no model and --target triton, found it {beside}")
+    if source is None and not machines:
+        if row_name is None:
+            show_list(target, out)
+        else:
+            show_one(row_name, out)
+        return
     if source is None:
-        if not machines:
-            raise UsageError("expected an artefact, a model or --aot, found none")
         wanted = documented(machines, dtype, row_name)
         out.data("kernels", {
             "source": None, "target": target, "tokens": tokens, "dtype": dtype,

@@ -124,9 +124,7 @@ def test_a_folder_is_no_data_file(llmc: Call, artefact: Path, tmp_path: Path) ->
 
 
 def test_kernels_without_a_model(llmc: Call) -> None:
-    """A row's machine code, for its documented variants; without --aot there is nothing to show."""
-    assert "--aot" in llmc("kernels").error
-    assert "found it without --aot" in llmc("kernels", "--row", "w4a16").error
+    """A row's machine code, for its documented variants."""
     alone = llmc("kernels", "model", "--aot", "sm_80", "--row", "w4a16")
     assert (alone.code, "found it with model" in alone.error) == (2, True)
     done = llmc("kernels", "--aot", "sm_80", "--row", "w4a16_24", "--json")
@@ -137,6 +135,28 @@ def test_kernels_without_a_model(llmc: Call) -> None:
     assert any(f["problem"]["norm"] and f["problem"]["bias"] for f in facts)
     assert all(f["faults"] == [] for f in facts)
     assert "did you mean 'w4a16_24'" in llmc("kernels", "--aot", "sm_80", "--row", "w4a16_2").error
+
+
+def test_the_list_of_kernels(llmc: Call) -> None:
+    """Every row of a target, and one with what it requires and reads."""
+    done = llmc("kernels", "--json")
+    assert done.code == 0, done.err
+    names = [k["name"] for k in done.json["kernels"]]
+    assert len(names) == len(set(names)) > 25
+    assert {"w4a16", "round_int8", "attention_kivi"} <= set(names)
+    assert {k["name"] for k in done.json["kernels"] if k["inner"]} >= {"round_int8", "norm_input"}
+    text = llmc("kernels").out
+    assert all(name in text for name in names)
+    cpu = llmc("kernels", "--target", "cpu", "--json").json["kernels"]
+    assert cpu[0]["name"].startswith("onednn")
+    one = llmc("kernels", "--row", "w4a16", "--json").json["kernels"]
+    assert [k["name"] for k in one] == ["w4a16"]
+    assert {"field": "K", "expected": "at least 16"} in one[0]["requires"]
+    told = llmc("kernels", "--row", "attention_fp8")
+    assert "e4m3" in told.out
+    assert "llmc.cached_attention" in told.out
+    assert "did you mean 'w4a16'" in llmc("kernels", "--row", "w4a1").error
+    assert "found it with --target cpu" in llmc("kernels", "--row", "w4", "--target", "cpu").error
 
 
 def test_shipped_recipes_have_names(llmc: Call, tiny: Path, tmp_path: Path) -> None:
