@@ -4,6 +4,8 @@ All cases of a call run in one child process under the interpreter (this file as
 JSON on stdin), because Triton reads TRITON_INTERPRET at import. The oracle is `codegen/meaning.py`
 in fp64; the bound is K·2⁻²⁴·Σ|h||W| for the sums, one unit roundoff of x's dtype for each rounding
 to it, and both carried through rounding grids, activations and gates by how much those may grow it.
+Behind a norm that takes the mean away, h counts as it is before: kernels take it away behind the
+product, so that |x * gain| / deviation is what is rounded and summed.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.ops.rounding import round_input, scale_of
-from llmc.compiler.ir.ops.semantic import activation, rms_norm
+from llmc.compiler.ir.ops.semantic import activation
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
 _SUM = 2.0**-24  # unit roundoff of the fp32 sums
@@ -71,6 +73,8 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
         value = torch.randn(rows, apart, generator=g)
         if width == p.K and not p.norm:
             value /= loud(p)
+        if width == p.K and p.centred:
+            value += 4 * torch.randn(rows, 1, generator=g)
         value = value.to(DTYPES[p.x_dtype])[:, :width]
         value = value.expand(case.M, width)
         return value.unflatten(0, (1, -1)) if case.stride == "batched" else value
@@ -89,10 +93,10 @@ def exact_and_bound(
     exact = meaning.linear(p, parts, x, side)
     # The interpreter cuts bf16 off where a GPU rounds to nearest, which is one whole step.
     u = torch.finfo(DTYPES[p.x_dtype]).eps / (1 if p.x_dtype == "bf16" else 2)
-    h, off = _read(p, parts, x, u)
+    size, off = _read(p, parts, x, u)
     w = meaning.weight(p, parts).abs()
     sums = p.K + p.rank + p.outliers + 16
-    reach = h.abs() @ w.T
+    reach = size @ w.T
     # Factors have a product between their two sums, which is rounded to x's dtype.
     once = u * (p.weights == "table" or p.weights == "factors") * reach
     if device != "cpu":
@@ -103,17 +107,20 @@ def exact_and_bound(
     spread = w
     if p.rank:
         pair = parts["left"].double().abs() @ parts["right"].double().abs()
-        reach_pair = h.abs() @ pair.T
+        reach_pair = size @ pair.T
         once = once + 2 * u * reach_pair
         beside, spread = beside + reach_pair, spread + pair
     if p.sparse:
         own = _csr_dense(p, parts).abs()
-        beside, spread = beside + h.abs() @ own.T, spread + own
+        beside, spread = beside + size @ own.T, spread + own
     if p.outliers:
         wide = _before_grid(p, parts, x).abs()[:, parts["columns"]]
         apart = wide @ parts["column_weights"].double().abs().T
         beside = beside + apart
         once = once + u * (p.norm + p.smooth) * apart
+        if p.centred:
+            wide = _unsettled(p, parts, x)[1][:, parts["columns"]]
+            once = once + wide @ parts["column_weights"].double().abs().T
     if p.bias:
         beside = beside + parts["bias"].double().abs()
     err = sums * _SUM * (reach + beside) + once + off @ spread.T
@@ -125,22 +132,40 @@ def exact_and_bound(
 
 def _before_grid(p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     if p.norm:
-        x = rms_norm(x, parts["gain"].double(), eps=p.eps)
+        x = meaning.normed(p, parts, x)
     return x * parts["smooth"].double() if p.smooth else x
+
+
+def _unsettled(
+    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a centred norm [M, K]: how large what it is summed from is, and how far off its own sums.
+
+    The mean is off by K roundings of |x|, the variance by K of x ** 2.
+    """
+    smooth = parts["smooth"].double().abs() if p.smooth else 1.0
+    mean, square = (t.mean(-1, keepdim=True) for t in (x, x * x))
+    spread = square - mean * mean + p.eps
+    gain = parts["gain"].double().abs() * smooth * spread.rsqrt()
+    shift = parts["shift"].double().abs() * smooth
+    few = (p.K + 16) * _SUM
+    off = few * (x.abs().mean(-1, keepdim=True) + (x - mean).abs() * square / spread) * gain
+    return (x.abs() + mean.abs()) * gain + shift, off
 
 
 def _read(
     p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, u: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the weight multiplies, [M, K], and how far each of it may be off."""
+    """The size of what the weight multiplies, [M, K], and how far each of it may be off."""
     h = _before_grid(p, parts, x)
+    size, own = _unsettled(p, parts, x) if p.centred else (h.abs(), torch.zeros_like(h))
     if p.outliers:
-        h = h.index_fill(-1, parts["columns"], 0.0)
+        h, size, own = (t.index_fill(-1, parts["columns"], 0.0) for t in (h, size, own))
     slack = 1.01 * u * (p.norm + p.smooth)
     # Beside relative rounding, what lies below the least normal fp16.
     least = 2.0**-25 * (p.x_dtype == "fp16") * (p.norm or p.smooth)
     if not p.rounds:
-        return h, slack * h.abs() + least
+        return size, slack * size + least + own
     word, per, *rest = p.rounds.split(" ")
     more = dict(r.split("=") for r in rest if "=" in r)
     if "group" in more or per not in ("token", "static"):
@@ -148,21 +173,23 @@ def _read(
     kind, bits = meaning.grid_of(word)
     exact = meaning.rounded(p, parts, h)
     slack += 8 * _SUM
-    off = slack * exact.abs()
+    own = own + 8 * _SUM * size * p.centred
+    off = slack * exact.abs() + own
     for t in range(h.shape[0]):
         if 0 < float(more.get("limit", 0)) < h[t].abs().max():
             continue  # such a token is on no grid
-        size = h[t].abs().amax()
-        unit = parts["in_scale"] if per == "static" else scale_of(size, kind, bits, "power" in rest)
-        ends = [round_input(h[t] * (1 + s), unit.double().reshape(1), kind=kind, bits=bits,
-                            per="static") for s in (-slack, slack)]  # fmt: skip
-        off[t] += (ends[1] - ends[0]).abs()
-    return exact, off
+        top = h[t].abs().amax()
+        unit = parts["in_scale"] if per == "static" else scale_of(top, kind, bits, "power" in rest)
+        step = slack * h[t].abs() + own[t]
+        ends = [round_input(h[t] + s * step, unit.double().reshape(1), kind=kind, bits=bits,
+                            per="static") for s in (-1, 1)]  # fmt: skip
+        off[t] += (ends[1] - ends[0]).abs() + exact[t].abs() * own[t].amax() / top.clamp(1e-30)
+    return exact.abs(), off
 
 
 def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     plain = replace(p, weights="dense", m=0, bitmap=False, rank=0, outliers=0, rounds="", act="",
-                    pairs="", norm=False, smooth=False, bias=False)  # fmt: skip
+                    pairs="", norm=False, centred=False, smooth=False, bias=False)  # fmt: skip
     none = {**parts, "values": torch.zeros(p.N, p.K, dtype=torch.float64)}
     return meaning.linear(plain, none, torch.eye(p.K, dtype=torch.float64)).T
 

@@ -79,6 +79,7 @@ def sane(p: Problem) -> bool:
         p.rank < min(p.N, p.K) or not p.rank,
         p.outliers < p.K,
         not p.pairs or (p.N % 2 == 0 and bool(p.act)),
+        p.norm or not p.centred,
     ))  # fmt: skip
 
 
@@ -190,7 +191,8 @@ def parts_named(p: Problem) -> list[str]:
         "table": bool(p.table), "meta": p.m > 0, "bitmap": p.bitmap, "values": p.weights == "dense",
         "left": p.rank > 0, "right": p.rank > 0, "columns": p.outliers > 0, "gain": p.norm,
         "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": "static" in p.rounds,
-        "bias": p.bias, **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
+        "bias": p.bias, "shift": p.centred,
+        **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
     }  # fmt: skip
     return [name for name in PARTS if has[name]]
 
