@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,18 +24,36 @@ def record(step: Step, *, device: torch.device, warm: int = 2) -> Step:
         raise ResourceError(
             f"cannot record a CUDA graph on {device}", hint="decode without graphs on this machine"
         )
-    beside = torch.cuda.Stream(device)
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        for _ in range(warm):
-            step()
-    torch.cuda.current_stream(device).wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = captured(step, device=device, warm=warm)
 
     def replay() -> torch.Tensor:
         graph.replay()
         return out
 
     return replay
+
+
+def captured(
+    step: Callable[[], object], *, device: torch.device, warm: int = 1
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of ``step`` after ``warm`` calls of it, and what the recorded call returned.
+
+    It is recorded on the stream of those calls: what launches and libraries keep for each stream,
+    such as counters and workspaces, is made by then and lies outside of the graph's own memory.
+    RuntimeError when a call cannot be recorded; the current stream is the same afterwards.
+    """
+    current = torch.cuda.current_stream(device)
+    beside = torch.cuda.Stream(device)
+    beside.wait_stream(current)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.device(device):
+            with torch.cuda.stream(beside):
+                for _ in range(warm):
+                    step()
+            with torch.cuda.graph(graph, stream=beside):
+                out = step()
+    finally:
+        torch.cuda.set_stream(current)
+    current.wait_stream(beside)
+    return graph, out

@@ -262,7 +262,8 @@ def _call(
     options = {
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": MAX_REGISTERS
     }  # fmt: skip
-    return Call(function(rendered), grid, (M, problem.outputs, *strides, *constants), options)
+    tail = (M, problem.outputs, *strides, *constants)
+    return Call(function(rendered), grid, tail, options, device)
 
 
 def _workspace(

@@ -12,6 +12,7 @@ import torch
 
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
+from ..calls import on
 from ..launch import function, interpreting, unavailable
 from ..problem import dtype_name
 from ..row import MAX_REGISTERS
@@ -70,10 +71,11 @@ def attend(
         **fixed,
     }  # fmt: skip
     kernel = function(render(row, problem, interpret=interpreting()))
-    kernel[grid](
-        **{n: given[n] for n in kernel.arg_names},
-        num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
+    with on(q.device):
+        kernel[grid](
+            **{n: given[n] for n in kernel.arg_names},
+            num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
     return y
 
 

@@ -18,6 +18,7 @@ import torch
 from ...compiler.ir.errors import LlmcError, ResourceError
 from .. import facts as aot_facts
 from ..aot import AotFacts
+from ..graphs import captured
 from ..kernels import choose
 from ..launch import fused_linear, unavailable
 from ..prepack import Packed, prepack
@@ -166,13 +167,13 @@ def rotate_bytes() -> int:
 
 def replayed(call: Callable[[Any], object], over: Sequence[Any], repeats: int = REPEATS) -> float:
     """Median seconds of ``call`` of each, from replays of one CUDA graph that calls all."""
-    for one in over[:2]:
-        call(one)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def each() -> None:
         for one in over:
             call(one)
+
+    # The first call of all, too: each weight makes what it keeps outside of the graph.
+    graph, _ = captured(each, device=torch.device("cuda", torch.cuda.current_device()))
     graph.replay()
     times = []
     for _ in range(repeats):

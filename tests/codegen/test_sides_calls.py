@@ -205,4 +205,4 @@ def test_kinds_tell_dtype_and_alignment() -> None:
     assert kind(None) is None
     assert kind(room) == (torch.float16, True)
     assert kind(room[1:]) == (torch.float16, False)
-    assert Call(None, (3,), (), {}).grid == (3, 1, 1)
+    assert Call(None, (3,), (), {}, room.device).grid == (3, 1, 1)
