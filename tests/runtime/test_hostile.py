@@ -16,6 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import fx
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sealing import refused, reseal
+
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import Program
@@ -49,38 +53,10 @@ def out(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "out"))
 
 
-def reseal(out: Path, **changes: Any) -> None:
-    """Make the manifest agree with the files again, as an attacker would."""
-    body = json.loads((out / "manifest.json").read_bytes())
-    listed = {}
-    for name in files.all_files(out):
-        if name != "manifest.json":
-            data = (out / name).read_bytes()
-            content = body["files"].get(name, {}).get("content", False)
-            sha = files.file_sha256(out / name)
-            listed[name] = File(sha256=sha, size=len(data), content=content)
-    tensors = {n: Tensor(**t) for n, t in body["tensors"].items()}
-    tensors = changes.get("tensors", lambda t: t)(tensors)
-    (out / "manifest.json").write_bytes(
-        make_manifest(
-            listed, tensors, passes=body["passes"], fallbacks=body["fallbacks"],
-            versions=body["versions"],
-        )
-    )  # fmt: skip
-
-
 def rewrite_tensors(out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(out / WEIGHTS)
     change(tensors)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
-
-
-def refused(out: Path, message: str, **options: Any) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        load(out, **options)
-    assert "\n" not in str(caught.value)
-    assert caught.value.exit_code == 3
-    assert verify(out) != []
 
 
 def test_the_original_is_sound(out: Path) -> None:
@@ -173,7 +149,7 @@ def test_manifest_and_program_disagree(out: Path) -> None:
         return {n: t for n, t in tensors.items() if n != "p0"}
 
     rewrite_tensors(out, lambda t: t.pop("p0"))  # type: ignore[arg-type, return-value]
-    reseal(out, tensors=drop)
+    reseal(out, drop)
     refused(out, "tensor p0 in both, found it only in the program")
 
 
@@ -183,7 +159,7 @@ def test_shape_that_manifest_and_file_agree_on_but_the_program_does_not(out: Pat
     def other(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {"p0": tensors["p0"].model_copy(update={"shape": [3, 3]})}
 
-    reseal(out, tensors=other)
+    reseal(out, other)
     refused(out, r"tensor p0 f32\[32, 16\] as in the program, found f32\[3, 3\]")
 
 
@@ -199,7 +175,7 @@ def test_scale_that_is_not_finite(out: Path, value: float) -> None:
         sha = tensor_sha256(load_file(out / WEIGHTS)["p4"])
         return tensors | {"p4": tensors["p4"].model_copy(update={"sha256": sha})}
 
-    reseal(out, tensors=rehash)
+    reseal(out, rehash)
     with pytest.raises(ModelError, match=f"finite numbers in tensor p4, .* at {WEIGHTS}"):
         Runner(load(out).program)
     assert any("p4" in f.message for f in verify(out))

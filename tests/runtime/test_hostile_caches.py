@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sealing import refused, reseal_weights
 
 from llmc.compiler.analysis.blocks import apply_segments
 from llmc.compiler.ir.caches import CacheScheme, set_caches
-from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.pipeline.zoo import decoder
 from llmc.compiler.runtime import files
 from llmc.compiler.runtime.artefact import Contents, load, save
-from llmc.compiler.runtime.manifest import File, Tensor, make_manifest
-from llmc.compiler.runtime.tensors import tensor_sha256
 from llmc.compiler.runtime.verify import verify
 
 WEIGHTS = "weights-caches.safetensors"
@@ -53,37 +55,8 @@ def out(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "out"))
 
 
-def reseal(out: Path) -> None:
-    """Make the manifest agree with the files again, as an attacker would."""
-    body = json.loads((out / "manifest.json").read_bytes())
-    listed = {}
-    for name in files.all_files(out):
-        if name != "manifest.json":
-            content = body["files"].get(name, {}).get("content", False)
-            size = (out / name).stat().st_size
-            listed[name] = File(sha256=files.file_sha256(out / name), size=size, content=content)
-    tensors = {n: Tensor(**t) for n, t in body["tensors"].items() if n not in TENSORS}
-    found = load_file(out / WEIGHTS) if (out / WEIGHTS).exists() else {}
-    for name, tensor in found.items():
-        tensors[name] = Tensor(
-            file=WEIGHTS, dtype={torch.float32: "f32", torch.float64: "f64"}[tensor.dtype],
-            shape=list(tensor.shape), role="cache", sha256=tensor_sha256(tensor),
-        )  # fmt: skip
-    (out / "manifest.json").write_bytes(
-        make_manifest(listed, tensors, passes=[], fallbacks=[], versions=body["versions"])
-    )
-
-
-def refused(out: Path, message: str) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        load(out)
-    assert caught.value.exit_code == 3
-    assert "\n" not in str(caught.value)
-    assert verify(out) != []
-
-
 def test_the_original_is_sound(out: Path) -> None:
-    reseal(out)
+    reseal_weights(out, WEIGHTS, TENSORS, "cache")
     assert verify(out) == []
     program = load(out).program
     assert list(program.caches.values()) == [FIRST, SECOND]
@@ -108,13 +81,13 @@ def test_tensor_that_does_not_fit(
     out: Path, name: str, tensor: torch.Tensor, message: str
 ) -> None:  # fmt: skip
     save_file({**TENSORS, name: tensor}, out / WEIGHTS, metadata={"format": "pt"})
-    reseal(out)
+    reseal_weights(out, WEIGHTS, TENSORS, "cache")
     refused(out, message)
 
 
 def test_tensors_that_are_missing(out: Path) -> None:
     (out / WEIGHTS).unlink()
-    reseal(out)
+    reseal_weights(out, WEIGHTS, TENSORS, "cache")
     refused(out, r"cache\.0\.key_levels in both, found it only in the program")
 
 
@@ -122,7 +95,7 @@ def edit(out: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     body = json.loads((out / "program.json").read_bytes())
     change(body["caches"])
     (out / "program.json").write_bytes(files.canonical_json(body))
-    reseal(out)
+    reseal_weights(out, WEIGHTS, TENSORS, "cache")
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sealing import refused, reseal_weights
 
 from llmc.compiler.analysis.blocks import apply_segments
-from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.exits import CLASSIFIER, Exits, set_exits
 from llmc.compiler.runtime import files
 from llmc.compiler.runtime.artefact import Contents, load, save
-from llmc.compiler.runtime.manifest import File, Tensor, make_manifest
-from llmc.compiler.runtime.tensors import tensor_sha256
 from llmc.compiler.runtime.verify import verify
 
 WEIGHTS = "weights-exits.safetensors"
@@ -39,38 +41,8 @@ def out(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "out"))
 
 
-def reseal(out: Path) -> None:
-    """Make the manifest agree with the files again, as an attacker would."""
-    body = json.loads((out / "manifest.json").read_bytes())
-    listed = {}
-    for name in files.all_files(out):
-        if name != "manifest.json":
-            content = body["files"].get(name, {}).get("content", False)
-            size = (out / name).stat().st_size
-            listed[name] = File(sha256=files.file_sha256(out / name), size=size, content=content)
-    tensors = {n: Tensor(**t) for n, t in body["tensors"].items()}
-    found = load_file(out / WEIGHTS) if (out / WEIGHTS).exists() else {}
-    tensors.pop(CLASSIFIER)
-    for name, tensor in found.items():
-        tensors[name] = Tensor(
-            file=WEIGHTS, dtype={torch.float32: "f32", torch.float64: "f64"}[tensor.dtype],
-            shape=list(tensor.shape), role="classifier", sha256=tensor_sha256(tensor),
-        )  # fmt: skip
-    (out / "manifest.json").write_bytes(
-        make_manifest(listed, tensors, passes=[], fallbacks=[], versions=body["versions"])
-    )
-
-
-def refused(out: Path, message: str) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        load(out)
-    assert caught.value.exit_code == 3
-    assert "\n" not in str(caught.value)
-    assert verify(out) != []
-
-
 def test_the_original_is_sound(out: Path) -> None:
-    reseal(out)
+    reseal_weights(out, WEIGHTS, [CLASSIFIER], "classifier")
     assert verify(out) == []
     program = load(out).program
     assert program.exits == Exits("classifier", ("block0", "block1"), 0.5)
@@ -88,13 +60,13 @@ def test_the_original_is_sound(out: Path) -> None:
 )
 def test_classifier_that_does_not_fit(out: Path, tensor: torch.Tensor, message: str) -> None:
     save_file({CLASSIFIER: tensor}, out / WEIGHTS, metadata={"format": "pt"})
-    reseal(out)
+    reseal_weights(out, WEIGHTS, [CLASSIFIER], "classifier")
     refused(out, message)
 
 
 def test_classifier_that_is_missing_or_too_much(out: Path) -> None:
     (out / WEIGHTS).unlink()
-    reseal(out)
+    reseal_weights(out, WEIGHTS, [CLASSIFIER], "classifier")
     refused(out, "exits.classifier in both, found it only in the program")
 
 
@@ -107,7 +79,7 @@ def edit(out: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     body = json.loads((out / "program.json").read_bytes())
     change(body["exits"])
     (out / "program.json").write_bytes(files.canonical_json(body))
-    reseal(out)
+    reseal_weights(out, WEIGHTS, [CLASSIFIER], "classifier")
 
 
 @pytest.mark.parametrize(

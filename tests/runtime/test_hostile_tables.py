@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from sealing import reseal
 
 from llmc.compiler.analysis.blocks import apply_segments
 from llmc.compiler.ir.errors import ModelError
@@ -21,7 +26,6 @@ from llmc.compiler.pipeline.zoo import decoder
 from llmc.compiler.runtime import files
 from llmc.compiler.runtime.artefact import Contents, load, save
 from llmc.compiler.runtime.lowering import runner_for
-from llmc.compiler.runtime.manifest import File, Tensor, make_manifest
 from llmc.compiler.runtime.tensors import tensor_sha256
 from llmc.compiler.runtime.verify import verify
 
@@ -41,24 +45,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "out"))
-
-
-def reseal(out: Path, changed: dict[str, torch.Tensor] | None = None) -> None:
-    """Make the manifest agree with the files again, as an attacker would."""
-    body = json.loads((out / "manifest.json").read_bytes())
-    listed = {
-        name: File(
-            sha256=files.file_sha256(out / name), size=(out / name).stat().st_size,
-            content=body["files"][name]["content"],
-        )
-        for name in files.all_files(out) if name != "manifest.json"
-    }  # fmt: skip
-    tensors = {n: Tensor(**t) for n, t in body["tensors"].items()}
-    for name, tensor in (changed or {}).items():
-        tensors[name] = Tensor(**{**body["tensors"][name], "sha256": tensor_sha256(tensor)})
-    (out / "manifest.json").write_bytes(
-        make_manifest(listed, tensors, passes=[], fallbacks=[], versions=body["versions"])
-    )
 
 
 def edit(out: Path, op: str, change: Change) -> None:
@@ -154,4 +140,5 @@ def spoil(out: Path, end: str, change: Any) -> None:
     held = load_file(path)
     held[name] = change(held[name])
     save_file(held, path, metadata={"format": "pt"})
-    reseal(out, {name: held[name]})
+    sha = tensor_sha256(held[name])
+    reseal(out, lambda told: told | {name: told[name].model_copy(update={"sha256": sha})})
