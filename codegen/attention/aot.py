@@ -153,7 +153,7 @@ def compile_attention(
 
 
 def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False) -> CodeFacts:
-    """Compile the write of new tokens; its loop is not pipelined, so that `slots` is of all code."""
+    """Compile the write of new tokens; no loop is pipelined, so that `slots` is of all its code."""
     stored = {"int8": "*i8", "fp8": "*u8"}.get(problem.cache, f"*{problem.x_dtype}")
     own = ("q_ptr", "q_out_ptr", "q_gain_ptr", "k_ptr", "v_ptr", "k_out_ptr", "k_gain_ptr")
     types = {

@@ -15,7 +15,7 @@ from ...compiler.ir.graph import Program, info, tensor_type
 from ...compiler.ir.ops.attention import cached_attention
 from ...compiler.ir.refusal import Refusal
 from ..problem import dtype_name
-from .fold import fold_rotations
+from .fold import fold_inputs
 from .launch import attend
 from .problem import BIAS, COS, GAIN, QUERIES, SINKS, UP, AttentionProblem
 from .row import AttentionRow
@@ -107,12 +107,12 @@ def attention_implementations(
 ) -> tuple[dict[str, CachedAttention], list[PlacedAttention], list[Refusal]]:
     """Callables by node name for all cached attention that a row serves, and why others are left.
 
-    Rotations of queries and keys become part of it, in place: `program` is a lowering's own copy.
+    What queries and keys go through becomes part of it, in place: `program` is a lowering's own.
     A caller that has something better than the op's reference for what a row leaves gives it to
     the callable as ``otherwise``.
     """
     made: dict[str, CachedAttention] = {}
-    placed, refused = list[PlacedAttention](), fold_rotations(program)
+    placed, refused = list[PlacedAttention](), fold_inputs(program)
     for node in program.calls("llmc.cached_attention"):
         problem = problem_of(program, node)
         row, misfits = choose(problem)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc.codegen.attention.fold import fold_rotations
+from llmc.codegen.attention.fold import fold_inputs
 from llmc.codegen.attention.lower import attention_implementations, problem_of
 from llmc.codegen.attention.problem import AttentionProblem
 from llmc.codegen.attention.render import render, render_stated
@@ -128,16 +128,16 @@ def test_rotations_fold_into_attention(name: str) -> None:
 
     program = add_cache(capture_tiny(name))
     folded = program.clone()
-    refused = fold_rotations(folded)
+    refused = fold_inputs(folded)
     turned = [n.kwargs.get("rotate", False) for n in folded.calls("llmc.cached_attention")]
-    rotates = name in ("gpt_neox", "cohere")
+    rotates = name in ("gpt_neox", "cohere", "gptj")
     assert turned == [rotates] * 2
-    assert len(refused) == (2 if name == "gptj" else 0)
+    assert refused == []
     assert not rotates or not list(folded.calls("llmc.rope"))
     made, placed, _ = attention_implementations(folded)
     assert [p.row.name for p in placed] == ["attention_kv"] * len(made)
     problem = placed[0].problem
-    assert problem.turn == {"cohere": "pairs"}.get(name, "half" if rotates else "")
+    assert problem.turn == {"cohere": "pairs", "gptj": "pairs"}.get(name, "half" if rotates else "")
     ids, both = torch.tensor([[3, 1, 4, 1, 5, 9]]), []
     for one in (program, folded):
         runner = Runner(one)
