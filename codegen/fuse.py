@@ -3,30 +3,32 @@
     rms_norm(x) -> linear(., dequantize(codes, scale)) + r
 
 becomes fused([x, r, gain, codes, scale], body="…"), where the body spells those very calls: the
-law is their references, and the value differs only in the order of roundings. Linears of one input
-are joined by rows, gate and up to one call with their product. A target says which problems it has
-a kernel for; where it has none, neighbours are left out one by one (the sum behind, the activation,
-the gate product, then what lies before, then the joining), each a refusal with its reason.
+law is their references, and the value differs only in the order of roundings (a sum of three is
+turned where that puts each sum behind a linear, see `fuse_sums`). A layer_norm joins as an rms_norm
+does. Linears of one input are joined by rows, gate and up to one call with their product. A target
+says which problems it has a kernel for; where it has none, neighbours are left out one by one (the
+sum behind, the activation, the gate product, then what lies before, then the joining), each a
+refusal with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import fx
 
-from ..compiler.ir.graph import Program, info
+from ..compiler.ir.graph import Program
 from ..compiler.ir.ops.fused import values_of
 from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
-from ..compiler.ir.types import same_type
-from .fuse_chain import Core, halves
+from .fuse_chain import Core
 from .fuse_family import Family
 from .fuse_find import find
-from .fuse_nodes import MAKER, Accept, is_op, is_sum, only_user, path_of
+from .fuse_nodes import MAKER, Accept, path_of
+from .fuse_sums import sums_of
 from .fuse_unit import Part, Unit, body_of, join
 from .problem import Problem
 
@@ -94,7 +96,7 @@ def fuse(program: Program, accept: Accept, features: Collection[str] = FEATURES)
     for core in cores:
         families.setdefault(core.reads, []).append(core)
     home = {name: s.name for s in program.segments for name in s.nodes}
-    sums = _sums(program, cores, home) if "residual" in features else {}
+    sums = sums_of(program, cores, home) if "residual" in features else {}
     units: list[Unit] = []
     for family in families.values():
         solver = Family(family, accept, frozenset(features), home, sums)
@@ -122,34 +124,6 @@ def _settle(program: Program, home: dict[str, str]) -> None:
         mine[segment].append(name)
     program.segments = [replace(s, nodes=tuple(mine[s.name])) for s in program.segments]
     refresh_segments(program)
-
-
-def _sums(program: Program, cores: Sequence[Core], home: dict[str, str]) -> dict[fx.Node, fx.Node]:
-    """Value of a linear, an activation or a gate product -> the sum that is its only reader.
-
-    Where both addends could take it the later one does, so the other one is ready by then.
-    """
-    order = {node: i for i, node in enumerate(program.graph.nodes)}
-    tails: dict[fx.Node, None] = {}
-    for core in cores:
-        only, split = only_user(core.result), halves(core)
-        behind = only if is_op(only, "llmc.gated") or is_op(only, "llmc.activation") else None
-        behind = behind if split is None else split[0]
-        tails[behind or core.result] = None
-    found: dict[fx.Node, fx.Node] = {}
-    taken: set[fx.Node] = set()
-    for tail in sorted(tails, key=order.__getitem__, reverse=True):
-        add = only_user(tail)
-        if add is None or not is_sum(add) or add in taken:
-            continue
-        a, b = add.args
-        other = b if a is tail else a
-        assert isinstance(other, fx.Node)
-        same = same_type(info(other).type, info(tail).type)
-        if same and home.get(add.name) == home.get(tail.name):
-            taken.add(add)
-            found[tail] = add
-    return found
 
 
 # ** rewriting **

@@ -59,7 +59,7 @@ def decoder(
     vocab: int = 20, norm: str = "rms", offset: float = 0.0, mlp: str = "gated",
     bias: bool = False, tied: bool = False, leak: bool = False, share: bool = False,
     blocks: int = 2, seed: int = 0, rope: float = 0.0, causal: bool = True,
-    reads: dict[str, int] | None = None,
+    reads: dict[str, int] | None = None, parallel: bool = False,
 ) -> Program:  # fmt: skip
     """A small decoder: embedding, blocks of attention and MLP, final norm, head.
 
@@ -68,7 +68,8 @@ def decoder(
     leak: the residual also reads the first norm of each block. share: every block reads the first
     block's keys and values. rope: queries and keys are rotated by their positions, then keys are
     multiplied by this unless it is 1. causal: attention reads no later token. reads: attributes of
-    attention (window, dilation, first).
+    attention (window, dilation, first). parallel: attention and a dense MLP read one norm, and
+    their sum is added to the residual.
     """
     b = Builder(seed)
     ids = b.input("input_ids", torch.int64, BATCH, SEQ)
@@ -118,10 +119,12 @@ def decoder(
                 k = b.call("aten.mul.Tensor", k, rope)
         a = b.call("llmc.attention", q, k, v, pos, pos, valid, scale=size**-0.5, **masks)
         a = b.call("aten.reshape.default", a, [*length, heads * size])
-        x = b.call("aten.add.Tensor", x, b.linear(a, hidden, heads * size, bias=bias))
-        if leak:
-            x = b.call("aten.add.Tensor", x, n)
-        n = normed(x)
+        a = b.linear(a, hidden, heads * size, bias=bias)
+        if not parallel:
+            x = b.call("aten.add.Tensor", x, a)
+            if leak:
+                x = b.call("aten.add.Tensor", x, n)
+            n = normed(x)
         if mlp == "moe":
             x = b.call("aten.add.Tensor", x, routed(n))
             continue
@@ -132,7 +135,9 @@ def decoder(
             m = b.call("aten.softmax.int", b.linear(n, inner, hidden, bias=bias), -1)
         else:
             m = b.call("llmc.activation", b.linear(n, inner, hidden, bias=bias), act=mlp)
-        x = b.call("aten.add.Tensor", x, b.linear(m, hidden, inner, bias=bias))
+        m = b.linear(m, hidden, inner, bias=bias)
+        both = (b.call("aten.add.Tensor", a, m), x) if parallel else (x, m)
+        x = b.call("aten.add.Tensor", *both)
     last = normed(x)
     head = table if tied else b.param(vocab, hidden, width=hidden**-0.5)
     return b.finish(b.call("aten.linear.default", last, head))

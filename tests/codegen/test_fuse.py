@@ -162,12 +162,13 @@ def test_a_gemma_gain_and_none_at_all(gain: bool) -> None:
     assert torch.equal(plan.fused[0].canonical(program)["gain"], want)
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_what_multiplies_and_rounds_the_input_joins(norm: bool) -> None:
-    """A stored vector and a grid; behind a norm the vector becomes a part of its gain."""
+@pytest.mark.parametrize("name", ["rms", "layer", ""])
+def test_what_multiplies_and_rounds_the_input_joins(name: str) -> None:
+    """A stored vector and a grid; behind a norm the vector becomes a part of its gain and bias."""
     m = Maker()
-    h = m.input("h", 64)
-    x = m.call("llmc.rms_norm", h, m.param("g", (64,)), eps=1e-6) if norm else h
+    h, norm = m.input("h", 64), bool(name)
+    more = [m.param("b", (64,))] if name == "layer" else []
+    x = m.call(f"llmc.{name}_norm", h, m.param("g", (64,)), *more, eps=1e-6) if norm else h
     x = m.call("aten.mul.Tensor", x, m.param("s", (64,)))
     x = m.call("llmc.round_input", x, kind="int", bits=8, per="token", limit=4.0)
     plan = fused(m.output(m.linear(x, "a", W), m.linear(x, "b", W)))
@@ -180,6 +181,12 @@ def test_what_multiplies_and_rounds_the_input_joins(norm: bool) -> None:
 def _norm_read_elsewhere(m: Maker, h: Any) -> Any:
     n = m.call("llmc.rms_norm", h, m.param("g", (64,)), eps=1e-6)
     return m.linear(n, "a", W), n
+
+
+def _bias_of_a_norm_computed(m: Maker, h: Any) -> Any:
+    bias = m.call("aten.mean.dim", h, [0, 1])
+    n = m.call("llmc.layer_norm", h, m.param("g", (64,)), bias, eps=1e-6)
+    return (m.linear(n, "a", W),)
 
 
 def _norm_with_count(m: Maker, h: Any) -> Any:
@@ -197,6 +204,7 @@ def _columns_dropped(m: Maker, h: Any) -> Any:
     ("build", "predicate", "words"),
     [
         (_norm_read_elsewhere, "all_readers_fused", "the norm is also read by output"),
+        (_bias_of_a_norm_computed, "stored_shift", "the norm's bias is not stored"),
         (_norm_with_count, "count", "divides by 80, its input has 64 columns"),
         (_columns_dropped, "columns", "drops columns that nothing brings back"),
     ],

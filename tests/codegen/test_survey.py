@@ -98,6 +98,17 @@ def test_layers_that_are_no_llama_need_no_more(text: str) -> None:
     assert centred[:8] == [True, False, True, False] * 2
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "gated"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_attention_and_mlp_side_by_side_need_no_more(norm: str, mlp: str) -> None:
+    """q, k, v and what leads into the MLP take the norm in; either way out takes a sum."""
+    page = told("w4:group=128", norm=norm, mlp=mlp, parallel=True)
+    assert page["launches_per_block"] == 6
+    first = [r["problem"] for r in page["fused"]][:4]
+    assert [p["norm"] for p in first].count(True) == 2
+    assert [p["residual"] for p in first].count(True) == 2
+
+
 def test_a_program_without_blocks_has_no_launches_per_block() -> None:
     program = planned("w4:group=128")
     program.segments = []
