@@ -114,7 +114,8 @@ def _signature(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Triton types of all arguments, and the values of the compile-time ones."""
     known: dict[str, Any] = {
-        "K": problem.K, "EPS": 1e-6, "BM": config.BM, "BN": config.BN, "STAGES": config.stages,
+        "K": problem.K, "EPS": 1e-6, "OUT_EPS": 1e-6, "BM": config.BM, "BN": config.BN,
+        "STAGES": config.stages,
     }  # fmt: skip
     if shares(row):
         known |= workspace.constants(problem, config, config.BM, PROCESSORS)

@@ -59,7 +59,7 @@ def weight_problem(problem: Problem) -> Problem:
     N = 16 * -(-problem.N // 16) if problem.pairs else problem.N
     return replace(
         problem, N=N, bias=False, residual=False, norm=False, centred=False, smooth=False,
-        act="", pairs="", rank=0, eps=0.0,
+        act="", pairs="", rank=0, eps=0.0, out_norm=False, out_eps=0.0,
     )  # fmt: skip
 
 

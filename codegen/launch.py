@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
-from . import large, workspace
+from . import large, normed, workspace
 from .calls import ALIGNED, Call, Kind, kind
 from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
@@ -151,6 +151,8 @@ def _ready(
         raise ResourceError(f"expected {' or '.join(row.targets)} for {row.name}, found {target}")
     problem = _problem_of_call(packed, {"x": x, **packed.sides, **sides})
     M, shape = x.numel() // problem.K, (*x.shape[:-1], problem.outputs)
+    if problem.out_norm and config is None and M > normed.FEW:
+        return normed.apart(_ready, packed, problem, x, sides)
     many = config is None and large.better(row, problem, M)
     tile = config or tuned_config(row, problem, M)
     if tile is None:
@@ -161,7 +163,7 @@ def _ready(
 
     def gather(x: torch.Tensor, sides: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows = {n: t.reshape(M, -1) if n in _ROWS else t for n, t in sides.items()}
-        if "gain" in sides or "smooth" in sides:
+        if not sides.keys().isdisjoint(_VECTORS):
             rows = _joined({**packed.sides, **rows})
         return {**kept, **rows, "x": x.reshape(M, -1), "y": x.new_empty(M, problem.outputs)}
 
@@ -186,7 +188,7 @@ def _ready(
     if row.call:
         return several
     names = [a.name for a in arguments(row, problem)]
-    shared = shares(row) and workspace.needed(problem, tile)
+    shared = problem.out_norm or (shares(row) and workspace.needed(problem, tile))
     first = gather(x, sides)
     looks = tuple(kind(first.get(name)) for name in names)
     strides = _strides(row, problem, first, {})
@@ -206,14 +208,20 @@ def _joined(sides: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The sides, with all vectors that multiply x as one: "gain"."""
     gains = [sides[name].float() for name in ("gain", "smooth") if name in sides]
     rest = {n: t for n, t in sides.items() if n not in ("gain", "smooth")}
+    if "out_gain" in rest:
+        rest["out_gain"] = rest["out_gain"].float()
     if gains:
         rest["gain"] = gains[0] * gains[1] if len(gains) > 1 else gains[0]
     return rest
 
 
 _ROWS = ("x", "residual")
+_VECTORS = ("gain", "smooth", "out_gain")
 # Side tensor -> the field of the problem that says it is there.
-_FLAGS = {"bias": "bias", "residual": "residual", "gain": "norm", "smooth": "smooth"}
+_FLAGS = {
+    "bias": "bias", "residual": "residual", "gain": "norm", "smooth": "smooth",
+    "out_gain": "out_norm",
+}  # fmt: skip
 
 
 def _launch(
@@ -254,6 +262,7 @@ def _call(
     """What launches such tensors; ``looks`` only tells calls with other code apart."""
     rendered = render(row, problem, interpret=interpreting())
     constants: list[Any] = [problem.K, *([problem.eps] if problem.norm else [])]
+    constants += [problem.out_eps] if problem.out_norm else []
     constants += [config.BM, config.BN, config.stages]
     if shares(row):
         processors = 1 if interpreting() else _processors(device)
@@ -270,16 +279,26 @@ def _workspace(
     packed: Packed, problem: Problem, config: TileConfig, M: int
 ) -> dict[str, torch.Tensor]:
     """Scratch for one launch, and the counters of this weight, zero between its launches."""
-    if not shares(packed.row) or not workspace.needed(problem, config):
-        return {}
-    scratch, counters = workspace.sizes(problem, config, M)
+    found: dict[str, torch.Tensor] = {}
     device = next(iter(packed.tensors.values())).device
-    counts = packed.kept.get("counts")
-    if counts is None or counts.numel() < counters:
-        counts = torch.zeros(max(counters, 64), dtype=torch.int32, device=device)
+    if shares(packed.row) and workspace.needed(problem, config):
+        scratch, counters = workspace.sizes(problem, config, M)
+        found["scratch"] = torch.empty(scratch, device=device)
+        found["counts"] = _counters(packed, "counts", counters, device)
+    if problem.out_norm:
+        whole, counters = workspace.whole_sizes(problem, config, M)
+        found["whole"] = torch.empty(whole, device=device)
+        found["arrived"] = _counters(packed, "arrived", counters, device)
+    return found
+
+
+def _counters(packed: Packed, name: str, count: int, device: torch.device) -> torch.Tensor:
+    counts: torch.Tensor | None = packed.kept.get(name)
+    if counts is None or counts.numel() < count:
+        counts = torch.zeros(max(count, 64), dtype=torch.int32, device=device)
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            packed.kept["counts"] = counts  # a graph's own memory must not outlive it
-    return {"scratch": torch.empty(scratch, device=device), "counts": counts}
+            packed.kept[name] = counts  # a graph's own memory must not outlive it
+    return counts
 
 
 @functools.cache
@@ -297,6 +316,7 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
         "residual": (*x.shape[:-1], base.outputs),
         "gain": (base.K,),
         "smooth": (base.K,),
+        "out_gain": (base.outputs,),
     }
     for name, tensor in given.items():
         shape = shapes.get(name)

@@ -72,6 +72,8 @@ def linear(
         y = gated(gate, up, act=problem.act)
     elif problem.act:
         y = activation(y, act=problem.act)
+    if problem.out_norm:
+        y = rms_norm(y, parts["out_gain"].to(dtype), eps=problem.out_eps)
     return y if residual is None else y + residual
 
 

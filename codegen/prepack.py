@@ -45,7 +45,7 @@ class Packed:
 
 
 # Parts that reach a kernel as they are stored.
-SIDES = ("bias", "gain", "smooth")
+SIDES = ("bias", "gain", "smooth", "out_gain")
 
 
 def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> Packed:

@@ -48,6 +48,8 @@ class Problem:
         act: activation of the result, by the names of `llmc.activation`; "" for none.
         pairs: "gate" joins rows i and i + N/2 to act(gate) · up; "" for none.
         eps: of the norm.
+        out_norm: whether rows of the result, behind its activation, are divided by their rms and
+            multiplied by a stored gain before the residual is added; out_eps: of that norm.
     """
 
     N: int
@@ -77,6 +79,8 @@ class Problem:
     pairs: str = ""
     eps: float = 0.0
     kept: int = 0
+    out_norm: bool = False
+    out_eps: float = 0.0
 
     @property
     def columns(self) -> int:
@@ -119,18 +123,19 @@ class Problem:
 PARTS = (
     "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",
     "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift", "smooth", "in_scale",
-    "bias",
+    "bias", "out_gain",
 )  # fmt: skip
 """Roles of the canonical tensors of a problem: codes int32 [N, words]; scale [N, G]; zero uint8
 [N, G]; table [1 or N, 2**bits]; meta int32, positions of n:m; bitmap int32 [N, words]; values dense
 [N, columns], or flat [nnz] under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`;
 columns int64 [c] and column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm
-adds, where it adds something; in_scale, static; bias [N]."""
+adds, where it adds something; in_scale, static; bias [N]; out_gain
+[outputs]."""
 
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (
     "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "centred",
-    "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs",
+    "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs", "out_norm",
 )  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Problem)}
 

@@ -74,7 +74,8 @@ def signature(row: KernelRow, problem: Problem) -> str:
     given = arguments(row, problem)
     names = [f"{a.name}_ptr" for a in given] + ["M", "N"]
     names += [f"stride_{a.name}" for a in given if a.strided]
-    fixed = ["K", *(["EPS"] if problem.norm else []), "BM", "BN", "STAGES"]
+    fixed = ["K", *(["EPS"] if problem.norm else []), *(["OUT_EPS"] if problem.out_norm else [])]
+    fixed += ["BM", "BN", "STAGES"]
     if shares(row):
         fixed += ["SPLIT", *(["RUNS", "MAKERS"] if problem.rank else [])]
     lines = names + [f"{name}: tl.constexpr" for name in fixed]
@@ -89,6 +90,7 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     # Limits differ from layer to layer and are no part of the code; a group is.
     rounds = re.sub(r"=[.\d]+e?[-+\d]*$", "", problem.rounds or problem.rounded * problem.limited)
     flags += [re.sub(r"\W", "_", rounds)] if rounds else []
+    flags += ["out_norm"] if problem.out_norm else []
     flags += [f"rank{problem.rank}"] if problem.rank else []
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"

@@ -66,6 +66,8 @@ def random_parts(
         parts[name] = (torch.rand(p.K, **how) + 0.5) / (loud(p) if name == "gain" else 1.0)
     if p.centred:
         parts["shift"] = torch.randn(p.K, **how) * 0.3 / loud(p)
+    if p.out_norm:
+        parts["out_gain"] = torch.rand(p.outputs, **how) + 0.5
     if "static" in p.rounds:
         kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
         parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits), device=g.device)

@@ -1,11 +1,13 @@
 """What the programs of one launch leave for each other: partial sums, and counters that every
 launch finds and leaves at zero.
 
-Two things need it. Under ``split`` several programs share the columns of a tile, and the last one
+Three things need it. Under ``split`` several programs share the columns of a tile, and the last one
 to finish adds what all of them left, in the order of their columns. Beside a product of low rank,
 the programs that start first multiply x by right, and the epilogues wait for it. They wait for
 programs that have started only: a ticket tells who makes, and tickets that make are never more
-than processors, so those before them always find room to run.
+than processors, so those before them always find room to run. Before a norm of the result every
+program leaves its part of the rows, and of the sums of their squares; the last one of a block of
+tokens reads all of it. These bytes stay in the L2 cache: none of them is read from memory.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from .row import TileConfig
 
 DEPTH = 128  # columns of right at a time; its rows are padded to whole ones
 MOST_RUNS = 8
+LINE = 32  # fp32 numbers of a line of the cache
 
 
 def ranks(problem: Problem) -> int:
@@ -63,6 +66,13 @@ def sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
     return scratch, counters
 
 
+def whole_sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
+    """Elements of the rows that a norm of the result reads (fp32), and of its counters (int32)."""
+    columns, rows = _tiles(problem, config, M)
+    part = config.BN // 2 if problem.pairs else config.BN
+    return rows * columns * (part * config.BM + max(LINE, config.BM)), rows
+
+
 def moved(problem: Problem, config: TileConfig, M: int) -> int:
     """Bytes of partial sums: written once and read once."""
     values = 0
@@ -71,6 +81,8 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
     if config.split > 1:
         columns, _ = _tiles(problem, config, M)
         values += columns * config.split * (config.BN + problem.norm + problem.centred) * M
+    if problem.out_norm:
+        values += (problem.outputs + _tiles(problem, config, M)[0]) * M
     return 8 * values
 
 

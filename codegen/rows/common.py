@@ -22,6 +22,15 @@ class UpTo(tuple[object, ...]):
         return isinstance(count, int) and self.least <= count <= self.most
 
 
+# What a norm of the result needs: its gain, whole rows in fp32 and the squares of their parts, and
+# how many programs have left theirs.
+NORMED = (
+    Argument("out_gain", "[out]", FLOATS, "out_norm", dtype="fp32"),
+    Argument("whole", "[rows]", ("fp32",), "out_norm", dtype="fp32"),
+    Argument("arrived", "[tiles of tokens]", ("i32",), "out_norm", dtype="i32"),
+)
+
+
 def linear_args(*weight: Argument) -> tuple[Argument, ...]:
     """x, the tensors of the weight, every side input and y, in the order of the signature."""
     return (
@@ -36,6 +45,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("entry_starts", "[Np/64 + 1]", ("i32",), "sparse", dtype="i32"),
         Argument("entry_index", "[entries, 64]", ("i16", "i32"), "sparse", dtype="i16"),
         Argument("entry_values", "[entries, 64]", FLOATS, "sparse"),
+        *NORMED,
         Argument("scratch", "[parts]", ("fp32",), dtype="fp32"),
         Argument("counts", "[tiles]", ("i32",), dtype="i32"),
         Argument("y", "[M, out]", FLOATS, strided=True),
@@ -46,7 +56,7 @@ SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
 # Bytes of everything around a weight; beside it, four per group hold scale and zero point.
 AROUND = "xb*M*K + xb*M*out*(1 + residual) + xb*N*bias + 4*K*Max(norm, smooth)"
 AROUND += " + 8*Np*centred"
-AROUND += " + xb*Rp*(Np + 128*ceiling(K/128))"
+AROUND += " + xb*Rp*(Np + 128*ceiling(K/128)) + 4*out*out_norm"
 SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
 SPLITS = (1, 2, 4, 8)
@@ -57,6 +67,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "x_dtype": FLOATS,
     "scale_dtype": ("fp16", "bf16"),
     **dict.fromkeys(("asym", "bias", "residual", "norm", "centred", "smooth"), (False, True)),
+    "out_norm": (False, True),
     "act": ACTS,
     "pairs": ("", "gate"),
     "rank": UpTo(1024),

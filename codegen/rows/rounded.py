@@ -15,7 +15,7 @@ from ..grids import Grids, parse
 from ..prepack import expect, pad
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow, TileConfig
-from .common import CHOICES, FLOATS, SCALE, UpTo
+from .common import CHOICES, FLOATS, NORMED, SCALE, UpTo
 
 STEP = 128
 INT8 = ("int8 token", "int8 token power", "int8 static")
@@ -47,11 +47,11 @@ APART = "32*ceiling(outliers/32)"
 SIDES = (
     "xb*M*K + xb*M*out*(1 + residual) + 4*Gp*Np + xb*N*bias + 4*K*Max(norm, smooth)"
     f" + 4*K*centred"
-    f" + Min(outliers, 1)*Kp + {APART}*(4 + xb*(Np + M))"
+    f" + Min(outliers, 1)*Kp + {APART}*(4 + xb*(Np + M)) + 4*out*out_norm"
 )
 CODES_MOVE = (
     "Np*Kp + M*Kp + 4*M + 4*Gp*Np + xb*M*out*(1 + residual) + xb*N*bias"
-    f" + xb*{APART}*(Np + M)"
+    f" + xb*{APART}*(Np + M) + 4*out*out_norm"
 )  # fmt: skip
 # Most tokens of a tile whose program rounds x itself; wider ones would spill.
 MOST_ALONE = 16
@@ -87,6 +87,7 @@ _X = Argument("x", "[M, K]", FLOATS, strided=True)
 _OUT = (
     Argument("bias", "[N]", FLOATS, "bias"),
     Argument("residual", "[M, out]", FLOATS, "residual", strided=True),
+    *NORMED,
     Argument("y", "[M, out]", FLOATS, strided=True),
 )
 
@@ -159,7 +160,7 @@ def _round(name: str, summary: str, dtype: str, words: tuple[str, ...]) -> Kerne
             Argument("y", "[M, Kp]", (dtype,), dtype=dtype),
         ),
         step=STEP,
-        choices=choices(Grids(*words, limits=True), outliers=UpTo(4096)),
+        choices=choices(Grids(*words, limits=True), outliers=UpTo(4096), out_norm=(False,)),
         requires=(),
         moves=f"xb*M*K + M*Kp + 4*M + 4*K*Max(norm, smooth) + 4*K*centred + Min(outliers, 1)*Kp"
         f" + {APART}*(4 + xb*M)",
@@ -185,7 +186,7 @@ NORM_INPUT = dataclasses.replace(
     template="norm_input.py.j2",
     summary="norm and smooth alone, before a product of many tokens",
     args=(_X, _GAIN, _SHIFT, Argument("y", "[M, K]", FLOATS)),
-    choices=choices(("",)),
+    choices=choices(("",), out_norm=(False,)),
     moves="2*xb*M*K + 4*K + 4*K*centred",
 )
 

@@ -45,7 +45,9 @@ def bucket_text(tokens: int) -> str:
 
 def key_of(row: KernelRow, problem: Problem) -> str:
     """What measurements go by: the variant without its cheap sides, and its shape."""
-    plain = dataclasses.replace(problem, bias=False, residual=False, act=problem.act and "silu")
+    plain = dataclasses.replace(
+        problem, bias=False, residual=False, out_norm=False, out_eps=0.0, act=problem.act and "silu"
+    )
     return f"{variant_name(row, plain)} {problem.N}x{problem.K}"
 
 

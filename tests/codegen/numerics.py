@@ -23,6 +23,7 @@ import torch
 
 from llmc.codegen import meaning
 from llmc.codegen.kernels import row as row_named
+from llmc.codegen.normed import FEW
 from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
@@ -125,6 +126,11 @@ def exact_and_bound(
         beside = beside + parts["bias"].double().abs()
     err = sums * _SUM * (reach + beside) + once + off @ spread.T
     y, err = _after(p, parts, x, err)
+    if p.out_norm:
+        # For many tokens norm and sum are calls of their own, and what each reads is rounded.
+        between = u * (case.tile is None and case.M > FEW)
+        y, err = _normed(p, parts, y, err + 1.01 * between * (y.abs() + err))
+        err = err + 1.01 * between * (y.abs() + err)
     if side is not None:
         err = err + 2 * _SUM * (side.abs() + y.abs())
     return exact, err + 1.01 * u * (exact.abs() + err) + _TINY
@@ -198,7 +204,7 @@ def _after(
     p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, err: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The epilogue's result and its error, given the error of what it reads."""
-    y = meaning.linear(replace(p, act="", pairs=""), parts, x)
+    y = meaning.linear(replace(p, act="", pairs="", out_norm=False), parts, x)
     if not p.act:
         return y, err
 
@@ -214,6 +220,20 @@ def _after(
     e_gate, e_up = err.split(p.outputs, -1)
     there, e_there = act(gate, e_gate)
     return there * up, e_there * up.abs() + there.abs() * e_up + e_there * e_up
+
+
+def _normed(
+    p: Problem, parts: dict[str, torch.Tensor], y: torch.Tensor, err: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of y and its error, given y's: the rms moves no further than the rms of the error,
+    and is never below the root of eps."""
+    gain = parts["out_gain"].double().abs()
+    rms = (y.square().mean(-1, keepdim=True) + p.out_eps).sqrt()
+    moved = err.square().mean(-1, keepdim=True).sqrt()
+    least = (rms - moved).clamp(min=p.out_eps**0.5)
+    there = rms_norm(y, parts["out_gain"].double(), eps=p.out_eps)
+    own = (p.outputs + 16) * _SUM * there.abs()  # of the squares, and of the root
+    return there, gain * (err + y.abs() * moved / rms) / least + own
 
 
 def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -238,7 +258,7 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             value = packing.pack(where, packing.nm_bits(p.m))
         case "bitmap":
             value = packing.pack(packing.unpack(value, 1, p.K).to(torch.int64).flip(1), 1)
-        case "scale" | "in_scale" | "gain" | "smooth":
+        case "scale" | "in_scale" | "gain" | "smooth" | "out_gain":
             value *= 4
         case "right" if value.dim() == 2:
             value[:, column] += 1

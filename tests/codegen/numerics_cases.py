@@ -91,6 +91,8 @@ def drawn(row: KernelRow, rng: random.Random, wanted: dict[str, Any]) -> Problem
         values = {n: rng.choice(pool) for n, pool in pools.items()} | wanted
         if values["norm"]:
             values["eps"] = 1e-5
+        if values["out_norm"]:
+            values["out_eps"] = 1e-5
         # Fields that follow from others, unless a case asks for them.
         if not values["m"]:
             values["n"] = wanted.get("n", 0)
@@ -191,7 +193,7 @@ def parts_named(p: Problem) -> list[str]:
         "table": bool(p.table), "meta": p.m > 0, "bitmap": p.bitmap, "values": p.weights == "dense",
         "left": p.rank > 0, "right": p.rank > 0, "columns": p.outliers > 0, "gain": p.norm,
         "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": "static" in p.rounds,
-        "bias": p.bias, "shift": p.centred,
+        "bias": p.bias, "shift": p.centred, "out_gain": p.out_norm,
         **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
     }  # fmt: skip
     return [name for name in PARTS if has[name]]
