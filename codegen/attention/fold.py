@@ -213,9 +213,7 @@ def _fold_norm(program: Program, node: fx.Node) -> str | None:
     if q is None or k is None:
         return _one_sided("normed", found)
     if q.how != k.how:
-        return (
-            f"queries are normed by {q.how} and keys by {k.how}: expected kind, eps, offset alike"
-        )
+        return f"expected one kind, eps and offset of norms, found {q.how} and {k.how}"
     if (q.gain is None) != (k.gain is None):
         return "expected a norm with gains of queries and of keys, or of neither"
     _give(node, {GAIN: q.gain, GAIN + 1: k.gain})

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmc.codegen.attention.fold import fold_inputs
 from llmc.codegen.attention.lower import attention_implementations, problem_of
 from llmc.codegen.attention.problem import AttentionProblem
 from llmc.codegen.attention.render import render, render_stated
@@ -22,7 +21,6 @@ from llmc.compiler.ir.errors import ModelError, UsageError
 from llmc.compiler.ir.ops.attention import cached_attention
 from llmc.compiler.ir.ops.heads import rotated
 from llmc.compiler.runtime.cache import add_cache
-from llmc.compiler.runtime.executor import Runner
 
 PLAIN = AttentionProblem(32, 8, 128, 128, x_dtype="bf16")
 INT8 = dataclasses.replace(PLAIN, cache="int8", bits=8, keys="token")
@@ -116,35 +114,6 @@ def test_templates_state_their_constants() -> None:
     compile(render_write(INT8, True).source, "kernel", "exec")
     with pytest.raises(UsageError, match="states"):
         render_stated("cache_write.py.j2", "cache_write", {"name": "x"})
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["gpt_neox", "gptj", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cohere", "gpt2"))],
-)
-def test_rotations_fold_into_attention(name: str) -> None:
-    """The folded program says the same; what cannot fold stays, with the reason."""
-    from tiny_models import capture_tiny
-
-    program = add_cache(capture_tiny(name))
-    folded = program.clone()
-    refused = fold_inputs(folded)
-    turned = [n.kwargs.get("rotate", False) for n in folded.calls("llmc.cached_attention")]
-    rotates = name in ("gpt_neox", "cohere", "gptj")
-    assert turned == [rotates] * 2
-    assert refused == []
-    assert not rotates or not list(folded.calls("llmc.rope"))
-    made, placed, _ = attention_implementations(folded)
-    assert [p.row.name for p in placed] == ["attention_kv"] * len(made)
-    problem = placed[0].problem
-    assert problem.turn == {"cohere": "pairs", "gptj": "pairs"}.get(name, "half" if rotates else "")
-    ids, both = torch.tensor([[3, 1, 4, 1, 5, 9]]), []
-    for one in (program, folded):
-        runner = Runner(one)
-        cache = runner.start(1)
-        parts = [runner.forward(ids[:, a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 6))]
-        both.append(torch.cat(parts, 1))
-    assert torch.equal(*both)
 
 
 def test_a_coded_cache_is_placed_by_its_record() -> None:
