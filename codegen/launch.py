@@ -341,7 +341,7 @@ def _problem_of_call(packed: Packed, given: dict[str, torch.Tensor]) -> Problem:
     if missing:
         told = ", ".join(missing)
         raise UsageError(f"expected {told} as the problem says, found none", where=where)
-    late = [n for n in ("gain", "smooth") if n in given and n not in packed.sides]
+    late = [n for n in ("gain", "smooth") if given.get(n) is not packed.sides.get(n)]
     if base.centred and late:
         raise UsageError(
             f"expected {late[0]} packed with the weight that takes a mean away, found it in a call",

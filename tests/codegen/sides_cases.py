@@ -21,10 +21,11 @@ def case(M: int, N: int, K: int, name: str = "w4a16", **other: Any) -> Case:
 @functools.cache
 def _all() -> dict[str, dict[str, Any]]:
     import test_sides_beside
+    import test_sides_centred
     import test_sides_factors
     import test_sides_inputs
 
-    modules = (test_sides_inputs, test_sides_beside, test_sides_factors)
+    modules = (test_sides_inputs, test_sides_beside, test_sides_centred, test_sides_factors)
     cases = [c for module in modules for c in module.CASES]
     with tempfile.TemporaryDirectory() as folder:
         found = run_cases(cases, Path(folder))

@@ -19,7 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {"weights": "dense", "bits": 16, "group": 0, "scale_dtype": ""},
     "factors": {"weights": "factors", "rank": 3, "bits": 16, "group": 0, "scale_dtype": ""},
     "sparse": {"sparse": True}, "outliers": {"outliers": 2, "rounds": "int8 token"},
-    "static": {"rounds": "int8 static"},
+    "static": {"rounds": "int8 static"}, "centred": {"centred": True},
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def parts_of(p: Problem, top: float) -> dict[str, torch.Tensor]:
 
     gain = some(p.K).clamp(-1, 1)
     gain[3] = top
-    out = {"gain": gain}
+    out = {"gain": gain} | ({"shift": some(p.K)} if p.centred else {})
     if p.weights in ("int", "table"):
         out["codes"] = packing.pack(torch.randint(0, 16, (p.N, p.K), generator=g), 4)
         if p.scale_dtype:
