@@ -27,13 +27,6 @@ class Budget:
     def left(self) -> float:
         return self.seconds - (time.monotonic() - self.began)
 
-    def allows(self, what: str, until: float = 0.0) -> bool:
-        """Whether there is time for `what`, `until` seconds before the end; noted when not."""
-        if self.left > until:
-            return True
-        self.skipped.append(what)
-        return False
-
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Seconds of a part of the run."""

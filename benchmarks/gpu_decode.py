@@ -7,18 +7,20 @@ MLP, which makes six; all are captured in one CUDA graph, as torch's are where i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gpu_clock
 import torch
+from gpu_work import Task
 
 from llmc.codegen import meaning
 from llmc.codegen.attention.launch import attend
 from llmc.codegen.attention.problem import AttentionProblem
 from llmc.codegen.attention.rows import choose as choose_attention
 from llmc.codegen.attention.write import write
+from llmc.codegen.graphs import record
 from llmc.codegen.kernels import choose
 from llmc.codegen.launch import fused_linear
 from llmc.codegen.prepack import Packed, prepack
@@ -239,34 +241,43 @@ def first(s: Shapes) -> torch.Tensor:
     return torch.randn(1, s.hidden, generator=g, device=g.device).to(DTYPES[s.dtype])
 
 
-def agreement(s: Shapes, scheme: str) -> float:
-    """Relative distance of llmc's logits from those of torch over the same weights."""
+def agreement(s: Shapes, scheme: str) -> dict[str, Any]:
+    """Relative distance of llmc's logits from those of torch over the same weights; on a GPU also
+    whether a recorded step gives the same bits as its launches."""
     step = Fused(s, scheme)
     x = first(s)
-    y, want = step(x).float(), step.dense()(x).float()
-    return float((y - want).norm() / want.norm())
+    y = step(x)
+    want = step.dense()(x).float()
+    found: dict[str, Any] = {"what": scheme, "relative_error": _apart(y, want)}
+    if gpu_clock.on_gpu():
+        replay = record(lambda: step(x), device=x.device)
+        found["replayed_alike"] = all(torch.equal(replay(), y) for _ in range(2))
+    return found
 
 
-def page(s: Shapes, budget: gpu_clock.Budget, limits: gpu_clock.Limits) -> Iterator[dict[str, Any]]:
-    """Tokens per second of every way at batch 1, and llmc's distance from torch."""
+def _apart(y: torch.Tensor, want: torch.Tensor) -> float:
+    return float((y.float() - want).norm() / want.norm())
+
+
+def agreements(s: Shapes) -> list[Task]:
+    """The logits of each scheme over few layers."""
     small = replace(s, layers=min(2, s.layers), vocab=min(4096, s.vocab))
-    for scheme in SCHEMES:
-        if budget.allows(f"logits {scheme}", 30):
-            yield {"what": scheme, "relative_error": agreement(small, scheme)}
-    if not gpu_clock.on_gpu():
-        return
+    return [Task(f"logits {scheme}", agreement, (small, scheme), 120.0) for scheme in SCHEMES]
+
+
+TORCH = ("bf16 graph", "bf16 eager", "bf16 compiled + graph")
+
+
+def steps(s: Shapes, limits: gpu_clock.Limits) -> list[Task]:
+    """Tokens per second of every way at batch 1; none without a GPU."""
+    names = ("w4", "bf16 graph", *(n for n in (*SCHEMES, *TORCH) if n not in ("w4", "bf16 graph")))
+    return [Task(f"decode {name}", timed, (name, s, limits), 90.0, (("decode", name),))
+            for name in names if gpu_clock.on_gpu()]  # fmt: skip
+
+
+def timed(name: str, s: Shapes, limits: gpu_clock.Limits) -> dict[str, Any]:
+    """Microseconds of a step, tokens per second, and the share of the copy bandwidth."""
     x = first(s)
-    for name in (*SCHEMES, "bf16 eager", "bf16 graph", "bf16 compiled + graph"):
-        if not budget.allows(f"decode {name}", 20):
-            continue
-        try:
-            yield _timed(name, s, x, limits)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            yield {"what": name, "error": f"{type(error).__name__}: {error}"[:200]}
-        torch.cuda.empty_cache()
-
-
-def _timed(name: str, s: Shapes, x: torch.Tensor, limits: gpu_clock.Limits) -> dict[str, Any]:
     step: Fused | Dense = Fused(s, name) if name in SCHEMES else Dense(s)
     if name == "bf16 compiled + graph" and isinstance(step, Dense):
         step.layer = torch.compile(step._layer, dynamic=False)

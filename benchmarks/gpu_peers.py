@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_clock
 import torch
+from gpu_work import Task, told
 from torch import nn
 
 Linear = Callable[[torch.Tensor], object]
@@ -86,11 +89,7 @@ def torchao_int4(N: int, K: int) -> Made:
     """torchao's weight-only int4 in tinygemm's layout."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
-    config = Int4WeightOnlyConfig(
-        group_size=GROUP,
-        int4_packing_format="tile_packed_to_4d",
-        int4_choose_qparams_algorithm="hqq",
-    )
+    config = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
 
     def make() -> Linear:
         m = _module(N, K)
@@ -114,7 +113,12 @@ def torchao_int8(N: int, K: int) -> Made:
 
 def gemlite_int4(N: int, K: int) -> Made:
     """gemlite's Triton kernels, 4 bits, one scale per 128."""
+    import gemlite
     from gemlite.core import DType, GemLiteLinear
+
+    # What it ships is by the device's name; an H200 is the H100's chip with other memory.
+    if "h200" in torch.cuda.get_device_name().lower():
+        GemLiteLinear.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
 
     def make() -> Linear:
         q = torch.randint(0, 16, (N, K), device="cuda", dtype=torch.uint8)
@@ -180,27 +184,29 @@ def present() -> dict[str, str]:
     return found
 
 
-def page(N: int, K: int, tokens: list[int], budget: gpu_clock.Budget) -> list[dict[str, Any]]:
-    """Every peer that is here at one shape; one that fails is a row with its error."""
+def tasks(N: int, K: int, tokens: list[int]) -> list[Task]:
+    """Every peer that is here at one shape."""
+    here = [name for name, how in present().items() if not how.startswith("left out")]
+    return [Task(f"{name} {N}x{K}", page, (name, N, K, tokens), 60.0,
+                 (("peer", name), ("N", N), ("K", K))) for name in here]  # fmt: skip
+
+
+def page(name: str, N: int, K: int, tokens: list[int]) -> list[dict[str, Any]]:
+    """One peer at one shape; a number of tokens that it refuses is a row with its error.
+
+    Whatever a peer raises is caught, as peers raise what they like: `ValueError` and assertions
+    where tiles do not fit, errors of their compilers, `RuntimeError` of the device.
+    """
     rows: list[dict[str, Any]] = []
-    for name, (make, _, _) in PEERS.items():
-        if present()[name].startswith("left out") or not budget.allows(f"{name} {N}x{K}"):
-            continue
-        about = {"peer": name, "N": N, "K": K}
+    linears, nbytes = PEERS[name][0](N, K)
+    for m in tokens:
+        about = {"peer": name, "N": N, "K": K, "tokens": m}
+        x = torch.randn(m, K, device=gpu_clock.device(), dtype=torch.bfloat16)
         try:
-            linears, nbytes = make(N, K)
-        except Exception as error:  # a peer that cannot be made is a finding, not the end
-            rows.append(about | {"error": f"{type(error).__name__}: {error}"[:200]})
-            continue
-        for m in tokens:
-            x = torch.randn(m, K, device=gpu_clock.device(), dtype=torch.bfloat16)
-            try:
-                us = gpu_clock.microseconds(lambda linear, x=x: linear(x), linears)
-                rows.append(about | {"tokens": m, "us": us, "weight_bytes": nbytes})
-            except Exception as error:  # such as too few tokens for its tiles
-                why = f"{type(error).__name__}: {error}"[:200]
-                rows.append(about | {"tokens": m, "error": why})
-        del linears
+            us = gpu_clock.microseconds(lambda linear, x=x: linear(x), linears)
+            rows.append(about | {"us": us, "weight_bytes": nbytes})
+        except Exception as error:
+            rows.append(about | {"error": told(error)})
     return rows
 
 
@@ -214,14 +220,12 @@ def liger(tokens: int, width: int) -> list[dict[str, Any]]:
         "torch rms_norm": lambda _: torch.nn.functional.rms_norm(x, (width,), gain, 1e-6),
         "torch silu gate": lambda _: torch.nn.functional.silu(x) * x,
     }
-    try:
+    if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         calls["liger rms_norm"] = lambda _: LigerRMSNormFunction.apply(x, gain, 1e-6)
         calls["liger silu gate"] = lambda _: LigerSiLUMulFunction.apply(x, x)
-    except ImportError as error:
-        return [{"peer": "liger", "error": f"left out: {error}"}]
     return [
         {"peer": name, "tokens": tokens, "width": width,
          "us": gpu_clock.microseconds(call, range(4))}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,20 @@ def ran(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_every_row_is_within_its_bound(ran: dict[str, Any]) -> None:
-    """One drawn case of each at least."""
-    assert set(ran["numerics"]["rows"]) == {r.name for r in ROWS}
-    assert ran["numerics"]["wrong"] == []
-    assert 0 < ran["numerics"]["worst_over_bound"] <= 1
+    """In both halves where it serves both, and attention beside the linears."""
+    found = ran["numerics"]
+    assert set(found["rows"]) == {r.name for r in ROWS} | {"attention_kv"}
+    assert all({"fp16", "bf16"} & set(dtypes) for dtypes in found["rows"].values())
+    assert {"fp16", "bf16"} <= set(found["rows"]["w4a16"])
+    assert found["wrong"] == []
+    assert 0 < found["worst_over_bound"] <= 1
 
 
 def test_every_row_runs_on_the_kernel_page(ran: dict[str, Any]) -> None:
     """With its bytes; nothing has a time, and no error."""
     assert {r["kernel"] for r in ran["kernels"]} >= {r.name for r in ROWS}
     assert all(r["us"] is None and r["bytes"] > 0 for r in ran["kernels"]), ran["kernels"]
+    assert ran["installed"]["torch bf16"].startswith("torch ")
     assert ran["device"] == "interpreter, not timed"
     assert ran["limits"] == {"copy": None, "flops": None}
 
@@ -68,9 +74,36 @@ def test_a_budget_is_kept_and_names_what_it_leaves_out(repo: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert told["kernels"] == told["peers"] == told["decode"] == []
-    assert "numerics from case 0 on" in told["skipped"]
+    assert any(name.startswith("numerics w4a16 ") for name in told["skipped"])
     assert "logits w4" in told["skipped"]
     assert "w4a16 70x136" in told["skipped"]
+
+
+def test_a_task_that_fails_takes_no_other_down(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that raises, one that ends its process, one that hangs: rows with what was wrong."""
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    from gpu_clock import Budget
+    from gpu_work import Task, Workers
+
+    tasks = [
+        Task("root", math.sqrt, (4.0,)),
+        Task("raises", math.sqrt, (-1.0,), about=(("kernel", "k"),)),
+        Task("root again", math.sqrt, (9.0,)),
+        Task("hangs", time.sleep, (600.0,), limit=0.2),
+        Task("dies", os._exit, (7,)),
+        Task("last", math.sqrt, (16.0,)),
+    ]
+    budget, workers = Budget(120.0), Workers(1)
+    found = {a.task.label: a for a in workers.run(tasks, budget)}
+    workers.close()
+    assert [found[t.label].result for t in tasks] == [2.0, None, 3.0, None, None, 4.0]
+    assert found["raises"].row == {
+        "kernel": "k", "what": "raises", "error": "ValueError: math domain error",
+    }  # fmt: skip
+    assert found["hangs"].error == "took more than 0 s"
+    assert found["dies"].error == "its process ended with exit code 7"
+    assert list(workers.run(tasks, budget, room=1000.0)) == []
+    assert budget.skipped == [t.label for t in tasks]
 
 
 def test_bad_input(repo: Path) -> None:
