@@ -28,7 +28,7 @@ from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.ops.rounding import round_input, scale_of
-from llmc.compiler.ir.ops.semantic import activation
+from llmc.compiler.ir.ops.semantic import activation, rms_norm
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
 _SUM = 2.0**-24  # unit roundoff of the fp32 sums
