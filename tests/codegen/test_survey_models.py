@@ -1,0 +1,66 @@
+"""Launches of a decode step of real architectures, captured from random models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import llmc
+from llmc.codegen.survey import ATTENTION, survey
+from llmc.codegen.targets import BANDWIDTH
+from llmc.compiler.pipeline import recipe
+from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.runtime.cache import add_cache
+
+GROUPED: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 512,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": {**GROUPED, "head_dim": 64},
+    "olmo2": {**GROUPED, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+    "opt": {
+        "hidden_size": 256, "ffn_dim": 512, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "vocab_size": 512, "max_position_embeddings": 64, "word_embed_proj_dim": 256,
+    },
+    "gptj": {
+        "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 512, "n_positions": 64,
+        "rotary_dim": 32, "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "gemma3_text": {**GROUPED, "head_dim": 64},
+}  # fmt: skip
+# What a norm of queries and keys goes over.
+NORMS = {"qwen3": "head", "olmo2": "row", "gemma3_text": "head"}
+
+
+def surveyed(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES[name])).eval()
+    plan = make_plan(llmc.capture(model), recipe.from_strings(["w4:group=128"]))
+    return survey(add_cache(plan.program), "triton", 1, "fp16", BANDWIDTH)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*("qwen3", "olmo2"), *(pytest.param(n, marks=pytest.mark.slow)
+                            for n in ("opt", "gptj", "gemma3_text"))],
+)  # fmt: skip
+def test_nothing_starts_between_the_linears_and_attention(name: str) -> None:
+    """Norms, scales and rotations of queries and keys are in the two launches of attention."""
+    page = surveyed(name)
+    assert ATTENTION == 2
+    for block in ("block0", "block1"):
+        calls = page["blocks"][block]["calls"]
+        at = next(i for i, c in enumerate(calls) if "cached_attention" in c)
+        assert len([c for c in calls[:at] if "fused" in c]) == 1
+        assert not [c for c in calls[:at] if "norm" in c and block != "block0"]
+    problems = [a["problem"] for a in page["attention"]]
+    assert [p["norm"] for p in problems] == [NORMS.get(name, "")] * 2
+    assert {r["predicate"] for r in page["not_fused"]} == {"decoded"}
+    if name in ("qwen3", "opt", "gptj"):
+        assert page["launches_per_block"] == 6
