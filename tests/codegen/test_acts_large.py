@@ -21,7 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "w4 fp32": {"group": 32, "x_dtype": "fp32", "norm": True, "smooth": True, "bias": True},
     "w4 sides": {"group": 128, "asym": True, "norm": True, "bias": True, "residual": True,
                  "act": "gelu"},
-    "w4 centred": {"group": 64, "norm": True, "centred": True, "smooth": True, "bias": True},
+    "w4 centred": {"group": 32, "norm": True, "centred": True, "smooth": True, "bias": True},
     "w4 gate": {"group": 64, "N": 44, "act": "silu", "pairs": "gate", "bias": True},
     "w4 rank": {"group": 64, "rank": 20, "residual": True, "smooth": True},
     "w4 2:4": {"group": 32, "n": 2, "m": 4, "asym": True},
