@@ -7,8 +7,8 @@ law is their references, and the value differs only in the order of roundings (a
 turned where that puts each sum behind a linear, see `fuse_sums`). A layer_norm joins as an rms_norm
 does. Linears of one input are joined by rows, gate and up to one call with their product. A target
 says which problems it has a kernel for; where it has none, neighbours are left out one by one (the
-sum behind, the activation, the gate product, then what lies before, then the joining), each a
-refusal with its reason.
+sum behind, the norm of the result, the activation, the gate product, then what lies before, then
+the joining), each a refusal with its reason.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from .fuse_chain import Core
 from .fuse_family import Family
 from .fuse_find import find
 from .fuse_nodes import MAKER, Accept, path_of
+from .fuse_norms import norms_of
 from .fuse_sums import sums_of
 from .fuse_unit import Part, Unit, body_of, join
 from .problem import Problem
 
 BEFORE = ("rounds", "smooth", "norm")
 FEATURES = frozenset({
-    *BEFORE, "residual", "act", "pairs", "concat", "rank", "outliers", "sparse", "table", "dense",
-    "masked", "factors",
+    *BEFORE, "residual", "out_norm", "act", "pairs", "concat", "rank", "outliers", "sparse",
+    "table", "dense", "masked", "factors",
 })  # fmt: skip
 """What a target may ask for; what it does not name is never looked for, nor refused. ``dense`` are
 weights as they were captured, ``masked`` the floats that a mask keeps."""
@@ -96,10 +97,12 @@ def fuse(program: Program, accept: Accept, features: Collection[str] = FEATURES)
     for core in cores:
         families.setdefault(core.reads, []).append(core)
     home = {name: s.name for s in program.segments for name in s.nodes}
-    sums = sums_of(program, cores, home) if "residual" in features else {}
+    norms, left = norms_of(cores, home) if "out_norm" in features else ({}, [])
+    sums = sums_of(program, cores, home, norms) if "residual" in features else {}
+    refused += left
     units: list[Unit] = []
     for family in families.values():
-        solver = Family(family, accept, frozenset(features), home, sums)
+        solver = Family(family, accept, frozenset(features), home, sums, norms)
         units += solver.solve()
         refused += solver.refused
     order = {node: i for i, node in enumerate(program.graph.nodes)}

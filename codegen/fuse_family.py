@@ -23,10 +23,10 @@ class Family:
 
     def __init__(
         self, cores: list[Core], accept: Accept, features: frozenset[str], home: dict[str, str],
-        sums: dict[fx.Node, fx.Node],
+        sums: dict[fx.Node, fx.Node], norms: dict[fx.Node, fx.Node],
     ) -> None:  # fmt: skip
         self.cores, self.features, self.accept = cores, features, accept
-        self.home, self.sums = home, sums
+        self.home, self.sums, self.norms = home, sums, norms
         self.refused: list[Refusal] = []
 
     def solve(self) -> list[Unit]:
@@ -86,14 +86,13 @@ class Family:
                 continue
             both = tuple(c for c in pair if c is not None)
             if all(only_user(c.result) is gate for c in both) and self.fit(both):
-                unit = Unit(both, gate=gate)
-                found.append(replace(unit, add=self.sums.get(gate)))
+                found.append(self.whole(Unit(both, gate=gate)))
                 for c in both:
                     del left[c]
         groups: dict[object, list[Core]] = {}
         for core in left:
             unit = self.alone(core)
-            if unit.act or unit.gate or unit.add or not concat:
+            if unit.act or unit.gate or unit.norm or unit.add or not concat:
                 found.append(unit)
             else:
                 key = (self.scheme(core), self.home.get(core.linear.name))
@@ -108,16 +107,23 @@ class Family:
         return found
 
     def alone(self, core: Core) -> Unit:
-        """One linear with its activation, or the product of its halves, and the sum behind."""
+        """One linear with its activation, or the product of its halves, and what is behind."""
         split = halves(core) if "pairs" in self.features else None
         if split is not None and self.home.get(split[0].name) == self.home.get(core.linear.name):
-            return Unit((core,), gate=split[0], cuts=split[1], add=self.sums.get(split[0]))
+            return self.whole(Unit((core,), gate=split[0], cuts=split[1]))
         act = only_user(core.result)
         if not is_op(act, "llmc.activation") or "act" not in self.features:
             act = None
         if act is not None and self.home.get(act.name) != self.home.get(core.linear.name):
             act = None
-        return Unit((core,), act=act, add=self.sums.get(act or core.result))
+        return self.whole(Unit((core,), act=act))
+
+    def whole(self, unit: Unit) -> Unit:
+        """The same with the norm of its result and the sum behind."""
+        tail = unit.root
+        assert tail is not None
+        norm = self.norms.get(tail)
+        return replace(unit, norm=norm, add=self.sums.get(norm or tail))
 
     def scheme(self, core: Core) -> object:
         """What linears that are joined have in common, outlier columns included."""

@@ -19,15 +19,16 @@ Order = dict[fx.Node, int]
 
 
 def sums_of(
-    program: Program, cores: Sequence[Core], home: dict[str, str]
+    program: Program, cores: Sequence[Core], home: dict[str, str], norms: dict[fx.Node, fx.Node]
 ) -> dict[fx.Node, fx.Node]:
     """Value of a linear, an activation or a gate product -> the sum that is its only reader.
 
-    Where both addends could take it the later one does, so the other one is ready by then. Sums of
-    two such values and a third are turned first.
+    norms: by such a value the norm behind it, which takes its place. Where both addends could take
+    a sum the later one does, so the other one is ready by then. Sums of two such values and a third
+    are turned first.
     """
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    tails = _tails(cores)
+    tails = {norms.get(tail, tail): None for tail in tails_of(cores)}
     inside = set[fx.Node]().union(*(c.nodes for c in cores))
     for outer in list(program.graph.nodes):
         if is_sum(outer) and outer not in inside:
@@ -44,8 +45,8 @@ def sums_of(
     return found
 
 
-def _tails(cores: Sequence[Core]) -> dict[fx.Node, None]:
-    """The last value of each linear that its kernel may give, sum aside."""
+def tails_of(cores: Sequence[Core]) -> dict[fx.Node, None]:
+    """The last value of each linear that its kernel may give, norm and sum aside."""
     tails: dict[fx.Node, None] = {}
     for core in cores:
         only, split = only_user(core.result), halves(core)

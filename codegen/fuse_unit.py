@@ -13,6 +13,7 @@ from ..compiler.ir.ops import row_of
 from ..compiler.ir.ops.fused import Ref, Step, inputs_of, write
 from .fuse_before import Before, centred, grid_words
 from .fuse_chain import Core
+from .fuse_nodes import argument
 from .problem import Problem
 
 # Parts that all linears of one input share.
@@ -27,7 +28,8 @@ class Unit:
         cores: linears of one input, their rows joined in this order.
         before: what it does to its input, nearest to the linear first.
         gate: the call that joins two linears, or the halves of one, to act(gate) · up; cuts: those
-            halves; act: the activation behind one; add: the sum behind.
+            halves; act: the activation behind one; norm: of the rows of the result; add: the sum
+            behind.
     """
 
     cores: tuple[Core, ...]
@@ -35,6 +37,7 @@ class Unit:
     gate: fx.Node | None = None
     cuts: tuple[fx.Node, ...] = ()
     act: fx.Node | None = None
+    norm: fx.Node | None = None
     add: fx.Node | None = None
 
     @property
@@ -64,12 +67,14 @@ class Unit:
         if behind is not None:
             pairs = "gate" if self.gate is not None else ""
             out = replace(out, act=str(behind.kwargs["act"]), pairs=pairs)
+        if self.norm is not None:
+            out = replace(out, out_norm=True, out_eps=float(str(self.norm.kwargs["eps"])))
         return out
 
     @property
     def root(self) -> fx.Node | None:
         """The call whose value it gives; None where it gives those of several linears."""
-        for node in (self.add, self.gate, self.act):
+        for node in (self.add, self.norm, self.gate, self.act):
             if node is not None:
                 return node
         return self.cores[0].result if len(self.cores) == 1 else None
@@ -97,7 +102,7 @@ class Unit:
     @property
     def nodes(self) -> set[fx.Node]:
         """All calls that it stands for."""
-        behind = {n for n in (self.gate, self.act, self.add) if n is not None}
+        behind = {n for n in (self.gate, self.act, self.norm, self.add) if n is not None}
         before = {b.node for b in self.before}
         return behind.union(before, self.cuts, *(c.nodes for c in self.cores))
 
@@ -107,6 +112,9 @@ class Unit:
         if unit.add is not None:
             left, unit = unit.add, replace(unit, add=None)
             yield unit, "residual", left
+        if unit.norm is not None:
+            left, unit = unit.norm, replace(unit, norm=None)
+            yield unit, "out_norm", left
         behind = unit.act or unit.gate
         if behind is not None:
             name = "act" if unit.act is not None else "pairs"
@@ -198,6 +206,9 @@ def _parts(unit: Unit, names: Mapping[fx.Node, str]) -> Iterator[Part]:
         for role, node in before.parts.items():
             offset = float(str(before.node.kwargs.get("offset", 0.0)))
             yield Part(role, (names[node],), offset if role == "gain" else 0.0)
+    gain = None if unit.norm is None else argument(unit.norm, 1, "gain")
+    if unit.norm is not None and gain is not None:
+        yield Part("out_gain", (names[gain],), float(str(unit.norm.kwargs.get("offset", 0.0))))
 
 
 def join(
@@ -210,13 +221,15 @@ def join(
     in; a norm without a gain gets ones.
     """
     out: dict[str, torch.Tensor] = {}
-    if problem.norm:
-        like = next(v for v in values.values() if v is not None)
-        out["gain"] = torch.ones(problem.K, device=like.device)
+    widths = {"gain": problem.norm * problem.K, "out_gain": problem.out_norm * problem.outputs}
+    for role, width in widths.items():
+        if width:
+            like = next(v for v in values.values() if v is not None)
+            out[role] = torch.ones(width, device=like.device)
     for part in parts:
         given = [None if r is None else values[r] for r in part.refs]
         out[part.role] = _joined(part.role, given, sections)
-        if part.role in ("gain", "shift"):  # in fp32 at least, as the norm multiplies
+        if part.role in ("gain", "shift", "out_gain"):  # in fp32 at least, as the norm multiplies
             wide = torch.promote_types(torch.float32, out[part.role].dtype)
             out[part.role] = out[part.role].to(wide) + part.offset
     if "gain" in out and "smooth" in out:
