@@ -1,8 +1,9 @@
 """The documented variants of every kernel row: what is compiled ahead of time and told of.
 
 They follow from the row's own data: a problem that it is made for, the same with a zero point, with
-every side input, behind a layer norm, joined in pairs, beside a product of low rank and beside
-sparse entries, each as far as the row serves it, at one token and at a tile of sixteen.
+every side input, behind a layer norm, with a norm of its result, joined in pairs, beside a product
+of low rank and beside sparse entries, each as far as the row serves it, at one token and at a tile
+of sixteen.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("sides", {"asym": True, "bias": True, "residual": True, "norm": True, "eps": 1e-6}, 1),
     ("sides", {"bias": True, "residual": True, "norm": True, "eps": 1e-6}, 1),
     ("layer norm", {"bias": True, "norm": True, "centred": True, "eps": 1e-5}, 1),
+    ("norm behind", {"residual": True, "out_norm": True, "out_eps": 1e-6}, 1),
+    ("norm behind", {"residual": True, "out_norm": True, "out_eps": 1e-6}, 16),
     ("gate", {"norm": True, "pairs": "gate", "act": "silu", "eps": 1e-6}, 1),
     ("rank 64", {"rank": 64}, 1),
     ("entries", {"sparse": True}, 1),
     ("columns", {"outliers": 32}, 16),
 )
 # Changes that are compiled for some rows alone, as they touch others at the same place.
-_SOME = {"layer norm": ("w4a16", "w8a8", "round_int8")}
+_SOME = {"layer norm": ("w4a16", "w8a8", "round_int8"), "norm behind": ("w4a16",)}
 
 
 @dataclass(frozen=True)

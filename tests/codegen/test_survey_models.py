@@ -31,9 +31,13 @@ SIZES: dict[str, dict[str, Any]] = {
         "rotary_dim": 32, "bos_token_id": 0, "eos_token_id": 0,
     },
     "gemma3_text": {**GROUPED, "head_dim": 64},
+    "gemma2": {**GROUPED, "head_dim": 64},
+    "glm4": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
 }  # fmt: skip
 # What a norm of queries and keys goes over.
 NORMS = {"qwen3": "head", "olmo2": "row", "gemma3_text": "head"}
+# Whose blocks norm what attention and MLP give, before it is added.
+BEHIND = ("olmo2", "gemma2", "gemma3_text", "glm4")
 
 
 def surveyed(name: str) -> dict[str, Any]:
@@ -47,11 +51,12 @@ def surveyed(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    [*("qwen3", "olmo2"), *(pytest.param(n, marks=pytest.mark.slow)
-                            for n in ("opt", "gptj", "gemma3_text"))],
+    [*("qwen3", "olmo2", "gemma2"), *(pytest.param(n, marks=pytest.mark.slow)
+                                      for n in ("opt", "gptj", "gemma3_text", "glm4"))],
 )  # fmt: skip
-def test_nothing_starts_between_the_linears_and_attention(name: str) -> None:
-    """Norms, scales and rotations of queries and keys are in the two launches of attention."""
+def test_a_block_starts_six_kernels(name: str) -> None:
+    """Norms, scales and rotations of queries and keys are in the two launches of attention; norms
+    of what attention and MLP give are in the kernels of their last linears."""
     page = surveyed(name)
     assert ATTENTION == 2
     for block in ("block0", "block1"):
@@ -62,5 +67,6 @@ def test_nothing_starts_between_the_linears_and_attention(name: str) -> None:
     problems = [a["problem"] for a in page["attention"]]
     assert [p["norm"] for p in problems] == [NORMS.get(name, "")] * 2
     assert {r["predicate"] for r in page["not_fused"]} == {"decoded"}
-    if name in ("qwen3", "opt", "gptj"):
-        assert page["launches_per_block"] == 6
+    ends = [p for p in (f["problem"] for f in page["fused"]) if p["residual"]]
+    assert [p["out_norm"] for p in ends] == [name in BEHIND] * 4
+    assert page["launches_per_block"] == 6
