@@ -1,19 +1,21 @@
-"""Int4 products compiled for this machine by Inductor, on request: a few tokens and many.
+"""Int4 products in C++ for this machine's matrix instructions, compiled on request.
 
-torch's int4 kernel has no matrix instructions; Inductor's template has (`CppMicroGemmWoQInt4Amx`).
-It is compiled ahead of time, once per shape, group and number of tokens, into the user's cache, and
-every weight of that shape is given to its own loaded copy: a frozen graph would hold one weight as
-a constant, and serve it for all. The template reads blocks of 32 rows, so the weight is held twice.
+torch's int4 kernel has no matrix instructions, and decoding by torch's elementwise ops takes longer
+than the product that follows. The template `int4_amx.cpp.j2` decodes a block of torch's own layout
+into the pairs that AMX tiles read, where it stays in the cache for all tokens, so that nothing is
+held twice. One library serves all shapes, groups and numbers of tokens; it is compiled once in
+seconds and kept in the user's cache.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
 import os
-import re
 import shutil
+import subprocess
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,24 +25,37 @@ import torch
 
 from ...compiler.ir.errors import ResourceError
 from ..problem import Problem
+from ..render import environment
 from ..tuning.cache import folder as tuned
-from .kernel import CpuKernel, Tensors, round_up, widen
-from .nibbles import NIBBLES, ROWS, block_rows, unit
+from .kernel import CpuKernel, Tensors, round_up
+from .nibbles import NIBBLES, PLANES, ROWS, block_rows, unit
 from .table import Choice, key_of, machine
 
-TOKENS = (16, 32, 64, 128)  # numbers of tokens that are compiled for; others are padded or split
-BLOCK = 32  # rows of the template's blocks
+TEMPLATE = "int4_amx.cpp.j2"
+# Columns and tokens that one decoding serves, bytes of sums that are kept meanwhile, bytes of y
+# from which on it is written past the cache: measured with 48 KB of first and 2 MB of second cache.
+BLOCKING = {"columns": 256, "rows": 512, "sums": 1 << 19, "stream": 1 << 20}
+FLAGS = (
+    "-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl",
+    "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
+)  # fmt: skip
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # timed at lowering
+
+
+def _compiler() -> str:
+    """g++ or clang++, or what CXX names; "" for none."""
+    named = os.environ.get("CXX")
+    return next((c for c in ([named] if named else ["g++", "clang++"]) if shutil.which(c)), "")
 
 
 def unavailable() -> str | None:
     """Why nothing can be compiled here; None when it can."""
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++") if shutil.which(c)), "")
-    if not compiler or shutil.which(compiler) is None:
-        return f"expected a C++ compiler (g++ or clang++), found {compiler or 'none'}"
+    if not _compiler():
+        return f"expected a C++ compiler (g++ or clang++), found {os.environ.get('CXX') or 'none'}"
     if "amx_bf16" not in machine().name.split(", "):
         return "expected a processor with amx_bf16, found one without"
-    if not block_rows():
-        return "torch lays out int4 weights in no known way here"
+    if block_rows() != ROWS:
+        return f"expected torch's int4 weights in blocks of {ROWS} rows, found another layout"
     return None
 
 
@@ -54,19 +69,17 @@ def check_available() -> None:
 def attach(
     kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choice
 ) -> tuple[CpuKernel, Tensors, Choice]:
-    """The kernel with a compiled way over tensors with the blocks that it reads.
+    """The kernel with a compiled way over the same tensors, and from when on it is taken.
 
-    Other kernels stay as they are. ResourceError when nothing can be compiled here.
+    Other kernels than those of int4 planes stay as they are. ResourceError when nothing can be
+    compiled here.
     """
     check_available()
-    if kernel is not NIBBLES:
+    if kernel not in (NIBBLES, PLANES):
         return kernel, packed, choice
-    packed = packed | {"blocks": reblocked(packed["codes"])}
-    shape = (packed["codes"].shape[0], round_up(problem.K, unit(problem)), unit(problem))
-    way = CompiledWay({m: Loaded.of(package(*shape, m), packed) for m in TOKENS})
-    kernel = replace(kernel, ways={**kernel.ways, "compiled": way})
+    kernel = replace(kernel, ways={**kernel.ways, "compiled": CompiledWay(_loaded(library()))})
     # Weights of one shape are alike: the first one's times serve for all.
-    key = f"{key_of(kernel, problem)} {choice} {tuned()}"
+    key = f"{key_of(kernel, problem)} {choice} {tuned()} {torch.get_num_threads()}"
     if key not in _TIMED:
         _TIMED[key] = _measured(kernel, problem, packed, choice)
     return kernel, packed, _TIMED[key]
@@ -80,11 +93,13 @@ def _measured(kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choi
     from .tune import timed
 
     steps: list[tuple[int, str]] = []
-    for tokens in (1, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024):
+    for tokens in TOKENS:
         old = choice.at(tokens)
         x = torch.zeros(tokens, problem.K, dtype=torch.bfloat16)
-        calls = {n: _Bound(kernel, n, problem, x, packed) for n in (old, "compiled")}
-        found = timed(calls, turns=3, seconds=0.05)
+        calls = {
+            n: functools.partial(kernel.ways[n], problem, x, packed) for n in (old, "compiled")
+        }
+        found = timed(calls, turns=5, seconds=0.05)
         best = min(found, key=lambda n: found[n])
         if not steps or steps[-1][1] != best:
             steps.append((tokens, best))
@@ -92,97 +107,67 @@ def _measured(kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choi
 
 
 @dataclass(frozen=True)
-class _Bound:
-    kernel: CpuKernel
-    way: str
-    problem: Problem
-    x: torch.Tensor
-    packed: Tensors
-
-    def __call__(self) -> torch.Tensor:
-        return self.kernel.ways[self.way](self.problem, self.x, self.packed)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A compiled product with one weight in it; ``run`` takes x bf16 [tokens, K]."""
-
-    runner: Any
-    held: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(cls, path: Path, packed: Mapping[str, torch.Tensor]) -> Loaded:
-        """Load and hand over the tensors. ResourceError when a package cannot be loaded."""
-        try:
-            sizes = _constants(path)
-            runner = torch._inductor.aoti_load_package(str(path))
-        except (OSError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
-            raise ResourceError(
-                f"cannot load a compiled kernel: {error}", where=str(path),
-                hint="remove the file, it is compiled again",
-            ) from error  # fmt: skip
-        blocks, scale = packed["blocks"], packed["scale"]
-        by_size = {blocks.nbytes: blocks, scale.nbytes: scale}
-        group = torch.tensor(_group(packed))
-        given = {name: by_size.get(size, group) for name, size in sizes.items()}
-        if len(by_size) != 2 or sorted(t.nbytes for t in given.values()) != sorted(
-            (blocks.nbytes, scale.nbytes, group.nbytes)
-        ):
-            raise ResourceError(
-                f"expected a kernel that holds blocks, scales and a group, found {sizes}",
-                where=str(path),
-            )
-        runner.load_constants(given, check_full_update=True, user_managed=True)
-        return cls(runner, tuple(given.values()))
-
-
-@dataclass(frozen=True)
 class CompiledWay:
-    """x · Wᵀ by the compiled products: the smaller where it holds all tokens, else by blocks."""
+    """x · Wᵀ by the compiled product, over the tensors of `NIBBLES` or `PLANES`."""
 
-    by_tokens: Mapping[int, Loaded]
+    product: Any
 
     def __call__(
         self, problem: Problem, x: torch.Tensor, packed: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        wide = widen(x, round_up(problem.K, unit(problem)))
-        size = min((m for m in self.by_tokens if m >= len(wide)), default=max(self.by_tokens))
-        run = self.by_tokens[size].runner
-        short = -len(wide) % size
-        if short:
-            wide = torch.nn.functional.pad(wide, (0, 0, 0, short))
-        parts = [run(part) for part in wide.split(size)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y[: len(x), : problem.N]
+        x = x.to(torch.bfloat16)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        codes, scale = packed["codes"], packed["scale"]
+        upper, lower = (None, codes) if codes.dim() == 2 else (codes[0].data_ptr(), codes[1])
+        scale = scale if codes.dim() == 2 else scale[1]
+        y = x.new_empty(len(x), problem.N)
+        group = unit(problem)
+        failed = self.product(
+            x.data_ptr(), len(x), problem.K, x.stride(0), lower.data_ptr(), upper,
+            scale.data_ptr(), problem.N, lower.shape[0], round_up(problem.K, group), group,
+            y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise ResourceError(
+                f"cannot hold the scratch of a product {problem.N}x{problem.K} of {len(x)} tokens",
+                hint="leave --compiled away",
+            )
+        return y
 
 
-def _group(packed: Mapping[str, torch.Tensor]) -> int:
-    return 2 * packed["codes"].shape[1] // packed["scale"].shape[0]
+@functools.cache
+def _loaded(path: Path) -> Any:
+    """The product of a compiled library. ResourceError when it cannot be loaded or run here."""
+    try:
+        found = ctypes.CDLL(str(path))
+        product, allow = found.product, found.allow
+    except (OSError, AttributeError) as error:
+        raise ResourceError(
+            f"cannot load a compiled kernel: {error}", where=str(path),
+            hint="remove the file, it is compiled again",
+        ) from error  # fmt: skip
+    if allow():
+        raise ResourceError("cannot compile for cpu: the system lets no process use AMX tiles")
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    product.argtypes = [pointer, count, count, count, pointer, pointer, pointer, count, count,
+                        count, count, pointer, ctypes.c_int]  # fmt: skip
+    product.restype = ctypes.c_int
+    return product
 
 
-def reblocked(codes: torch.Tensor) -> torch.Tensor:
-    """Torch's int4 weight uint8 [N, K/2] in blocks of 32 rows, as the template reads it."""
-    rows, (N, half) = block_rows(), codes.shape
-    blocks = codes.view(N // rows, 2 * half, rows // 2)
-    whole = torch.cat([blocks & 15, blocks >> 4], -1)
-    parts = whole.view(N // rows, 2 * half, rows // BLOCK, 2, BLOCK // 2)
-    joined = parts[..., 0, :] | (parts[..., 1, :] << 4)
-    return joined.permute(0, 2, 1, 3).reshape(N, half).contiguous()
-
-
-def package(N: int, K: int, group: int, tokens: int) -> Path:
-    """The compiled product of a shape, from the cache or compiled now (seconds to a minute).
+def library() -> Path:
+    """The compiled template, from the cache or compiled now (seconds).
 
     ResourceError when it cannot be compiled or kept.
     """
-    told = f"{machine()} int4 {N} {K} {group} {tokens}"
-    name = hashlib.sha256(told.encode()).hexdigest()[:24]
-    path = _folder() / f"int4-{N}x{K}-g{group}-m{tokens}-{name}.pt2"
+    source = environment().get_template(TEMPLATE).render(BLOCKING)
+    told = f"{machine()} {_compiler()} {' '.join(FLAGS)}\n{source}"
+    path = _folder() / f"int4-amx-{hashlib.sha256(told.encode()).hexdigest()[:24]}.so"
     if not path.is_file():
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".pt2")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
         os.close(handle)
         try:
-            _compile(N, K, group, tokens, temporary)
+            _compile(source, temporary)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -205,49 +190,15 @@ def _folder() -> Path:
     return folder
 
 
-class _Product(torch.nn.Module):
-    """Torch's int4 product of a weight whose values do not matter: they are replaced."""
-
-    def __init__(self, N: int, K: int, group: int) -> None:
-        super().__init__()
-        self.group = group
-        # Not all alike, or constants of one value may be folded.
-        self.register_buffer("codes", torch.arange(N * K // 2).view(N, K // 2).to(torch.uint8))
-        scale = torch.arange(N * K // group * 2).remainder(64).view(K // group, N, 2)
-        self.register_buffer("scale", scale.to(torch.bfloat16) / 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group, self.scale)
-
-
-def _compile(N: int, K: int, group: int, tokens: int, path: str) -> None:
-    import torch._inductor.config as config
-
-    # One choice only: the template. Nothing is timed then, which takes most of the time.
-    settings: dict[str, Any] = {
-        "freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP",
-        "aot_inductor.package_constants_in_so": False,
-    }  # fmt: skip
-    x = torch.zeros(tokens, K, dtype=torch.bfloat16)
+def _compile(source: str, path: str) -> None:
+    command = [_compiler(), *FLAGS, "-x", "c++", "-", "-o", path]
     try:
-        with torch.no_grad(), config.patch(settings):
-            exported = torch.export.export(_Product(N, K, group), (x,))
-            torch._inductor.aoti_compile_and_package(exported, package_path=path)
-    except Exception as error:
-        text = str(error).strip().splitlines() or [""]
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ResourceError(f"cannot run {command[0]}: {error}", hint="set CXX") from error
+    if done.returncode:
+        lines = [n for n in done.stderr.splitlines() if "error" in n] or [f"exit {done.returncode}"]
         raise ResourceError(
-            f"cannot compile an int4 product {N}x{K}: {type(error).__name__}: {text[0]}",
-            hint="leave --compiled away",
-        ) from error
-    if ROWS % BLOCK or len(_constants(Path(path))) != 3:
-        raise ResourceError(f"Inductor made no int4 product of its template for {N}x{K}")
-
-
-def _constants(path: Path) -> dict[str, int]:
-    """Bytes of each constant of a package, by name."""
-    with zipfile.ZipFile(path) as file:
-        name = next(n for n in file.namelist() if n.endswith("wrapper.cpp"))
-        source = file.read(name).decode()
-    names = re.findall(r'constants_info_\[\d+\]\.name = "(.*?)"', source)
-    sizes = re.findall(r"constants_info_\[\d+\]\.data_size = (\d+)", source)
-    return dict(zip(names, map(int, sizes), strict=True))
+            f"cannot compile int4 products: {command[0]}: {lines[0]}",
+            hint="set CXX to another compiler, or leave --compiled away",
+        )

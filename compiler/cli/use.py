@@ -32,7 +32,7 @@ def lowering_options(target: str, dtype: str = "f32") -> Callable[[F], F]:
                          show_default=True, help="Decode weights in every call, or once (memory)."),
             click.option("--compiled", is_flag=True,
                          help="On the CPU, compile int4 products for this machine first: faster "
-                         "from 16 tokens on, seconds to a minute per shape, kept in the cache."),
+                         "from a few tokens on, seconds once, kept in the cache."),
             click.option("--dtype", type=click.Choice(["auto", "f32", "bf16", "f16"]),
                          default=dtype, show_default=True,
                          help="In which the graph computes; auto: on the CPU the one that was "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -119,69 +118,18 @@ def test_dense_leaves_the_decoding_to_whoever_keeps_constants() -> None:
     assert torch.equal(run(lowered.program, {"h": x}), run(program, {"h": x}))
 
 
-def test_blocks_of_32_rows_hold_the_same_codes() -> None:
-    q = torch.randint(0, 16, (128, 64), generator=torch.Generator().manual_seed(0))
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-    blocks = compiled.reblocked(packed).view(4, 64, 16)
-    whole = torch.cat([blocks & 15, blocks >> 4], -1).permute(0, 2, 1).reshape(128, 64)
-    assert torch.equal(whole.long(), q)
-
-
-@pytest.mark.parametrize("without", ["compiler", "processor"])
+@pytest.mark.parametrize("without", ["compiler", "processor", "layout"])
 def test_nothing_is_compiled_without_what_it_takes(
     without: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if without == "compiler":
         monkeypatch.setenv("CXX", "no-such-compiler")
     else:
-        machine = table.Machine("cpu", "X, avx2")
-        monkeypatch.setattr(compiled, "machine", lambda: machine)
-    words = {"compiler": r"C\+\+ compiler", "processor": "amx_bf16"}[without]
-    with pytest.raises(ResourceError, match=rf"cannot compile for cpu: expected a.*{words}") as e:
+        monkeypatch.setenv("CXX", "true")
+        has = "X, avx2" if without == "processor" else "X, avx2, amx_bf16"
+        monkeypatch.setattr(compiled, "machine", lambda: table.Machine("cpu", has))
+        monkeypatch.setattr(compiled, "block_rows", lambda: 32)
+    words = {"compiler": r"C\+\+ compiler", "processor": "amx_bf16", "layout": "64 rows"}[without]
+    with pytest.raises(ResourceError, match=rf"cannot compile for cpu: expected .*{words}") as e:
         lower(one(Weight(64, 128)), "cpu", compiled=True)
     assert "\n" not in str(e.value)
-
-
-class Fake:
-    """A compiled product: torch's own, of so many tokens exactly."""
-
-    def __init__(self, tokens: int, held: Any) -> None:
-        self.tokens, self.held = tokens, held
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        assert len(x) == self.tokens
-        codes, scale = self.held["codes"], self.held["scale"]
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, 32, scale)
-
-
-@pytest.mark.parametrize("tokens", [1, 16, 17, 128, 300])
-def test_tokens_are_padded_and_split_to_what_was_compiled(tokens: int) -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, 128, generator=g).bfloat16()
-    from llmc.codegen.cpu.tune import random_parts
-
-    packed = cpu.pack(NIBBLES, P, random_parts(P, g))
-    way = compiled.CompiledWay({m: compiled.Loaded(Fake(m, packed), ()) for m in (16, 128)})
-    want = NIBBLES.ways["int4pack"](P, x, packed)
-    torch.testing.assert_close(way(P, x, packed), want, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.slow
-def test_compiled_products_are_torchs(cache: Path) -> None:
-    """One package per number of tokens serves two weights of a shape, each with its own."""
-    m = Maker(torch.bfloat16)
-    h = m.input("h", 64)
-    a, b = (m.linear(h, name, Weight(64, 64, group=64)) for name in ("a", "b"))
-    program = m.output(a, b)
-    if compiled.unavailable() is not None:
-        with pytest.raises(ResourceError):
-            lower(program, "cpu", compiled=True)
-        return
-    lowered = lower(program, "cpu", compiled=True)
-    assert len(list(cache.rglob("*.pt2"))) == len(compiled.TOKENS)
-    assert all("compiled" in p.note for p in lowered.placed)
-    x = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = run(program, {"h": x})
-    found = run(lowered.program, {"h": x}, implementations=lowered.implementations)
-    for y, want in zip(found, exact, strict=True):
-        assert (y.float() - want.float()).norm() <= 0.01 * want.float().norm()
