@@ -9,10 +9,12 @@ handle, and the interpreter, are called the plain way each time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+
+from ..compiler.ir.errors import ResourceError
 
 ALIGNED = 16  # bytes to which Triton specialises addresses
 Kind = tuple[torch.dtype, bool] | None
@@ -28,6 +30,23 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def compiling(function: Any) -> Iterator[None]:
+    """ResourceError for what Triton's compiler or a device refuses of a kernel: a tile that takes
+    more shared memory than there is, code that its assembler does not take."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {c.__name__ for c in type(error).__mro__}
+        if "TritonError" not in kinds or "InterpreterError" in kinds:
+            raise
+        name = getattr(function, "__name__", "a kernel")
+        what = " ".join(str(error).split())[:300]
+        raise ResourceError(
+            f"cannot compile {name} for this GPU: {what}", hint="use target cpu or reference"
+        ) from error
 
 
 class Call:
@@ -53,6 +72,7 @@ class Call:
             if self.handle is not None:
                 self.handle(*tensors, *self.tail)
                 return
-            kernel = self.function[self.grid](*tensors, *self.tail, **self.options)
+            with compiling(self.function):
+                kernel = self.function[self.grid](*tensors, *self.tail, **self.options)
             if hasattr(kernel, "__getitem__"):
                 self.handle = kernel[self.grid]

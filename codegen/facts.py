@@ -24,7 +24,7 @@ from ..compiler.ir.errors import LlmcError, ResourceError
 from . import aot
 from .aot import AotFacts, compile_variant
 from .kernels import row as row_named
-from .launch import cache_folder, interpreting
+from .launch import cache_folder, installed, interpreting
 from .render import render
 from .row import TileConfig
 from .variants import SHARED, Variant, unsupported
@@ -43,6 +43,7 @@ def gather(
 
     ``done`` is called with how many are known. ResourceError when nothing can be compiled here.
     """
+    compiler()
     if interpreting():
         raise ResourceError(
             "cannot compile ahead of time under TRITON_INTERPRET=1", hint="unset it and start again"
@@ -112,7 +113,12 @@ def faults(variant: Variant, facts: AotFacts) -> list[str]:
 
 
 def compiler() -> str:
-    """The version of Triton, which brings its own assembler."""
+    """The version of Triton, which brings its own assembler. ResourceError without it."""
+    if not installed():
+        raise ResourceError(
+            "cannot compile ahead of time: triton is not installed",
+            hint="pip install 'triton>=3.6'",
+        )
     import triton
 
     return str(triton.__version__)

@@ -30,15 +30,21 @@ from .row import MAX_REGISTERS, KernelRow, TileConfig
 from .tuning.choices import tuned_config
 
 
-def unavailable() -> str | None:
-    """Why kernels cannot be launched here, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
+def installed() -> bool:
+    """Whether there is a Triton to import."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why kernels cannot be launched on a CUDA device, the current one when None; None when they
+    can."""
+    if not installed():
         return "triton is not installed"
     if interpreting():
         return None
     if not torch.cuda.is_available():
         return "no CUDA device, and TRITON_INTERPRET=1 is not set"
-    found = torch.cuda.get_device_capability()
+    found = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and found >= (8, 0):
         return None
     what = "ROCm" if torch.version.hip else ".".join(map(str, found))
@@ -53,7 +59,9 @@ def machine(device: torch.device) -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU (its flag as it stands now)."""
+    """Whether Triton is there and runs kernels on the CPU (its flag as it stands now)."""
+    if not installed():
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -143,7 +151,7 @@ def _ready(
 ) -> Run:
     """Everything of a call that its looks decide, done once; errors as `fused_linear` says."""
     row = packed.row
-    why = unavailable()
+    why = unavailable(x.device if x.device.type == "cuda" else None)
     if why:
         raise ResourceError(f"cannot launch {row.name}: {why}")
     target = machine(x.device)

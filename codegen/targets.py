@@ -158,7 +158,7 @@ def cpu_accept(problem: Problem) -> str | None:
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
     from . import launch
 
-    why = launch.unavailable()
+    why = launch.unavailable(device if device.type == "cuda" else None)
     if why is not None:
         raise ResourceError(
             f"cannot lower for triton: {why}", hint="use target cpu or reference on this machine"

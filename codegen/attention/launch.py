@@ -12,7 +12,7 @@ import torch
 
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
-from ..calls import on
+from ..calls import compiling, on
 from ..launch import function, interpreting, unavailable
 from ..problem import dtype_name
 from ..row import MAX_REGISTERS
@@ -71,7 +71,7 @@ def attend(
         **fixed,
     }  # fmt: skip
     kernel = function(render(row, problem, interpret=interpreting()))
-    with on(q.device):
+    with compiling(kernel), on(q.device):
         kernel[grid](
             **{n: given[n] for n in kernel.arg_names},
             num_warps=config.warps, num_stages=config.stages, maxnreg=MAX_REGISTERS,

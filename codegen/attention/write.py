@@ -9,7 +9,7 @@ import torch
 
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
-from ..calls import on
+from ..calls import compiling, on
 from ..launch import function, unavailable
 from ..render import Rendered
 from .problem import AttentionProblem
@@ -99,7 +99,7 @@ def write(
         given[f"{name}_gain_ptr"] = None if gain is None else gain.contiguous()
     kernel = function(render_write(problem, real is not None))
     heads = 2 * kv_heads + (problem.heads if problem.changed else 0)
-    with on(k.device):
+    with compiling(kernel), on(k.device):
         kernel[heads, new, batch](
             **{n: given[n] for n in kernel.arg_names}, num_warps=write_warps(problem)
         )

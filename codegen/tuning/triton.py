@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from .. import facts as aot_facts
 from ..aot import AotFacts
 from ..graphs import captured
 from ..kernels import choose
-from ..launch import fused_linear, unavailable
+from ..launch import fused_linear, installed, unavailable
 from ..prepack import Packed, prepack
 from ..problem import DTYPES, Problem
 from ..row import KernelRow, TileConfig
@@ -57,7 +56,7 @@ def machine() -> Machine:
 
 
 def _compiler() -> str:
-    return f"triton {aot_facts.compiler()}" if importlib.util.find_spec("triton") else "no triton"
+    return f"triton {aot_facts.compiler()}" if installed() else "no triton"
 
 
 def target() -> str:
@@ -95,7 +94,9 @@ def trials(problems: Sequence[Problem], tokens: Sequence[int]) -> list[Trial]:
 
 
 def known_facts(row: KernelRow, problem: Problem, config: TileConfig) -> AotFacts | None:
-    """Facts that an earlier compile left in the cache."""
+    """Facts that an earlier compile left in the cache; none without Triton."""
+    if not installed():
+        return None
     return aot_facts.kept(Variant(row.name, "tuned", problem, config, target()))
 
 

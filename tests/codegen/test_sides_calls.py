@@ -52,7 +52,7 @@ def function(monkeypatch: pytest.MonkeyPatch) -> Function:
     """Launches go to a log instead of a GPU."""
     made = Function(handles=True)
     monkeypatch.setattr(launch, "function", lambda rendered: made)
-    monkeypatch.setattr(launch, "unavailable", lambda: None)
+    monkeypatch.setattr(launch, "unavailable", lambda device=None: None)
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
     launch._call.cache_clear()
     yield made
