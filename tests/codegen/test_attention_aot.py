@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -20,11 +22,15 @@ KIVI: dict[str, Any] = {"cache": "kivi", "bits": 4, "keys": "group", "group": 64
 INT2: dict[str, Any] = {**KIVI, "bits": 2, "group": 32}
 # What is kept, dtype, and the most issue slots per kept number that the loop may take. At full
 # bandwidth an H200 has 15.6 slots for a number of 16 bits, 7.8 for one of 8.
+COUNTED: dict[str, Any] = {"counted": True}
 MAIN = [
     ("sm_90", KV, "bf16", 4.0),
+    ("sm_80", {**KV, **COUNTED}, "bf16", 4.0),
     ("sm_90", INT8, "bf16", 7.2),
     ("sm_80", FP8, "bf16", 7.2),
     ("sm_90", KIVI, "bf16", 9.5),
+    pytest.param("sm_90", {**INT8, **COUNTED}, "bf16", 7.2, marks=pytest.mark.slow),
+    pytest.param("sm_90", {**FP8, **COUNTED}, "fp16", 7.2, marks=pytest.mark.slow),
     pytest.param("sm_80", KV, "fp16", 4.0, marks=pytest.mark.slow),
     pytest.param("sm_90", INT2, "bf16", 11.5, marks=pytest.mark.slow),
 ]
@@ -59,12 +65,22 @@ def test_main_variants(target: str, kept: dict[str, Any], dtype: str, slots: flo
     assert facts.conversions <= 8, facts
 
 
-@pytest.mark.parametrize(("cache", "target"), [("int8", "sm_90"), ("fp8", "sm_80")])
-def test_writes_compile(cache: str, target: str) -> None:
-    """fp8 codes are made by bit operations, so that sm_80 has them too."""
-    kept = {"int8": INT8, "fp8": FP8}[cache]
-    facts = compile_write(problem_of("bf16", kept, turn="half", rotary=128), target)
+# What is kept, what queries and keys go through, and whether a recorded step writes.
+WRITES = [
+    ("sm_90", INT8, {}),
+    ("sm_80", FP8, {}),
+    ("sm_90", KV, {"norm": "head", "gains": True, **COUNTED}),
+    ("sm_80", INT8, {"norm": "row", "gains": True, "offset": 1.0}),
+    ("sm_90", FP8, COUNTED),
+]
+
+
+@pytest.mark.parametrize(("target", "kept", "more"), WRITES)
+def test_writes_compile(target: str, kept: dict[str, Any], more: dict[str, Any]) -> None:
+    """fp8 codes are made by bit operations, so that sm_80 has them too; norms spill nothing."""
+    facts = compile_write(problem_of("bf16", kept, turn="half", rotary=128, **more), target)
     assert (facts.stack, facts.local_memory, facts.matrix) == (0, 0, ())
+    assert facts.registers <= 64
 
 
 @pytest.mark.slow
@@ -77,6 +93,9 @@ def test_every_variant_compiles_without_spills(dtype: str, target: str) -> None:
                  {**KIVI, "bits": 8, "group": 32}):  # fmt: skip
         check(problem_of(dtype, kept), target)
         check(problem_of(dtype, kept, **masked), target)
+        if kept["cache"] != "kivi":  # whose codes a host makes, so that no step is recorded
+            check(problem_of(dtype, kept, **COUNTED), target)
+            check(problem_of(dtype, kept, **masked, **COUNTED), target)
     check(problem_of(dtype, KV, window=64, dilation=2, first=4, causal=False), target)
     for kept in (KV, INT8, KIVI, INT2):
         check(problem_of(dtype, kept), target, 16)
@@ -87,8 +106,16 @@ def test_every_variant_compiles_without_spills(dtype: str, target: str) -> None:
                 check(problem, target)
             else:
                 assert [m.field for m in choose(problem)[1]] == ["D"]
-    for turn in ("half", "pairs", ""):
+    for turn, norm in itertools.product(("half", "pairs", ""), ("", "head", "row")):
         for kept in (KV, INT8, FP8, KIVI):
-            problem = problem_of(dtype, kept, turn=turn, rotary=64 if turn else 0)
+            more: dict[str, Any] = {"turn": turn, "rotary": 64 if turn else 0, "norm": norm}
+            problem = problem_of(dtype, kept, **more, gains=bool(norm), eps=1e-6)
             facts = compile_write(problem, target, valid=True)
-            assert facts.stack == 0, facts
+            assert (facts.stack, facts.local_memory) == (0, 0), facts
+            if kept is not KIVI and turn != "pairs":
+                facts = compile_write(dataclasses.replace(problem, counted=True), target)
+                assert (facts.stack, facts.local_memory) == (0, 0), facts
+    for heads, size in ((128, 64), (64, 128), (16, 256), (71, 80)):
+        how: dict[str, Any] = {"turn": "half", "rotary": size, "norm": "row", "gains": True}
+        facts = compile_write(AttentionProblem(heads, heads, size, size, 16, dtype, **how), target)
+        assert (facts.stack, facts.local_memory) == (0, 0), facts
