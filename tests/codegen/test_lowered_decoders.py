@@ -20,6 +20,11 @@ CASES = {
     "w4:group=32": ("float32", ["w4a16"] * 4),
     "prune24,w4:group=64": ("float16", ["w4a16_24"] * 4),
     "w4:double=true,group=32,lorc:rank=4": ("float16", ["w4a16"] * 4),
+    "w8:group=row": ("float16", ["w8a16"] * 4),
+}
+# Layer norms, attention and MLP side by side; up alone, then its activation.
+OTHERS: dict[str, dict[str, Any]] = {
+    "w8:group=row": {"norm": "layer", "mlp": "gelu", "parallel": True, "bias": True},
 }
 
 
@@ -42,7 +47,8 @@ def test_a_decoder_computes_what_its_reference_does(text: str, answers: dict[str
     found = answers[text]
     assert found["kernels"] == CASES[text][1] * 2
     assert found["error"] < 2 * found["noise"] + 2e-6 < 0.01
-    assert found["sections"] == [3, 1, 2, 1] * 2
+    assert found["sections"] == ([3, 1, 1, 1] if text in OTHERS else [3, 1, 2, 1]) * 2
+    assert found["left out"] == ["decoded"]
     assert found["attention"] == 2
 
 
@@ -57,7 +63,7 @@ def test_nothing_is_held_twice(text: str, answers: dict[str, Any]) -> None:
 
 def test_gains_beyond_one_are_told_in_fp16(answers: dict[str, Any]) -> None:
     """With which linears: those behind a norm; what is done to decoded scales is told as well."""
-    plain, double = (answers[t]["notes"] for t in list(CASES)[1:])
+    plain, double = (answers[t]["notes"] for t in list(CASES)[1:3])
     assert all("x * gain stays in fp16" in n for n in plain[::2])
     assert plain[1::2] == [""] * 4
     assert all("decoded scales in fp16" in n for n in double)
@@ -85,8 +91,10 @@ def _decoder(text: str, dtype: torch.dtype) -> dict[str, Any]:
     from llmc.compiler.runtime.lowering import recast, runner_for, runner_of
 
     tokens = torch.randint(0, 20, (4, 8), generator=torch.Generator().manual_seed(0))
-    program = zoo.decoder(hidden=64, inner=64, heads=4, kv=2, size=16, rope=1.0)
-    for node in program.calls("llmc.rms_norm"):
+    program = zoo.decoder(
+        hidden=64, inner=64, heads=4, kv=2, size=16, rope=1.0, **OTHERS.get(text, {})
+    )
+    for node in (*program.calls("llmc.rms_norm"), *program.calls("llmc.layer_norm")):
         gain = str(node.args[1].target)  # type: ignore[union-attr]
         program.set_tensor(gain, program.weights.load(gain) * 3)
     wide = compile_plan(make_plan(program, recipe.from_strings([text])), tokens).program
@@ -106,6 +114,7 @@ def _decoder(text: str, dtype: torch.dtype) -> dict[str, Any]:
         "kernels": [p.kernel for p in made.placed],
         "sections": [len(p.fused.sections) for p in made.placed],
         "attention": len(made.attention),
+        "left out": [r.predicate for r in made.refused],
         "notes": [p.note for p in made.placed],
         "before": cached.weight_bytes(),
         "after": made.program.weight_bytes(),
