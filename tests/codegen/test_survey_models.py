@@ -40,11 +40,12 @@ NORMS = {"qwen3": "head", "olmo2": "row", "gemma3_text": "head"}
 BEHIND = ("olmo2", "gemma2", "gemma3_text", "glm4")
 
 
-def surveyed(name: str) -> dict[str, Any]:
+def surveyed(name: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES[name])).eval()
+    config = AutoConfig.for_model(name, **(sizes or SIZES[name]))
+    model = AutoModelForCausalLM.from_config(config).eval()
     plan = make_plan(llmc.capture(model), recipe.from_strings(["w4:group=128"]))
     return survey(add_cache(plan.program), "triton", 1, "fp16", BANDWIDTH)
 
