@@ -47,7 +47,7 @@ def _products(problem: Problem, parts: Parts, vectors: torch.Tensor) -> torch.Te
     """[2, N] of vectors [2, K], some rows of the weight at a time."""
     plain = replace(
         problem, norm=False, centred=False, smooth=False, bias=False, residual=False, act="",
-        pairs="",
+        pairs="", out_norm=False,
     )  # fmt: skip
     found, step = [], max(1, BLOCK // problem.K)
     for rows in torch.arange(problem.N, device=vectors.device).split(step):

@@ -43,11 +43,14 @@ def bucket_text(tokens: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
+def bare(problem: Problem) -> Problem:
+    """A problem without the sides that cost little beside its weight: measured for all of them."""
+    return dataclasses.replace(problem, bias=False, residual=False, out_norm=False, out_eps=0.0)
+
+
 def key_of(row: KernelRow, problem: Problem) -> str:
     """What measurements go by: the variant without its cheap sides, and its shape."""
-    plain = dataclasses.replace(
-        problem, bias=False, residual=False, out_norm=False, out_eps=0.0, act=problem.act and "silu"
-    )
+    plain = dataclasses.replace(bare(problem), act=problem.act and "silu")
     return f"{variant_name(row, plain)} {problem.N}x{problem.K}"
 
 

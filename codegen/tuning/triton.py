@@ -27,7 +27,7 @@ from ..samples import random_parts
 from ..variants import TARGETS, Variant
 from .cache import Machine
 from .choices import gpu
-from .grid import TOKENS, bucket_text, candidates, config_text, key_of
+from .grid import TOKENS, bare, bucket_text, candidates, config_text, key_of
 from .tuners import Trial, Tuner
 
 ROTATE = 3  # times the L2 cache
@@ -75,12 +75,13 @@ def typical() -> list[Problem]:
 
 
 def trials(problems: Sequence[Problem], tokens: Sequence[int]) -> list[Trial]:
-    """One decision per variant, shape and bucket, where more than one tile may be fastest.
+    """One decision per variant, shape and bucket, where more than one tile may be fastest; without
+    the sides that a call would have to bring.
 
     Only facts that are known already prune here, so that this compiles nothing; `measure` compiles.
     """
     found: dict[tuple[str, int], Trial] = {}
-    for problem in problems:
+    for problem in map(bare, problems):
         row, _ = choose(problem)
         if row is None:
             continue

@@ -195,7 +195,8 @@ def _read(
 
 def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     plain = replace(p, weights="dense", m=0, bitmap=False, rank=0, outliers=0, rounds="", act="",
-                    pairs="", norm=False, centred=False, smooth=False, bias=False)  # fmt: skip
+                    pairs="", norm=False, centred=False, smooth=False, bias=False,
+                    out_norm=False)  # fmt: skip
     none = {**parts, "values": torch.zeros(p.N, p.K, dtype=torch.float64)}
     return meaning.linear(plain, none, torch.eye(p.K, dtype=torch.float64)).T
 

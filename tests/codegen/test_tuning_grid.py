@@ -152,7 +152,8 @@ def test_a_launch_takes_what_was_measured() -> None:
     write(Table(GPU, (Entry(trials[1].key, 16, seconds),)))
     for M in (9, 16):
         assert choices.tuned_config(W4A16, PLAIN, M, GPU) == best
-    sides = replace(PLAIN, bias=True, residual=True)
+    sides = replace(PLAIN, bias=True, residual=True, out_norm=True, out_eps=1e-6)
+    assert triton.trials([sides], (1, 16)) == trials
     assert choices.tuned_config(W4A16, sides, 12, GPU) == best
     for M in (1, 8, 17):
         assert choices.tuned_config(W4A16, PLAIN, M, GPU) is None
