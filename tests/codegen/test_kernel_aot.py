@@ -15,14 +15,16 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 SIDES = {"bias": True, "residual": True, "norm": True}
 # Row, problem, tile, and the most issue slots per weight that it may take in the loop.
 MAIN = [
-    (W4A16, {}, TileConfig(8, 64), 2.8),
+    (W4A16, {}, TileConfig(8, 64), 2.7),
+    (W4A16, {"asym": True, "x_dtype": "bf16"}, TileConfig(8, 64), 2.9),
     (W4A16, {"asym": True}, TileConfig(16, 64), 3.5),
-    (W4A16, {}, TileConfig(8, 128), 2.4),
-    (W4A16, {"asym": True}, TileConfig(8, 128), 2.4),
+    (W4A16, {}, TileConfig(8, 128), 2.3),
+    (W4A16, {"asym": True}, TileConfig(8, 128), 2.3),
     (W4A16, {"asym": True, "group": 0}, TileConfig(16, 128), 2.7),
-    (W4A16, {"x_dtype": "bf16"}, TileConfig(16, 128), 3.0),
-    (W4A16, {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), 3.5),
-    (W4A16, {"group": 64, "asym": True, **SIDES}, TileConfig(16, 64), 9.0),
+    (W4A16, {"x_dtype": "bf16"}, TileConfig(16, 128), 2.7),
+    (W4A16, {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), 2.7),
+    (W4A16, {"asym": True, "x_dtype": "bf16", **SIDES}, TileConfig(8, 64), 3.6),
+    (W4A16, {"group": 64, "asym": True, **SIDES}, TileConfig(16, 64), 5.5),
     (W4A16_24, {}, TileConfig(8, 32, 3, warps=2), 3.4),
     (W4A16_24, {"asym": True, "x_dtype": "bf16", **SIDES}, TileConfig(16, 64, 3), 9.0),
 ]
@@ -55,8 +57,9 @@ def test_main_variants(
     """No stack, no local memory, tensor cores, and few issue slots and stores in the loop."""
     facts = check(row, problem_of(row, **changes), config, target)
     assert 1.0 < facts.slots <= slots
+    if row is W4A16 or not changes.get("norm"):
+        assert facts.loop_stores <= 2, "weights or x take more than one trip through shared memory"
     if not changes.get("norm"):
-        assert facts.loop_stores <= 2, "weights take a round trip through shared memory"
         assert facts.conversions == 0, "an integer is converted per weight"
 
 
