@@ -11,10 +11,13 @@ from torch import fx
 from llmc.codegen.attention.fold import fold_inputs
 from llmc.codegen.attention.lower import attention_implementations
 from llmc.compiler.ir.dims import BATCH, SEQ
+from llmc.compiler.ir.exits import Exits, set_exits
 from llmc.compiler.ir.graph import Program
+from llmc.compiler.ir.segments import refresh_segments
 from llmc.compiler.pipeline.zoo import Builder
 from llmc.compiler.runtime.cache import add_cache
 from llmc.compiler.runtime.executor import Runner
+from llmc.compiler.runtime.exits import ExitRunner
 
 H, KV, D, HIDDEN = 4, 2, 8, 16
 SAME = {"norm": "heads", "rope": D}
@@ -251,3 +254,27 @@ def test_models_fold(name: str) -> None:
         torch.testing.assert_close(said(folded), said(program), rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(said(folded), said(program))
+
+
+def test_tokens_that_left_are_kept_as_attention_reads_them() -> None:
+    """Behind an exit a block only keeps keys: normed and rotated, as where nothing is folded."""
+    from tiny_models import capture_tiny
+
+    program = capture_tiny("qwen3")
+    set_exits(program, Exits("softmax", ("block0",), 0.005))
+    folded = add_cache(program)
+    fold_inputs(folded)
+    refresh_segments(folded)
+    ids = torch.randint(3, 90, (3, 10), generator=torch.Generator().manual_seed(0))
+    both = []
+    for one in (add_cache(program), folded):
+        runner, out = ExitRunner(one), []
+        cache = runner.start(3)
+        for t in range(10):
+            out.append(runner.forward(ids[:, t : t + 1], cache=cache))
+            both.append(list(runner.used))
+        both.append(torch.cat(out, 1))
+    used, logits, used_folded, logits_folded = both[:10], both[10], both[11:21], both[21]
+    assert {1, 2} == {n for row in used for n in row}
+    assert used == used_folded
+    assert torch.equal(logits, logits_folded)

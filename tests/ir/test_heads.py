@@ -1,0 +1,161 @@
+"""Norms and rotations inside cached attention: against their definitions, and what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llmc.compiler.ir.errors import ModelError
+from llmc.compiler.ir.ops.attention import attention, cached_attention
+from llmc.compiler.ir.ops.base import row
+from llmc.compiler.ir.ops.heads import GAINS, ready, turn_of
+from llmc.compiler.ir.ops.semantic import rope
+from llmc.compiler.ir.types import TensorType
+
+H, KV, D, S = 4, 2, 6, 5
+
+
+def randn(*shape: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize("norm", ["head", "row"])
+def test_a_norm_goes_over_a_head_or_over_all_of_a_token(
+    norm: str, gains: bool, offset: float
+) -> None:
+    """x / rms · (offset + gain), number by number."""
+    x, eps = randn(2, H, S, D), 1e-3
+    gain = randn(H * D if norm == "row" else D) if gains else None
+    found = ready(x, gain, None, None, norm=norm, eps=eps, offset=offset)
+    want = torch.zeros_like(x)
+    for b in range(2):
+        for s in range(S):
+            for h in range(H):
+                over = x[b, :, s] if norm == "row" else x[b, h, s]
+                rms = float(over.square().mean() + eps) ** 0.5
+                for d in range(D):
+                    at = h * D + d if norm == "row" else d
+                    by = 1.0 if gain is None else float(gain[at]) + offset
+                    want[b, h, s, d] = x[b, h, s, d] / rms * by
+    torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-13)
+
+
+def test_a_norm_is_rounded_before_the_rotation() -> None:
+    """As where it is a call of its own, in the dtype of what it reads."""
+    x, gain = randn(1, H, S, D).half(), randn(D).half()
+    cos, sin = randn(1, 1, S, 4).float(), randn(1, 1, S, 4).float() + 1
+    found = ready(x, gain, cos, sin, norm="head", eps=1e-5, rotate=True, interleaved=True)
+    y = ready(x, gain, None, None, norm="head", eps=1e-5)
+    assert y.dtype == found.dtype == torch.float16
+    want = torch.cat([rope(y[..., :4], cos, sin, interleaved=True), y[..., 4:]], -1)
+    assert torch.equal(found, want)
+
+
+class Memory:
+    """A state that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[torch.Tensor, ...]] = []
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: Any) -> Any:
+        self.parts.append((k, v, pos))
+        k, v, pos = (torch.cat(p, d) for p, d in zip(zip(*self.parts, strict=True), (2, 2, 1),
+                                                     strict=True))  # fmt: skip
+        return k, v, pos, None
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("norm", ["head", "row"])
+def test_cached_attention_keeps_what_it_reads(norm: str, rotate: bool) -> None:
+    """Norm, rotation, cache: as three calls would do it, a token at a time."""
+    q, k, v = randn(2, H, S, D), randn(2, KV, S, D), randn(2, KV, S, 3)
+    cos, sin = (randn(2, 1, S, D), randn(2, 1, S, D) * 2) if rotate else (None, None)
+    gains = [randn(n * D if norm == "row" else D) for n in (H, KV)]
+    pos = torch.arange(S).expand(2, S)
+    how: dict[str, Any] = {"norm": norm, "eps": 1e-5, "offset": 1.0, "rotate": rotate}
+    changed = [ready(x, g, cos, sin, **how) for x, g in zip((q, k), gains, strict=True)]
+    want = attention(*changed, v, pos, pos, scale=0.4)
+    state, out = Memory(), []
+    for s in range(S):
+        at = slice(s, s + 1)
+        turn = [None if t is None else t[:, :, at] for t in (cos, sin)]
+        given = (q[:, :, at], k[:, :, at], v[:, :, at], pos[:, at], None, None, None, *turn)
+        out.append(cached_attention(*given, None, None, *gains, scale=0.4, state=state, **how))
+    torch.testing.assert_close(torch.cat(out, 1), want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_is_told_of_rotations_that_are_its_own() -> None:
+    cos, sin = randn(1), randn(2)
+    assert turn_of(cos, sin, {"interleaved": True}) == (cos, sin, True)
+    assert turn_of(cos, sin, {"rotate": True}) is None
+    assert turn_of(None, None, {}) is None
+
+
+X, K, V = (TensorType((2, n, S, D), torch.float32) for n in (H, KV, KV))
+POS = TensorType((2, S), torch.int64)
+COS = TensorType((2, 1, S, D), torch.float32)
+
+
+def vector(width: int) -> TensorType:
+    return TensorType((width,), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "attrs", "words"),
+    [
+        ((), {"norm": "token"}, "expected a norm of '', 'head', 'row', found 'token'"),
+        ((None,) * 4 + (vector(D), None), {}, "expected a norm beside gains of queries"),
+        ((None,) * 4 + (vector(D), vector(5)), {"norm": "head"}, "expected gains \\[6\\] of keys"),
+        ((None,) * 4 + (vector(D),), {"norm": "row"}, "expected gains \\[24\\] of queries"),
+        ((COS, COS), {"norm": "head"}, "keys that are kept as they are read"),
+        (
+            (None, None, TensorType((KV * D, 3), torch.float32)),
+            {"norm": "head"},
+            "as they are read",
+        ),
+        ((None, COS), {"rotate": True}, "expected cosines and sines"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    more: tuple[Any, ...], attrs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        row("llmc.cached_attention").infer(
+            X, K, V, POS, None, None, None, *more, scale=1.0, state="kv0", **attrs
+        )
+
+
+def test_an_unknown_norm_is_refused_when_it_runs_too() -> None:
+    with pytest.raises(ModelError, match="found 'token'"):
+        ready(randn(1, H, S, D), None, None, None, norm="token")
+
+
+@pytest.mark.parametrize(("norm", "widths"), [("head", (D, D)), ("row", (H * D, KV * D))])
+def test_shapes_without_values_and_ties(norm: str, widths: tuple[int, int]) -> None:
+    """The fake kernel takes gains; no channel of a normed head may be cut on its own."""
+    gains = [vector(w) for w in widths]
+    rest = (None, None, None, COS, COS, None, None)
+    op, how = row("llmc.cached_attention"), {"scale": 1.0, "rotate": True, "norm": norm}
+    out = op.infer(X, K, V, POS, *rest, *gains, state="kv0", **how)
+    assert out.shape == (2, S, H, D)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(*(int(d) for d in t.shape)) for t in (X, K, V))
+        pos, cos = torch.zeros(2, S, dtype=torch.int64), torch.empty(2, 1, S, D)
+        made = op.target(
+            q, k, v, pos, None, None, None, cos, cos, None, None,
+            *(torch.empty(w) for w in widths), eps=1e-5, state="kv0", **how,
+        )  # fmt: skip
+        assert made.shape == (2, S, H, D)
+    assert op.ties is not None
+    ties = op.ties(out, X, K, V, POS, *rest, *gains, state="kv0", **how)
+    mixed = {axis for t in ties if t.kind == "mix" for axis in t.ins}
+    assert {(0, 3), (1, 3), (GAINS[0], 0), (GAINS[1], 0)} <= mixed
+    assert ((0, 1) in mixed) == (norm == "row")
+    plain = op.ties(out, X, K, V, POS, *rest, state="kv0", scale=1.0, rotate=True)
+    assert not {axis for t in plain if t.kind == "mix" for axis in t.ins} & {(0, 3), (1, 3)}
