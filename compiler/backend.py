@@ -7,6 +7,7 @@ codes. Only passes that keep the graph's interface run here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,16 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
 
 
 def _target(device: torch.device) -> str:
-    return "triton" if device.type == "cuda" else "reference"
+    """The fastest target that runs on a device; a warning says why it is not the kernels."""
+    if device.type != "cuda":
+        return "reference"
+    from ..codegen.launch import unavailable
+
+    why = unavailable(device)
+    if why is None:
+        return "triton"
+    warnings.warn(f"llmc runs the reference, not its kernels: {why}", stacklevel=2)
+    return "reference"
 
 
 def _linears(program: Program) -> int:

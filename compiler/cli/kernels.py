@@ -112,10 +112,13 @@ def kernels_command(
         out.table(table)
         out.text(f"at most {most} launches in a block")
     if target == "triton":
+        from ...codegen.launch import unavailable
         from ...codegen.tuning.choices import reason
 
-        told["tiles"] = reason()
+        told["tiles"], told["unavailable"] = reason(), unavailable() or ""
         out.text(f"tiles {told['tiles']}")
+        if told["unavailable"]:
+            out.text(f"cannot run here: {told['unavailable']}")
     out.text(
         f"{len(told['fused'])} fused, {len(told['not_fused'])} not; "
         f"{size(told['bytes'])} moved, floor {told['floor_us']:.4g} us "
