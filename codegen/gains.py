@@ -2,6 +2,7 @@
 
 The kernel multiplies x by the gain before 1/rms is known. With the gain over 2**k, so that none is
 above 1, the product is never larger than x; what multiplies it is scaled by 2**k, which is exact.
+An input that the kernel rounds is in fp32 until it is normed, and needs none of this.
 
 Scales that are codes themselves decode to fp32, of which a kernel reads 16 bits: those of x's own
 dtype, whose rounding its bound of error holds anyway.
@@ -29,16 +30,15 @@ def in_range(
     Raises:
         ModelError: a weight that 2**k takes out of its dtype's range.
     """
-    if problem.x_dtype != "fp16" or not problem.norm:
+    if problem.x_dtype != "fp16" or not problem.norm or problem.rounds:
         return parts, ""
     top = float(parts["gain"].abs().max()) if parts["gain"].numel() else 0.0
     power = 2.0 ** math.ceil(math.log2(top)) if top > 1 and math.isfinite(top) else 1.0
     if power == 1.0:
         return parts, ""
     out = {**parts, "gain": parts["gain"] / power}
-    for role in ("in_scale", "shift"):
-        if role in out:
-            out[role] = out[role] / power
+    if "shift" in out:
+        out["shift"] = out["shift"] / power
     for role in scaled(problem):
         if role not in parts:
             raise ModelError(f"expected {role} to scale with the gain of a norm, found none")

@@ -196,8 +196,6 @@ def triton_accept(problem: Problem, machine: str = "") -> str | None:
 
     machine: "sm_80" or "sm_90", as some rows need what a machine has; "" for any.
     """
-    if problem.norm and problem.x_dtype == "fp16" and "limit=" in problem.rounds:
-        return "x * gain may leave the range of fp16, and the limit of the grid forbids to scale it"
     chosen, misfits = choose(asked(problem), machine)
     if chosen is not None:
         return None

@@ -18,8 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "levels": {"weights": "table", "table": "matrix", "scale_dtype": "", "group": 0},
     "dense": {"weights": "dense", "bits": 16, "group": 0, "scale_dtype": ""},
     "factors": {"weights": "factors", "rank": 3, "bits": 16, "group": 0, "scale_dtype": ""},
-    "sparse": {"sparse": True}, "outliers": {"outliers": 2, "rounds": "int8 token"},
-    "static": {"rounds": "int8 static"}, "centred": {"centred": True},
+    "sparse": {"sparse": True}, "outliers": {"outliers": 2}, "centred": {"centred": True},
 }  # fmt: skip
 
 
@@ -40,7 +39,6 @@ def parts_of(p: Problem, top: float) -> dict[str, torch.Tensor]:
     out |= {"table": some(1, 16)} if p.table else {}
     out |= {"values": some(p.N, p.K)} if p.weights == "dense" else {}
     out |= {"left": some(p.N, 3), "right": some(3, p.K)} if p.rank else {}
-    out |= {"in_scale": torch.tensor([0.1])} if "static" in p.rounds else {}
     if p.sparse:
         out["csr_values"] = some(p.N)
         out["csr_index"] = torch.arange(p.N, dtype=torch.int16)
@@ -68,9 +66,9 @@ def test_gains_that_fit_and_other_dtypes_stay() -> None:
         p = Problem(8, 32, group=32, norm=True, x_dtype=x_dtype)
         parts = parts_of(p, top)
         assert in_range(p, parts) == (parts, "")
-    p = Problem(8, 32, group=32)
-    parts = parts_of(p, 99.0)
-    assert in_range(p, parts) == (parts, "")
+    for p in (Problem(8, 32, group=32), Problem(8, 32, group=32, norm=True, rounds="int8 token")):
+        parts = parts_of(p, 99.0)
+        assert in_range(p, parts) == (parts, "")
 
 
 def test_weights_that_would_leave_the_range_are_refused() -> None:

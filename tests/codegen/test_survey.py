@@ -32,7 +32,14 @@ def told(text: str, target: str = "triton", tokens: int = 1, **how: Any) -> dict
 
 @pytest.mark.parametrize(
     "text",
-    ["w4:group=128", "smooth,w4:group=128", "prune24,w4:group=128", "w8", "w4:group=64,lorc"],
+    [
+        "w4:group=128",
+        "smooth,w4:group=128",
+        "prune24,w4:group=128",
+        "w8",
+        "w4:group=64,lorc",
+        "int8_split",
+    ],
 )
 def test_a_decode_step_starts_six_kernels_per_block(text: str) -> None:
     """q, k and v behind the norm; turn and write; attend; out and sum; gate and up behind the
@@ -89,7 +96,9 @@ def test_a_row_that_rounds_inputs_may_start_two_kernels() -> None:
     assert many["launches_per_block"] == 10
 
 
-@pytest.mark.parametrize("text", ["w4:group=128", "a8,w8:group=row", "w4:group=64,lorc"])
+@pytest.mark.parametrize(
+    "text", ["w4:group=128", "a8,w8:group=row", "w4:group=64,lorc", "int8_split"]
+)
 def test_layers_that_are_no_llama_need_no_more(text: str) -> None:
     """Layer norms join like others, whatever reads them."""
     page = told(text, norm="layer", mlp="gelu")
