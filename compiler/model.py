@@ -157,11 +157,13 @@ class Model(torch.nn.Module):
         top_p: float | None = None,
         seed: int = 0,
         on_token: Callable[[int, int], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> Any:
         """Continue prompts; greedy unless ``temperature`` is above 0.
 
         Args:
             prompts: a text, texts, token ids int64 [B, S] or lists of ids.
+            on_token, on_note: see :func:`~llmc.compiler.runtime.generate.generate`.
         Returns:
             For texts the new text (one string for one string), else lists of new token ids.
         Raises:
@@ -176,6 +178,7 @@ class Model(torch.nn.Module):
         made = run_generation(
             self.generator, ids, max_new_tokens=max_new_tokens, sampling=sampling, eos=eos,
             on_token=on_token, on_depth=lambda row, blocks: used[row].append(blocks),
+            on_note=on_note,
         )  # fmt: skip
         self.layers_used = used if isinstance(self.generator, ExitRunner) else None
         if not texts:

@@ -132,7 +132,7 @@ def run_command(
     began = time.perf_counter()
     made = model.generate(
         ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        seed=seed, on_token=on_token,
+        seed=seed, on_token=on_token, on_note=out.note,
     )  # fmt: skip
     took = time.perf_counter() - began
     texts = [tokenizer.decode(row) for row in made]

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ir.errors import UsageError
+from ..ir.errors import LlmcError, UsageError
 from ..pipeline.data import Tokenizer
+from .cache import Cache
 from .executor import Runner
 from .exits import ExitRunner
+from .graphed import GraphDecoder, decoder_for
 
 OnToken = Callable[[int, int], None]
 OnDepth = Callable[[int, int], None]
+OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,19 @@ def generate(
     eos: Iterable[int] = (),
     on_token: OnToken | None = None,
     on_depth: OnDepth | None = None,
+    on_note: OnNote | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt, without the token that ended it.
 
     A cached program reads each token once; any other program is run on the whole text each step.
+    On a CUDA device a step over a cache is recorded as a graph where it can be.
     Args:
         prompts: token ids, at least one each; shorter rows are padded on the left.
         eos: ids that end a row.
         on_token: called with (row, token) as soon as a token is known.
         on_depth: called with (row, blocks executed) before it, where the runner takes exits; a
             row's first new token comes from its prompt, at full depth.
+        on_note: told why steps on a CUDA device are launched one kernel at a time, if they are.
     Raises:
         UsageError: no prompt, an empty one, an id outside the vocabulary, or a bad setting.
     """
@@ -95,16 +101,20 @@ def generate(
     ids, valid = pad_left(prompts)
     _check_ids(runner, ids, max_new_tokens)
     positions = (valid.long().cumsum(1) - 1).clamp_min(0)
-    cache = None
+    cache, steps = None, None
     if runner.cached:
         cache = runner.start(len(prompts), ids.shape[1] + max_new_tokens)
+        steps = Steps(runner, cache, ids.shape[1] + max_new_tokens, on_note)
     generator = torch.Generator(runner.device).manual_seed(sampling.seed)
     ends = frozenset(eos)
     done = [False] * len(prompts)
     out: list[list[int]] = [[] for _ in prompts]
     step, step_valid, step_positions = ids, valid, positions
     for _ in range(max_new_tokens):
-        logits = runner.forward(step, step_valid, step_positions, cache)[:, -1]
+        if steps is not None and cache is not None and cache.length:
+            logits = steps.forward(step, step_valid, step_positions)[:, -1]
+        else:
+            logits = runner.forward(step, step_valid, step_positions, cache)[:, -1]
         chosen = choose(logits, sampling, generator).cpu()
         for row, token in enumerate(chosen.tolist()):
             if done[row]:
@@ -129,6 +139,38 @@ def generate(
             step_positions = torch.cat([step_positions, following], 1)
         positions = following
     return out
+
+
+class Steps:
+    """Forwards of one real token a row over a cache: replays of a graph while these work."""
+
+    def __init__(self, runner: Runner, cache: Cache, tokens: int, on_note: OnNote | None) -> None:
+        self._runner, self._cache, self._tokens, self._on_note = runner, cache, tokens, on_note
+        self._decoder: GraphDecoder | None = None
+        self._tried = False
+
+    def forward(
+        self, ids: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [B, 1, vocabulary]; those of a graph are overwritten by the next call."""
+        if not self._tried:
+            self._tried = True
+            found = decoder_for(self._runner, self._cache, self._tokens)
+            if isinstance(found, str):
+                self._note(found)
+            else:
+                self._decoder = found
+        if self._decoder is not None:
+            try:
+                return self._decoder.step(ids, positions)
+            except (LlmcError, RuntimeError) as error:  # it left the cache as it was
+                self._decoder = None
+                self._note(str(error).partition("\n")[0])
+        return self._runner.forward(ids, valid, positions, self._cache)
+
+    def _note(self, why: str) -> None:
+        if self._on_note is not None and self._runner.device.type == "cuda":
+            self._on_note(f"no CUDA graph, each kernel is launched by itself: {why}")
 
 
 def _check_ids(runner: Runner, ids: torch.Tensor, new: int) -> None:

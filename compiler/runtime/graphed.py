@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..ir.errors import UsageError
+from ..ir.errors import LlmcError, ResourceError, UsageError
 from .attend import Attend
 from .cache import Cache
 from .executor import Runner
@@ -20,6 +20,22 @@ Recorded = Callable[[], torch.Tensor]
 # Kinds of state whose tokens are kept alike whatever their number: no host decides what is due.
 KINDS = ("kv", "int8", "fp8")
 ATTENTION = "llmc.cached_attention"
+LEAST = 8  # steps from which recording one, which takes a few, is worth it
+ALIKE = 2e-3  # of the largest logit: how far a replay may be from the same launches
+
+
+def decoder_for(runner: Runner, cache: Cache, tokens: int) -> GraphDecoder | str:
+    """A decoder for a cache that holds a prompt and gets up to ``tokens`` in all, or why not."""
+    if runner.device.type != "cuda":
+        return f"expected a CUDA device, found {runner.device}"
+    if type(runner) is not Runner:
+        return "early exits choose in each step which blocks run"
+    if tokens - cache.length < LEAST:
+        return f"expected {LEAST} steps or more, found {tokens - cache.length}"
+    try:
+        return GraphDecoder(runner, cache, tokens)
+    except LlmcError as error:
+        return error.message
 
 
 class GraphDecoder:
@@ -59,12 +75,16 @@ class GraphDecoder:
         self._kept = make(1, dtype=torch.int32)
         self._record, self._at = record or self._graph, cache.length
         self._replay: Recorded | None = None
+        self._checked = False
 
     def step(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, 1, vocabulary] of one token a row, int64 [B, 1]; overwritten by the next step.
 
+        The first replay for another token than the recorded one is compared with plain launches.
+        After an error the cache holds what it held before.
         Raises:
-            UsageError: no room for another token, or another shape.
+            UsageError: no room for another token, or another shape. ResourceError: a replay gives
+            other numbers. RuntimeError: the step cannot be recorded.
         """
         shape, length = tuple(self._ids.shape), self.cache.length
         if tuple(ids.shape) != shape or tuple(positions.shape) != shape:
@@ -78,10 +98,28 @@ class GraphDecoder:
         self._ids.copy_(ids)
         self._positions.copy_(positions)
         self._kept.fill_(length)
+        try:
+            out = self._step()
+        except BaseException:
+            self._set(length)
+            raise
+        self._set(length + 1)
+        return out
+
+    def _step(self) -> torch.Tensor:
         if self._replay is None:
             self._replay = self._record(self._forward)
+            return self._replay()
+        if self._checked:
+            return self._replay()
+        wanted = self._forward().clone()
         out = self._replay()
-        self._set(length + 1)
+        if float((out - wanted).abs().max()) > ALIKE * float(wanted.abs().max()):
+            raise ResourceError(
+                "expected a recorded step to give what its launches give, found other numbers",
+                hint="decode without graphs",
+            )
+        self._checked = True
         return out
 
     def _forward(self) -> torch.Tensor:

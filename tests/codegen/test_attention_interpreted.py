@@ -109,6 +109,19 @@ def test_a_recorded_step_says_the_same(attended: dict[str, Any]) -> None:
         assert words in found["texts"][name]
 
 
+def test_generation_takes_recorded_steps(attended: dict[str, Any]) -> None:
+    """And leaves them, with the reason, where they cannot be had or say what is not so."""
+    made, notes = attended["recorded"]["generated"], attended["recorded"]["notes"]
+    assert all(len(row) == 5 for row in made["plain"])
+    assert made["replayed"] == made["stale"] == made["refused"] == made["plain"]
+    assert notes == [
+        "expected a CUDA device, found cpu",
+        "expected a recorded step to give what its launches give, found other numbers; "
+        "decode without graphs",
+        "operation not permitted when stream is capturing",
+    ]
+
+
 # ** the child process **
 
 
@@ -189,7 +202,32 @@ def _recorded() -> dict[str, Any]:
             call()
         except LlmcError as error:
             texts[name] = str(error)
-    return {"steps": said[:4], "recorded": said[4:], "texts": texts}
+    return {"steps": said[:4], "recorded": said[4:], "texts": texts, **_generated(runner)}
+
+
+def _generated(runner: Any) -> dict[str, Any]:
+    """Tokens by plain steps, by recorded ones, and by a record that says the same for ever."""
+    from llmc.compiler.runtime import generate
+
+    prompts, made, notes = [[3, 1, 4, 1, 5], [2, 7, 1]], {}, []
+    plain = generate.decoder_for
+    records = {
+        "plain": None, "replayed": lambda step: step,
+        "stale": lambda step: (lambda out: lambda: out)(step().clone()),
+        "refused": lambda step: torch_error(),
+    }  # fmt: skip
+
+    def torch_error() -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for name, record in records.items():
+        if record is not None:
+            generate.decoder_for = lambda r, c, n, how=record: generate.GraphDecoder(r, c, n, how)
+        steps = generate.Steps._note
+        generate.Steps._note = lambda self, why: notes.append(why)
+        made[name] = generate.generate(runner, prompts, max_new_tokens=5)
+        generate.Steps._note, generate.decoder_for = steps, plain
+    return {"generated": made, "notes": notes}
 
 
 def _refusals() -> dict[str, str]:

@@ -15,6 +15,7 @@ from llmc.compiler.pipeline.data import Tokenizer
 from llmc.compiler.runtime.cache import add_cache
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.generate import Sampling, TextStream, choose, generate
+from llmc.compiler.runtime.graphed import decoder_for
 
 Make = Callable[..., Program]
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [7]]
@@ -38,6 +39,28 @@ def test_demo_model_writes_the_same_with_and_without_cache(
     assert generate(pylm_cached, prompts, max_new_tokens=16) == want
     assert [generate(pylm_cached, [p], max_new_tokens=16)[0] for p in prompts] == want
     assert "self" in pylm_tokenizer.decode(want[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "tokens", "why"),
+    [
+        ("cpu", Runner, 40, "expected a CUDA device, found cpu"),
+        ("cuda", type("Leaves", (Runner,), {}), 40, "early exits choose in each step"),
+        ("cuda", Runner, 8, "expected 8 steps or more, found 5"),
+        ("cuda", Runner, 40, "expected cached attention on a kernel over a cache of kv, int8, fp8"),
+    ],
+)
+def test_steps_that_are_not_recorded(
+    make_tiny: Make, device: str, kind: type[Runner], tokens: int, why: str
+) -> None:
+    """The reason is told on a CUDA device, and each kernel is launched by itself."""
+    runner = kind(add_cache(make_tiny()))
+    cache = runner.start(1)
+    runner.forward(torch.tensor([[3, 1, 4]]), cache=cache)
+    runner.device = torch.device(device)
+    found = decoder_for(runner, cache, tokens)
+    assert isinstance(found, str)
+    assert why in found
 
 
 def test_eos_ends_a_row_and_is_left_out(make_tiny: Make) -> None:
