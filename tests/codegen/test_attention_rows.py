@@ -82,7 +82,12 @@ def test_bytes_are_counted_by_hand() -> None:
     kivi = ROWS[3].bytes_moved(KIVI, 1, T)
     assert kivi == 8 * T * (128 + 16 + 16) + 2 * 8 * 128 * 256 + 2 * 8 * 256 + sides
     assert ROWS[0].floor_us(PLAIN, 1, T, 4.3e12) == pytest.approx(kv / 4.3e6)
-    assert bytes_written(PLAIN, 2, 3) == 6 * (2 * 2 * 8 * 256 + 17)
+    written = 2 * 2 * 8 * 256 + 17
+    assert bytes_written(PLAIN, 2, 3) == 6 * written
+    # Queries go through it where they are normed; gains are read once, however many tokens.
+    for norm, gains in (("head", 2 * 128), ("row", (32 + 8) * 128)):
+        normed = dataclasses.replace(PLAIN, norm=norm, gains=True)
+        assert bytes_written(normed, 2, 3) == 6 * (written + 2 * 2 * 32 * 128) + 2 * gains
 
 
 @given(st.integers(1, 8), st.integers(1, 16), st.integers(0, 70000))
@@ -112,6 +117,13 @@ def test_templates_state_their_constants() -> None:
     compile(source, "kernel", "exec")
     assert "{{" not in source
     compile(render_write(INT8, True).source, "kernel", "exec")
+    normed = dataclasses.replace(INT8, norm="row", gains=True, turn="half", rotary=128, eps=1e-5)
+    names = {render_write(p, v).name for p in (INT8, normed) for v in (False, True)}
+    assert names == {
+        "cache_write_int8_token_bf16", "cache_write_int8_token_bf16_valid",
+        "cache_write_int8_token_rownorm_half_bf16_gains",
+        "cache_write_int8_token_rownorm_half_bf16_gains_valid",
+    }  # fmt: skip
     with pytest.raises(UsageError, match="states"):
         render_stated("cache_write.py.j2", "cache_write", {"name": "x"})
 
