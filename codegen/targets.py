@@ -114,7 +114,8 @@ def _lower_cpu(program: Program, compiled: bool = False, dense: bool = False) ->
             return "resident=dense: decoded once and held"
         return why or None
 
-    plan = fuse(program, accept, CPU_FEATURES)
+    # The compiled product joins gate and up before it writes them.
+    plan = fuse(program, accept, CPU_FEATURES | {"pairs"} if compiled else CPU_FEATURES)
     lowered = Lowered("cpu", program, refused=list(plan.refused))
     for fused in plan.fused:
         known = _input_grid(program, fused)

@@ -3,8 +3,8 @@
 torch's int4 kernel has no matrix instructions, and decoding by torch's elementwise ops takes longer
 than the product that follows. The template `int4_amx.cpp.j2` decodes a block of torch's own layout
 into the pairs that AMX tiles read, where it stays in the cache for all tokens, so that nothing is
-held twice. One library serves all shapes, groups and numbers of tokens; it is compiled once in
-seconds and kept in the user's cache.
+held twice; gate and up are multiplied before they are written. One library serves all shapes,
+groups and numbers of tokens; it is compiled once in seconds and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..render import environment
 from ..tuning.cache import folder as tuned
 from .kernel import CpuKernel, Tensors, round_up
 from .nibbles import NIBBLES, PLANES, ROWS, block_rows, unit
+from .serve import call
 from .table import Choice, key_of, machine
 
 TEMPLATE = "int4_amx.cpp.j2"
@@ -79,7 +80,7 @@ def attach(
         return kernel, packed, choice
     kernel = replace(kernel, ways={**kernel.ways, "compiled": CompiledWay(_loaded(library()))})
     # Weights of one shape are alike: the first one's times serve for all.
-    key = f"{key_of(kernel, problem)} {choice} {tuned()} {torch.get_num_threads()}"
+    key = f"{key_of(kernel, problem)} {problem} {choice} {tuned()} {torch.get_num_threads()}"
     if key not in _TIMED:
         _TIMED[key] = _measured(kernel, problem, packed, choice)
     return kernel, packed, _TIMED[key]
@@ -97,7 +98,8 @@ def _measured(kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choi
         old = choice.at(tokens)
         x = torch.zeros(tokens, problem.K, dtype=torch.bfloat16)
         calls = {
-            n: functools.partial(kernel.ways[n], problem, x, packed) for n in (old, "compiled")
+            n: functools.partial(call, kernel, problem, packed, x, None, Choice(((1, n),), ""))
+            for n in (old, "compiled")
         }
         found = timed(calls, turns=5, seconds=0.05)
         best = min(found, key=lambda n: found[n])
@@ -106,9 +108,19 @@ def _measured(kernel: CpuKernel, problem: Problem, packed: Tensors, choice: Choi
     return Choice(tuple(steps), f"compiled, timed at lowering beside {choice.source}")
 
 
+def joins(problem: Problem) -> bool:
+    """Whether the product itself multiplies silu(gate) by up: in whole blocks, with no addend."""
+    addends = problem.bias or problem.rank or problem.sparse or problem.outliers
+    gate = problem.pairs == "gate" and problem.act == "silu"
+    return gate and not addends and problem.N % (2 * ROWS) == 0
+
+
 @dataclass(frozen=True)
 class CompiledWay:
-    """x · Wᵀ by the compiled product, over the tensors of `NIBBLES` or `PLANES`."""
+    """x · Wᵀ by the compiled product, over the tensors of `NIBBLES` or `PLANES`.
+
+    [M, outputs] with its pairs joined where `joins`, else [M, N].
+    """
 
     product: Any
 
@@ -118,14 +130,15 @@ class CompiledWay:
         x = x.to(torch.bfloat16)
         x = x if x.stride(1) == 1 else x.contiguous()
         codes, scale = packed["codes"], packed["scale"]
+        joined = joins(problem)
         upper, lower = (None, codes) if codes.dim() == 2 else (codes[0].data_ptr(), codes[1])
         scale = scale if codes.dim() == 2 else scale[1]
-        y = x.new_empty(len(x), problem.N)
+        y = x.new_empty(len(x), problem.outputs if joined else problem.N)
         group = unit(problem)
         failed = self.product(
             x.data_ptr(), len(x), problem.K, x.stride(0), lower.data_ptr(), upper,
             scale.data_ptr(), problem.N, lower.shape[0], round_up(problem.K, group), group,
-            y.data_ptr(), torch.get_num_threads(),
+            joined, y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise ResourceError(
@@ -150,7 +163,7 @@ def _loaded(path: Path) -> Any:
         raise ResourceError("cannot compile for cpu: the system lets no process use AMX tiles")
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     product.argtypes = [pointer, count, count, count, pointer, pointer, pointer, count, count,
-                        count, count, pointer, ctypes.c_int]  # fmt: skip
+                        count, count, ctypes.c_int, pointer, ctypes.c_int]  # fmt: skip
     product.restype = ctypes.c_int
     return product
 

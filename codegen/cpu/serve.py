@@ -70,8 +70,9 @@ def call(
     if problem.bias:
         y = y + packed["bias"].to(dtype)
     if problem.pairs == "gate":
-        gate, up = y.split(problem.outputs, -1)
-        y = gated(gate, up, act=problem.act)
+        if y.shape[1] != problem.outputs:  # else the way has joined them
+            gate, up = y.split(problem.outputs, -1)
+            y = gated(gate, up, act=problem.act)
     elif problem.act:
         y = activation(y, act=problem.act)
     y = y.reshape(shape)

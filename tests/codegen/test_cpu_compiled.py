@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,42 @@ def test_compiled_products_are_as_good_as_torchs(p: Problem, way: compiled.Compi
         old = kernel.ways["decode"](p, x, packed).double() - want
         error = way(p, x, packed).double() - want
         assert error.norm() <= max(1.2 * old.norm(), 2.0**-8 * want.norm())
+
+
+GATED = Problem(256, 544, group=32, x_dtype="bf16", pairs="gate", act="silu")
+
+
+@here
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gate_and_up_are_joined_before_they_are_written(
+    bits: int, way: compiled.CompiledWay
+) -> None:
+    p = replace(GATED, bits=bits, asym=bits == 8)
+    g = torch.Generator().manual_seed(0)
+    kernel, _ = cpu.choose(p)
+    assert kernel is not None
+    parts = random_parts(p, g)
+    packed = cpu.pack(kernel, p, parts)
+    kernel = replace(kernel, ways={**kernel.ways, "compiled": way})
+    for tokens in (1, 16, 40):
+        # Large and small: silu is near 0 or its argument.
+        sizes = 4.0 ** torch.arange(-2, tokens - 2).clamp(max=3)
+        x = (torch.randn(tokens, p.K, generator=g) * sizes[:, None]).bfloat16()
+        want = linear(p, parts, x.double())
+        now, old = (
+            cpu.call(kernel, p, packed, x, None, cpu.Choice(((1, name),), "test")).double() - want
+            for name in ("compiled", "decode")
+        )
+        assert now.shape == (tokens, 128)
+        assert now.norm() <= max(1.3 * old.norm(), 2.0**-8 * want.norm())
+
+
+@pytest.mark.parametrize(
+    "other", [{"bias": True}, {"act": "gelu"}, {"N": 192}, {"pairs": "", "act": ""}, {"rank": 4}]
+)
+def test_pairs_with_addends_are_joined_behind_the_product(other: dict[str, Any]) -> None:
+    assert compiled.joins(GATED)
+    assert not compiled.joins(replace(GATED, **other))
 
 
 @here
@@ -114,7 +152,7 @@ def test_one_library_serves_every_shape_of_a_program(
 @here
 def test_the_fastest_way_is_taken_by_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(calls: dict[str, object], **_: object) -> dict[str, float]:
-        tokens = next(iter(calls.values())).args[1].shape[0]  # type: ignore[attr-defined]
+        tokens = next(iter(calls.values())).args[3].shape[0]  # type: ignore[attr-defined]
         return {n: 1.0 if (n == "compiled") is (8 <= tokens < 512) else 2.0 for n in calls}
 
     monkeypatch.setattr("llmc.codegen.cpu.tune.timed", timed)
