@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ from llmc.codegen.variants import typical, unsupported
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "codegen"))
 
-MANY = 1024  # tokens from which most rows decode their weight once
+MANY = 1024  # tokens from which some rows decode their weight once; others from more
 HALVES = ("fp16", "bf16")
+STEPS = 12  # tokens of a generation
 LOOSE = 16.0  # times the bound of a sum in fp32, where three products of 11 bits stand for one
 
 
@@ -59,15 +61,17 @@ def many(machine: str) -> Iterator[Task]:
             problem = dataclasses.replace(base, N=320, K=768, bias="bias" in row.choices)
             if problem.weights == "factors":
                 problem = dataclasses.replace(problem, rank=64)
-            if row.misfits(problem) or not large.better(row, problem, MANY):
+            if row.misfits(problem) or not large.serves(row, problem):
                 continue
-            yield Task(f"numerics {row.name} {dtype} M={MANY}", tokens, (row.name, problem), 90.0)
+            factors = problem.weights == "factors"
+            M = MANY if factors else max(MANY, large.least(row, problem))
+            yield Task(f"numerics {row.name} {dtype} M={M}", tokens, (row.name, problem, M), 90.0)
 
 
-def tokens(name: str, problem: Any) -> dict[str, Any]:
+def tokens(name: str, problem: Any, M: int) -> dict[str, Any]:
     """Many tokens against the same in fp64: sums in fp32 of rounded weights, one rounding after."""
     parts = random_parts(problem)
-    x = (torch.randn(MANY, problem.K) / loud(problem)).to(DTYPES[problem.x_dtype])
+    x = (torch.randn(M, problem.K) / loud(problem)).to(DTYPES[problem.x_dtype])
     want = meaning.linear(problem, parts, x.double())
     where = gpu_clock.device()
     packed = prepack(row_named(name), problem, **{n: t.to(where) for n, t in parts.items()})
@@ -76,7 +80,7 @@ def tokens(name: str, problem: Any) -> dict[str, Any]:
     found = float((y - want).norm() / want.norm())
     wrong = "" if found <= bound else f"relative error {found:.2e} is beyond {bound:.2e}"
     return {"row": name, "dtype": problem.x_dtype, "ratio": found / bound,
-            "label": f"{name} {problem.x_dtype} M={MANY}", "wrong": wrong}  # fmt: skip
+            "label": f"{name} {problem.x_dtype} M={M}", "wrong": wrong}  # fmt: skip
 
 
 def attention(count: int) -> list[Task]:
@@ -126,6 +130,46 @@ def _there(held: Any, where: str) -> Any:
         held, keys=moved(held.keys), values=moved(held.values), pos=held.pos.to(where),
         real=held.real.to(where),
     )  # fmt: skip
+
+
+def generations() -> list[Task]:
+    """Whole generations by recorded steps; none where what compresses a model is not installed."""
+    here = importlib.util.find_spec("pydantic") is not None
+    return [Task(f"generation over {kind}", generated, (kind,), 120.0)
+            for kind in ("kv", "int8") if here]  # fmt: skip
+
+
+def generated(kind: str) -> dict[str, Any]:
+    """Tokens of a small 4-bit decoder as `llmc run` makes them: those of single launches, and the
+    prompt's logits as the reference has them. On a GPU the steps must have been recorded."""
+    from llmc.compiler.ir.caches import CacheScheme
+    from llmc.compiler.pipeline import recipe, zoo
+    from llmc.compiler.pipeline.compile import compile_plan
+    from llmc.compiler.pipeline.plan import make_plan
+    from llmc.compiler.runtime.generate import generate
+    from llmc.compiler.runtime.lowering import runner_for
+
+    program = zoo.decoder(hidden=64, inner=128, size=16, rope=1.0)
+    calls = recipe.from_strings(["w4:group=32,solver=rtn"])
+    done = compile_plan(make_plan(program, calls), None).program
+    if kind != "kv":
+        node = next(iter(done.calls("llmc.attention"))).name
+        done.caches = {node: CacheScheme(kind, 8, keys="token")}
+    prompt, notes = [3, 1, 4, 1, 5], list[str]()
+    runner, plain = (runner_for(done, t, cached=True) for t in ("triton", "reference"))
+    made = generate(runner, [prompt], max_new_tokens=STEPS, on_note=notes.append)[0]
+    cache, said, ids = runner.start(1), list[int](), torch.tensor([prompt])
+    for at in range(STEPS):
+        logits = runner.forward(ids, cache=cache)[:, -1].float().cpu()
+        if at == 0:
+            want = plain.forward(ids, cache=plain.start(1))[:, -1].float()
+            off = float((logits - want).abs().max() / want.abs().max())
+        said.append(int(logits.argmax()))
+        ids = torch.tensor([said[-1:]])
+    wrong = "; ".join(notes) or ("" if made == said else f"expected {said}, found {made}")
+    wrong = wrong or ("" if off < 0.03 else f"logits are off by {off:.2e}")
+    return {"row": "generation", "dtype": "fp32", "ratio": off / 0.03,
+            "label": f"generation over {kind}", "wrong": wrong}  # fmt: skip
 
 
 def summary(answers: list[dict[str, Any]], failed: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ Where the package is not installed and nothing can be, a link makes this checkou
 
     mkdir -p /tmp/site && ln -sfn "$PWD" /tmp/site/llmc && export PYTHONPATH=/tmp/site
 
-Nothing is fetched. Times are medians of CUDA graph replays that rotate over copies of the weight
+Peers are those that are installed; generation by recorded steps needs pydantic as well. Nothing is
+fetched. Times are medians of CUDA graph replays that rotate over copies of the weight
 beyond three times the L2 cache, so that every call reads its weight from memory; shares are of the
 copy bandwidth and of the bf16 product measured in the same run. Without a GPU, under the
 interpreter, everything runs once and nothing is timed. Each part is a task in another process (see
@@ -98,6 +99,7 @@ class Suite:
         halves = [t for t in given if t.args[0].problem.x_dtype in gpu_numerics.HALVES]
         ahead = halves[: 2 * len(gpu_kernels.ROWS)]
         beside = gpu_numerics.attention(2 if self.args.tiny else 1000)
+        beside += gpu_numerics.generations()
         beside += [] if self.args.tiny else list(gpu_numerics.many(self.target))
         logits = gpu_decode.agreements(TINY if self.args.tiny else gpu_decode.Shapes())
         rest = [t for t in given if t not in ahead]
