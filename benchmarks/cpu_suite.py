@@ -1,13 +1,15 @@
 """Linears and a whole model on the CPU: llmc's kernels beside torch, torchao and onnxruntime.
 
-    python benchmarks/cpu_suite.py --out benchmarks/results/cpu.json
+    python benchmarks/cpu_suite.py --out benchmarks/results/cpu.json            # kernels and model
+    python benchmarks/cpu_suite.py --only compiled --out benchmarks/results/cpu.json
+    python benchmarks/cpu_suite.py --only inductor --tokens 16,128 --out benchmarks/results/cpu.json
     python benchmarks/cpu_suite.py --only kernels --tokens 1,128
-    python benchmarks/cpu_suite.py --only model
-    python benchmarks/cpu_suite.py --only compiled
-    python benchmarks/cpu_suite.py --only inductor --tokens 16,128
 
 One thread, the thread's own time, medians of calls taken in turn: a ratio to bf16 is of one run, so
-that a busy machine meets all alike. Peers that are not installed are named and left out.
+that a busy machine meets all alike. Peers that are not installed are named and left out. With --out
+the sections that are not measured stay as they are, each beside its own command and load.
+`llmc tune --target cpu` measures the table by which ways are chosen; the file that it writes is
+what is shipped as codegen/cpu/default.json.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from speed import command, llama
 
 from llmc.codegen import cpu
+from llmc.codegen.cpu import compiled
 from llmc.codegen.cpu.table import machine
 from llmc.codegen.cpu.tune import random_parts, timed
 from llmc.codegen.problem import Problem
@@ -62,11 +65,19 @@ def kernel_page(N: int, K: int, tokens: list[int], seconds: float) -> dict[str, 
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(N, K, generator=g) / 64
     packed = {}
-    for name, problem in schemes(N, K).items():
-        kernel, why = cpu.choose(problem)
-        assert kernel is not None, why
-        packed[name] = kernel, problem, cpu.pack(kernel, problem, random_parts(problem, g))
     peers, missing = cpu_peers.linears(weight)
+    why = compiled.unavailable()
+    missing += [f"llmc compiled: {why}"] if why else []
+    for name, problem in schemes(N, K).items():
+        kernel, why_not = cpu.choose(problem)
+        assert kernel is not None, why_not
+        tensors = cpu.pack(kernel, problem, random_parts(problem, g))
+        choice = cpu.ways_by_tokens(kernel, problem)
+        packed[name] = problem, kernel, tensors, choice
+        if why is None:
+            made = compiled.attach(kernel, problem, tensors, choice)
+            if "compiled" in made[0].ways:
+                packed[f"{name} compiled"] = problem, *made
     rows = []
     for M in tokens:
         x = torch.randn(M, K, generator=g)
@@ -75,8 +86,7 @@ def kernel_page(N: int, K: int, tokens: list[int], seconds: float) -> dict[str, 
             "fp32": partial(torch.nn.functional.linear, x, weight),
         }
         ways = {}
-        for name, (kernel, problem, tensors) in packed.items():
-            choice = cpu.ways_by_tokens(kernel, problem)
+        for name, (problem, kernel, tensors, choice) in packed.items():
             ways[f"llmc {name}"] = choice.at(M)
             calls[f"llmc {name}"] = partial(
                 cpu.call, kernel, problem, tensors, x.bfloat16(), None, choice
@@ -134,16 +144,22 @@ def inductor_page(N: int, K: int, tokens: list[int], seconds: float) -> dict[str
     kernel, _ = cpu.choose(problem)
     assert kernel is not None
     tensors = cpu.pack(kernel, problem, random_parts(problem, g))
+    choice = cpu.ways_by_tokens(kernel, problem)
+    made = None
+    if compiled.unavailable() is None:
+        made = compiled.attach(kernel, problem, tensors, choice)
     rows = []
     for M in tokens:
         x = torch.randn(M, K, generator=g).bfloat16()
-        choice = cpu.ways_by_tokens(kernel, problem)
         calls: Calls = {
             "bf16": partial(torch.nn.functional.linear, x, weight.bfloat16()),
             "inductor bf16": cpu_peers.inductor_dense(weight.bfloat16(), x),
             "inductor int4pack": cpu_peers.inductor_int4(tensors, x),
             "llmc w4 g128": partial(cpu.call, kernel, problem, tensors, x, None, choice),
         }
+        if made is not None:
+            own, same, best = made
+            calls["llmc w4 g128 compiled"] = partial(cpu.call, own, problem, same, x, None, best)
         found = timed(calls, seconds=seconds)
         rows += [
             {"name": n, "tokens": M, "ms": 1e3 * s, "speed": found["bf16"] / s, "way": ""}
@@ -154,8 +170,8 @@ def inductor_page(N: int, K: int, tokens: list[int], seconds: float) -> dict[str
 
 def table(result: dict[str, Any]) -> str:
     """The pages as markdown: speeds relative to bf16 of the same run."""
-    lines = [f"# CPU suite\n\n`{result['command']}` on {result['machine']['name']}, torch "
-             f"{result['machine']['torch']}, one thread, thread time.\n"]  # fmt: skip
+    lines = [f"# CPU suite\n\nOn {result['machine']['name']}, torch {result['machine']['torch']}, "
+             "one thread, thread time.\n"]  # fmt: skip
     for section in ("kernels", "inductor"):
         if section not in result:
             continue
@@ -163,6 +179,7 @@ def table(result: dict[str, Any]) -> str:
         N, K = page["shape"]
         tokens = sorted({r["tokens"] for r in page["rows"]})
         lines.append(f"## {section}: {N}x{K}, times as fast as bf16 (ms)\n")
+        lines.append(taken(page))
         lines.append("| | " + " | ".join(f"M={m}" for m in tokens) + " |")
         lines.append("|---|" + "---|" * len(tokens))
         for name in dict.fromkeys(r["name"] for r in page["rows"]):
@@ -182,6 +199,7 @@ def table(result: dict[str, Any]) -> str:
             f"## {section}: random llama of {page['parameters'] / 1e6:.0f} M parameters in bf16, "
             "times as fast as dense (tokens/s)\n"
         )
+        lines.append(taken(page))
         heads = [f"prefill {p}" if k == "prefill" else "decode" for k, p in kinds]
         lines.append("| | " + " | ".join(heads) + " | resident MB |")
         lines.append("|---|" + "---|" * (len(kinds) + 1))
@@ -194,13 +212,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def taken(page: dict[str, Any]) -> str:
+    """By which command a page was measured, and how busy the machine was before."""
+    return f"`{page['command']}`, load {page['load']:.1f} before.\n"
+
+
 def main() -> int:
     """Measure, print the table, write JSON and the table beside it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--only", choices=SECTIONS, action="append", default=[])
     parser.add_argument("--shape", default="4096x4096")
     parser.add_argument("--tokens", default="1,4,16,128,1024")
-    parser.add_argument("--prefill", default="16,128,1024")
+    parser.add_argument("--prefill", default="16,64,128,1024")
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="per call and row, at most")
@@ -214,21 +237,22 @@ def main() -> int:
     N, K = (int(n) for n in args.shape.split("x"))
     torch.set_num_threads(1)
     only = args.only or ["kernels", "model"]
-    result: dict[str, Any] = {"command": command(), "machine": vars(machine()),
-                              "load": os.getloadavg()[0]}  # fmt: skip
+    result: dict[str, Any] = {"machine": vars(machine())}
     if args.out and args.out.is_file():
         old = json.loads(args.out.read_text())
         if old["machine"] == result["machine"]:
-            result = {k: v for k, v in old.items() if k in SECTIONS} | result
+            told = {k: old[k] for k in ("command", "load") if k in old}
+            result |= {k: told | v for k, v in old.items() if k in SECTIONS}
+    pages: dict[str, Callable[[], dict[str, Any]]] = {
+        "kernels": lambda: kernel_page(N, K, tokens, args.seconds),
+        "model": lambda: model_page(args, MODELS),
+        "compiled": lambda: model_page(args, ("bf16", "w4", "w4 compiled")),
+        "inductor": lambda: inductor_page(N, K, tokens, args.seconds),
+    }
     with torch.no_grad():
-        if "kernels" in only:
-            result["kernels"] = kernel_page(N, K, tokens, args.seconds)
-        if "model" in only:
-            result["model"] = model_page(args, MODELS)
-        if "compiled" in only:
-            result["compiled"] = model_page(args, ("bf16", "w4", "w4 compiled"))
-        if "inductor" in only:
-            result["inductor"] = inductor_page(N, K, tokens, args.seconds)
+        for name in (n for n in SECTIONS if n in only):
+            head = {"command": command(), "load": os.getloadavg()[0]}
+            result[name] = head | pages[name]()
     text = table(result)
     sys.stdout.write(text)
     if args.out:

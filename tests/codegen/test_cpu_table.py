@@ -110,6 +110,16 @@ def test_the_plan_says_which_way_and_where_from() -> None:
     assert "int4pack (measured here)" in placed.note
 
 
+@pytest.mark.parametrize("compile_", [False, True])
+def test_the_plan_says_that_a_mask_saves_no_time(
+    compile_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "attach", lambda kernel, _, *others: (kernel, *others))
+    (placed,) = lower(one(Weight(64, 128, sparse=True)), "cpu", compiled=compile_).placed
+    words = "2:4 spread to dense codes: its mask saves size on disk, not memory or time here"
+    assert words in placed.note
+
+
 def test_dense_leaves_the_decoding_to_whoever_keeps_constants() -> None:
     program, x = one(Weight(64, 128)), hidden(torch.bfloat16, 128)
     lowered = lower(program, "cpu", dense=True)
