@@ -94,25 +94,32 @@ class Suite:
                 self.write()
 
     def numerics(self) -> None:
-        """Each row in both halves, many tokens, attention, logits of whole steps; then the rest."""
-        given = gpu_numerics.cases(self.args.cases, self.target)
-        halves = [t for t in given if t.args[0].problem.x_dtype in gpu_numerics.HALVES]
-        ahead = halves[: 2 * len(gpu_kernels.ROWS)]
-        beside = gpu_numerics.attention(2 if self.args.tiny else 1000)
-        beside += gpu_numerics.generations()
-        beside += [] if self.args.tiny else list(gpu_numerics.many(self.target))
-        logits = gpu_decode.agreements(TINY if self.args.tiny else gpu_decode.Shapes())
-        rest = [t for t in given if t not in ahead]
+        """Logits of whole steps, generations, attention and many tokens, while cases are drawn;
+        then each row in both halves, then the rest."""
+        tiny = self.args.tiny
+        draw = Task("drawing cases", gpu_numerics.cases, (self.args.cases, self.target), 120.0)
+        logits = gpu_decode.agreements(TINY if tiny else gpu_decode.Shapes())
+        beside = [*gpu_numerics.generations(), *gpu_numerics.attention(2 if tiny else 1000)]
+        beside += [] if tiny else list(gpu_numerics.many(self.target))
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
-        for answer in self.answers("numerics", [*ahead, *logits, *beside, *rest]):
-            if answer.task in logits:
-                self.data["decode"].append(answer.row if answer.error else answer.result)
-            elif answer.error:
-                bad.append(answer.row)
-            else:
-                good.append(answer.result)
-            self.data["numerics"] = gpu_numerics.summary(good, bad)
+        given: list[Task] = []
+
+        def take(tasks: Sequence[Task]) -> None:
+            for answer in self.answers("numerics", tasks):
+                if answer.task is draw:
+                    given.extend(answer.result or ())
+                elif answer.task in logits:
+                    self.data["decode"].append(answer.row if answer.error else answer.result)
+                    continue
+                elif not answer.error:
+                    good.append(answer.result)
+                if answer.error:
+                    bad.append(answer.row)
+                self.data["numerics"] = gpu_numerics.summary(good, bad)
+
+        take([draw, *logits, *beside])
+        take(given)
 
     def kernels(self) -> None:
         """Compile on all processes, then time on one."""

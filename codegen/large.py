@@ -90,7 +90,7 @@ def decode(launch: Launch, packed: Packed, problem: Problem) -> torch.Tensor:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[problem.x_dtype]
     # Element (t, k) of the unit matrix is element K + k - t of this: a row stride of -1.
     unit = torch.zeros(2 * K, dtype=dtype, device=some.device)
-    unit[K] = 1.0
+    unit[K].fill_(1.0)  # on the device, as a graph may be recorded
     w = torch.empty(K, _columns(problem), dtype=dtype, device=some.device)[:, : alone.N]
     config = decode_config(packed.row, problem)
     grid = (-(-alone.N // config.BN), -(-K // config.BM), 1)
@@ -120,7 +120,7 @@ def linear(
         x = x @ packed["right"][:, : problem.K].to(x.dtype).T
     n, residual = w.shape[1], given.get("residual")
     if problem.bias:
-        y = torch.addmm(given["bias"][:n], x, w)
+        y = torch.addmm(given["bias"][:n].to(x.dtype), x, w)
     elif residual is not None and not (problem.act or problem.pairs):
         y, residual = torch.addmm(residual, x, w), None
     else:
