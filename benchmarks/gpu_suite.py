@@ -47,6 +47,7 @@ SECONDS = 530.0
 ROOM = {"numerics": 0.74, "warm": 0.62, "kernels": 0.27, "decode": 0.12, "peers": 0.01}
 PROCESSES = 12
 SECTIONS = ("numerics", "kernels", "decode", "peers")
+MOST = 40  # names of what was left out; the JSON has all
 EVERY = 10.0  # seconds between two writings
 TINY = gpu_decode.Shapes(
     hidden=128, heads=4, kv_heads=2, width=32, inner=128, vocab=96, layers=1, context=8,
@@ -220,7 +221,9 @@ def markdown(data: dict[str, Any]) -> str:
               if "error" in r]  # fmt: skip
     out += [f"- {line}\n" for line in (*told.get("wrong", ()), *failed)]
     if data["skipped"]:
-        out.append(f"\nLeft out for time: {', '.join(data['skipped'])}.\n")
+        more = len(data["skipped"]) - MOST
+        named = [*data["skipped"][:MOST], *([f"{more} more"] * (more > 0))]
+        out.append(f"\nLeft out for time: {', '.join(named)}.\n")
     return "".join(out)
 
 
