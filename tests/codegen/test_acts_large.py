@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
+from interpreter import interpreted
 
 CASES: dict[str, dict[str, Any]] = {
     "w4": {"group": 64, "asym": True},
@@ -45,13 +45,7 @@ def problem_of(name: str) -> Any:
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process found, by case."""
-    cache = str(tmp_path_factory.mktemp("kernel_cache"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": cache}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = interpreted(__file__, tmp_path_factory.mktemp("kernel_cache"))
     return found
 
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from acts_cases import Case, expected, inputs_of, parts_of, problem_of
+from interpreter import interpreted
 
 ALL = {"bias": True, "residual": True, "norm": True, "smooth": True}
 CODES = [f"{kind} {per}" for kind in ("int8", "e4m3") for per in ("token", "token power", "static")]
@@ -66,13 +64,7 @@ CASES = [
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process found, by label."""
-    cache = str(tmp_path_factory.mktemp("kernel_cache"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": cache}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = interpreted(__file__, tmp_path_factory.mktemp("kernel_cache"))
     return found
 
 

@@ -6,33 +6,21 @@ One child process runs all cases (this file as a script); the tests judge its an
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from attention_cases import CASES, Case, random_cases
+from interpreter import interpreted
 
 LONG = 400
-
-
-def _child(folder: Path, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(folder)}
-    run = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="session")
 def attended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process found, by label."""
-    return _child(tmp_path_factory.mktemp("kernel_cache"))
+    return interpreted(__file__, tmp_path_factory.mktemp("kernel_cache"))
 
 
 def judge(found: dict[str, Any]) -> None:
@@ -51,7 +39,7 @@ def test_attention_computes_its_op(case: Case, attended: dict[str, Any]) -> None
 @pytest.mark.slow
 def test_attention_computes_its_op_in_random_cases(tmp_path: Path) -> None:
     """Sizes, caches, masks and runs by chance."""
-    found = _child(tmp_path, "long")
+    found = interpreted(__file__, tmp_path, "long")
     assert len(found) >= LONG // 2
     for label, one in found.items():
         assert one["finite"], label
@@ -68,7 +56,7 @@ def test_a_model_says_the_same_on_both_targets(attended: dict[str, Any]) -> None
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma2", "cohere", "glm4", "mistral"])
 def test_models_say_the_same_on_both_targets(name: str, tmp_path: Path) -> None:
     """Partial and interleaved rotation, windows and soft caps."""
-    same(_child(tmp_path, "model", name)[name])
+    same(interpreted(__file__, tmp_path, "model", name)[name])
 
 
 def same(found: dict[str, Any]) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import interpreted
 
 
 @dataclass(frozen=True)
@@ -74,21 +73,10 @@ SAID = ("qwen3",)
 SLOW = ("olmo2", "gemma3_text", "olmoe", "opt", "gptj")
 
 
-def _child(folder: Path, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(folder)}
-    run = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process found, by label."""
-    return _child(tmp_path_factory.mktemp("kernel_cache"))
+    return interpreted(__file__, tmp_path_factory.mktemp("kernel_cache"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
@@ -112,7 +100,7 @@ def test_models_say_the_same_on_both_targets(name: str, written: dict[str, Any])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_more_models_say_the_same_on_both_targets(name: str, tmp_path: Path) -> None:
-    same(_child(tmp_path, name)[name], name)
+    same(interpreted(__file__, tmp_path, name)[name], name)
 
 
 def same(found: dict[str, Any], name: str) -> None:

@@ -7,12 +7,10 @@ and the tests judge its answers. Each row's numbers: `test_kernel_numerics`.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from interpreter import interpreted
 from numerics import Case, parts_of
 
 WEIGHT = Case("w4a16", {"N": 70, "K": 256}, 3)
@@ -21,13 +19,9 @@ WEIGHT = Case("w4a16", {"N": 70, "K": 256}, 3)
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the child process found."""
-    cache = str(tmp_path_factory.mktemp("kernel_cache"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": cache}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    found: dict[str, dict[str, Any]] = interpreted(
+        __file__, tmp_path_factory.mktemp("kernel_cache")
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, dict[str, Any]] = json.loads(run.stdout)
     return found
 
 

@@ -7,13 +7,12 @@ and the tests judge its answers.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from interpreter import interpreted
 
 # Passes, dtype, and what each block's linears run on: q, k and v; o; gate and up; down.
 CASES = {
@@ -31,13 +30,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process found."""
-    cache = str(tmp_path_factory.mktemp("kernel_cache"))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": cache}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = interpreted(__file__, tmp_path_factory.mktemp("kernel_cache"))
     return found
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sides_cases
 import torch
+from interpreter import interpreted
 from numerics import Case, answered, exact_and_bound, inputs_of, judge, parts_of
 from sides_cases import case
 
@@ -120,13 +118,7 @@ def test_what_makes_the_sums_of_a_row_must_be_packed() -> None:
 def test_rows_longer_than_a_block(tmp_path: Path) -> None:
     """Rounding kernels that hold 64 columns at a time read a row of 200 three times; x * gain may
     be what fp16 cannot hold, as long as it can hold the normed value."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)
-    assert found == {c.label: "" for c in _wide()} | {"loud": True}
+    assert interpreted(__file__, tmp_path) == {c.label: "" for c in _wide()} | {"loud": True}
 
 
 def _wide() -> list[Case]:
