@@ -5,7 +5,7 @@
 
 Where the package is not installed and nothing can be, a link makes this checkout be it:
 
-    mkdir -p /tmp/site && ln -sfn "$PWD" /tmp/site/llmc && export PYTHONPATH=/tmp/site
+    mkdir -p .cache/site && ln -sfn "$PWD" .cache/site/llmc && export PYTHONPATH="$PWD/.cache/site"
 
 Peers are those that are installed; generation by recorded steps needs pydantic as well. Nothing is
 fetched. Times are medians of CUDA graph replays that rotate over copies of the weight
