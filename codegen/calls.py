@@ -65,9 +65,14 @@ class Call:
         self.function, self.grid, self.device = function, (*grid, 1, 1)[:3], device
         self.tail, self.options = tuple(tail), options
         self.handle: Any = None
+        # Asked once: no launch of a step pays for a choice among devices where there is none.
+        self.alone = device.type != "cuda" or torch.cuda.device_count() == 1
 
     def __call__(self, tensors: Sequence[torch.Tensor | None]) -> None:
         """Launch on the current stream of the tensors' device."""
+        if self.handle is not None and self.alone:
+            self.handle(*tensors, *self.tail)
+            return
         with on(self.device):
             if self.handle is not None:
                 self.handle(*tensors, *self.tail)
