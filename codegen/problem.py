@@ -50,6 +50,12 @@ class Problem:
         eps: of the norm.
         out_norm: whether rows of the result, behind its activation, are divided by their rms and
             multiplied by a stored gain before the residual is added; out_eps: of that norm.
+        experts: how many experts' weights the rows stack, N / experts each; 0 where it is one
+            linear. chosen: experts of a token. routed: "up" multiplies each token by the rows of
+            each expert that it chose, and gives a row per token and expert; "down" takes such rows,
+            and gives per token their weighted sum; "" for no experts. route: how the kernel itself
+            chooses: "softmax" over the products with a router, "softmax sum" where the chosen
+            weights are divided by their sum; "" where it is told.
     """
 
     N: int
@@ -81,6 +87,10 @@ class Problem:
     kept: int = 0
     out_norm: bool = False
     out_eps: float = 0.0
+    experts: int = 0
+    chosen: int = 0
+    routed: str = ""
+    route: str = ""
 
     @property
     def columns(self) -> int:
@@ -101,8 +111,9 @@ class Problem:
 
     @property
     def outputs(self) -> int:
-        """Columns of y: N, or half of it where rows are joined in pairs."""
-        return self.N // 2 if self.pairs == "gate" else self.N
+        """Columns of y: N, or half of it where rows are joined in pairs; an expert's own."""
+        rows = self.N // (self.experts or 1)
+        return rows // 2 if self.pairs == "gate" else rows
 
     @property
     def gained(self) -> bool:
@@ -123,19 +134,19 @@ class Problem:
 PARTS = (
     "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",
     "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift", "smooth", "in_scale",
-    "bias", "out_gain",
+    "bias", "out_gain", "router",
 )  # fmt: skip
 """Roles of the canonical tensors of a problem: codes int32 [N, words]; scale [N, G]; zero uint8
 [N, G]; table [1 or N, 2**bits]; meta int32, positions of n:m; bitmap int32 [N, words]; values dense
 [N, columns], or flat [nnz] under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`;
 columns int64 [c] and column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm
-adds, where it adds something; in_scale, static; bias [N]; out_gain
-[outputs]."""
+adds, where it adds something; in_scale, static; bias [N]; out_gain [outputs]; router
+[experts, K]."""
 
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (
     "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "centred",
-    "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs", "out_norm",
+    "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs", "out_norm", "routed", "route",
 )  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Problem)}
 
