@@ -64,8 +64,8 @@ class Variant:
 @functools.lru_cache(256)
 def typical(row: KernelRow, dtype: str = "fp16") -> Problem | None:
     """The plain 4096 x 4096 problem that a row is made for; None where it serves no such dtype."""
-    # A choice that the row does not leave at its default is its own: the first one it names.
-    forced = {f: o[0] for f, o in row.choices.items() if DEFAULTS.get(f) not in o and o}
+    # A choice that the row does not leave at its default, or names before it, is its own.
+    forced = {f: o[0] for f, o in row.choices.items() if o and _first(f, o)}
     scales = row.choices.get("scale_dtype", ("",))
     widths = _BITS if row.product == "float" else (8, *_BITS)
     for (n, m), bits, group, scale, own in itertools.product(
@@ -79,6 +79,11 @@ def typical(row: KernelRow, dtype: str = "fp16") -> Problem | None:
         if not row.misfits(problem):
             return problem
     return None
+
+
+def _first(field: str, options: tuple[object, ...]) -> bool:
+    default = DEFAULTS.get(field)
+    return default not in options or (isinstance(default, bool) and options[0] != default)
 
 
 def _own(row: KernelRow, forced: dict[str, Any]) -> Iterator[dict[str, Any]]:

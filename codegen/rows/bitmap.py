@@ -1,4 +1,5 @@
-"""Weights that are sparse without a pattern: a bit for each weight, and the kept values alone."""
+"""Weights that are sparse without a pattern, or in one that no other row serves: a bit for each
+weight, and the kept values alone."""
 
 from __future__ import annotations
 
@@ -36,8 +37,20 @@ def _marks(row: KernelRow, mask: torch.Tensor) -> tuple[dict[str, torch.Tensor],
 
 
 def _mask(problem: Problem, parts: Parts) -> torch.Tensor:
+    """Which weights are kept, bool [N, K]."""
+    if problem.m:
+        kept = parts["meta"].new_ones(problem.N, problem.columns, dtype=torch.bool)
+        mask = packing.expand_nm(kept, parts["meta"], problem.n, problem.m, problem.K)
+        if int(mask.sum()) != kept.numel():
+            raise ModelError(f"expected {problem.n} positions of each {problem.m} columns, found "
+                             "one twice")  # fmt: skip
+        return mask
     expect("bitmap", parts.get("bitmap"), (problem.N, packing.packed_words(problem.K, 1)))
     return packing.unpack(parts["bitmap"], 1, problem.K).bool()
+
+
+def _spread(problem: Problem, kept: torch.Tensor, parts: Parts) -> torch.Tensor:
+    return packing.expand_nm(kept, parts["meta"], problem.n, problem.m, problem.K)
 
 
 def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
@@ -45,9 +58,13 @@ def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Te
     values = parts["values"]
     if values.dtype != DTYPES[problem.x_dtype]:
         raise ModelError(f"expected {DTYPES[problem.x_dtype]} values, found {values.dtype}")
-    expect("values", values, (int(mask.sum()),))
     marks, tiles = _marks(row, mask)
-    dense = values.new_zeros(mask.shape).masked_scatter(mask, values)
+    if problem.m:
+        expect("values", values, (problem.N, problem.columns))
+        dense = _spread(problem, values, parts)
+    else:
+        expect("values", values, (int(mask.sum()),))
+        dense = values.new_zeros(mask.shape).masked_scatter(mask, values)
     kept = _tiles(row, dense)[tiles.bool()]
     return {**marks, "values": kept, "scale": ones(row, problem, values.device)}
 
@@ -55,7 +72,9 @@ def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Te
 def _codes(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
     """Kept codes as one run of nibbles, low ones first."""
     marks, tiles = _marks(row, _mask(problem, parts))
-    q = packing.unpack(parts["codes"], 4, problem.K).to(torch.int64)
+    q = packing.unpack(parts["codes"], 4, problem.columns).to(torch.int64)
+    if problem.m:
+        q = _spread(problem, q, parts)
     kept = _tiles(row, q)[tiles.bool()]
     twos = torch.nn.functional.pad(kept, (0, len(kept) % 2)).reshape(-1, 2)
     codes = (twos[:, 0] | (twos[:, 1] << 4)).to(torch.uint8).view(torch.int8)
@@ -65,6 +84,15 @@ def _codes(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Te
 BITMAP = Argument("bitmap", "[Np/64, Kp/128, 4, 64]", ("i32",), dtype="i32")
 BEGINS = Argument("begins", "[Np/64, Kp/128, 64]", ("i32",), dtype="i32")
 STARTS = Argument("starts", "[Np*Kp/8192 + 1]", ("i32",), dtype="i32")
+
+# A mask of n:m is marked by bits as any other; 2:4 has rows of its own.
+MARKED = (
+    Requirement("bitmap", "Eq(bitmap, 1) | (m > 0)", "True, or n:m"),
+    Requirement(
+        "m", "Eq(m, 0) | (Eq(bitmap, 0) & (Ne(n, 2) | Ne(m, 4)))", "0, or n:m other than 2:4"
+    ),
+)
+KEPT = "Max(kept, N*K*n/Max(m, 1))"
 
 W16_BITMAP = KernelRow(
     name="w16_bitmap",
@@ -81,10 +109,10 @@ W16_BITMAP = KernelRow(
         "scale_dtype": ("",),
         "asym": (False,),
         "weights": ("dense",),
-        "bitmap": (True,),
+        "bitmap": (True, False),
     },
-    requires=(Requirement("m", "Eq(m, 0)", "0"), *SHAPE),
-    moves=f"2*kept + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",
+    requires=(*MARKED, *SHAPE),
+    moves=f"2*{KEPT} + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",
     tiles=((8, 64), (16, 64), (32, 64)),
     stages=(2, 3, 4),
     splits=SPLITS,
@@ -101,14 +129,14 @@ W4_BITMAP = KernelRow(
         Argument("codes", "[kept/2]", ("i8",), dtype="i8"), BITMAP, BEGINS, STARTS, SCALE
     ),
     step=128,
-    choices={**CHOICES, "x_dtype": ("fp16", "bf16"), "bitmap": (True,)},
+    choices={**CHOICES, "x_dtype": ("fp16", "bf16"), "bitmap": (True, False)},
     requires=(
         Requirement("bits", "Eq(bits, 4)", "4"),
-        Requirement("m", "Eq(m, 0)", "0"),
+        *MARKED,
         GROUP,
         *SHAPE,
     ),
-    moves=f"ceiling(kept/2) + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",
+    moves=f"ceiling({KEPT}/2) + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",
     tiles=((8, 64), (16, 64), (32, 64)),
     stages=(2, 3, 4),
     splits=SPLITS,

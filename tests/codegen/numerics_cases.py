@@ -194,6 +194,7 @@ def parts_named(p: Problem) -> list[str]:
         "left": p.rank > 0, "right": p.rank > 0, "columns": p.outliers > 0, "gain": p.norm,
         "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": "static" in p.rounds,
         "bias": p.bias, "shift": p.centred, "out_gain": p.out_norm,
+        "router": bool(p.route),
         **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
     }  # fmt: skip
     return [name for name in PARTS if has[name]]

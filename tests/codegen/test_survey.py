@@ -36,6 +36,7 @@ def told(text: str, target: str = "triton", tokens: int = 1, **how: Any) -> dict
         "w4:group=128",
         "smooth,w4:group=128",
         "prune24,w4:group=128",
+        "prune48",
         "w8",
         "w4:group=64,lorc",
         "int8_split",

@@ -227,12 +227,15 @@ family("w16_bitmap", BITS, [
     case("w16_bitmap", 3, 67, 300, "bitmap", **BITS, stride="padded"),
     case("w16_bitmap", 9, 33, 260, "values", **BITS, x_dtype="bf16"),
     case("w16_bitmap", 2, 34, 200, "values", **BITS, **ALL_SIDES, **GATE, smooth=True),
+    case("w16_bitmap", 3, 33, 104, "meta", **BITS | {"bitmap": False}, n=4, m=8),
+    case("w16_bitmap", 1, 34, 104, "values", **BITS | {"bitmap": False}, n=1, m=4, **GATE),
 ], {"K": 96})  # fmt: skip
 MISSES += [
     ("w16_bitmap", BITS, {"bitmap": False}, "bitmap"),
     ("w16_bitmap", BITS, {"x_dtype": "fp32"}, "x_dtype"),
     ("w16_bitmap", BITS, {"weights": "int"}, "weights"),
-    ("w16_bitmap", BITS, {"m": 4, "n": 2}, "m"),
+    ("w16_bitmap", BITS, {"m": 8, "n": 4}, "m"),
+    ("w16_bitmap", BITS, {"bitmap": False, "m": 4, "n": 2}, "m"),
 ]
 # Kept values are read where they are needed; the dense tile goes through shared memory once.
 FACTS += [
@@ -248,6 +251,7 @@ family("w4_bitmap", BITS4, [
     case("w4_bitmap", 3, 67, 300, "bitmap", **BITS4, group=64, stride="padded"),
     case("w4_bitmap", 9, 33, 260, "scale", **BITS4, x_dtype="bf16", asym=True),
     case("w4_bitmap", 2, 34, 200, "bitmap", **BITS4, group=0, **ALL_SIDES, **GATE),
+    case("w4_bitmap", 3, 33, 264, "meta", group=64, n=4, m=8, asym=True),
 ], {"K": 96})  # fmt: skip
 MISSES += [
     ("w4_bitmap", BITS4, {"bits": 3}, "bits"),
