@@ -58,11 +58,11 @@ class Core:
         return x
 
 
-def _calls(node: fx.Node) -> set[fx.Node]:
+def calls_of(node: fx.Node) -> set[fx.Node]:
     """The calls that make a constant."""
     if node.op == "get_attr":
         return set()
-    return {node}.union(*(_calls(n) for n in node.all_input_nodes))
+    return {node}.union(*(calls_of(n) for n in node.all_input_nodes))
 
 
 def _own(node: fx.Node, what: str) -> None:
@@ -90,7 +90,7 @@ def read_core(program: Program, linear: fx.Node) -> list[Core]:
     assert isinstance(weight, fx.Node)
     if not constant(weight):
         raise Unfit("its weight is computed from the inputs", "stored")
-    facts = _weight(weight, parts)
+    facts = read_weight(weight, parts)
     bias = argument(linear, 2, "bias")
     if bias is not None:
         if not constant(bias):
@@ -100,7 +100,7 @@ def read_core(program: Program, linear: fx.Node) -> list[Core]:
         **facts, K=int(tensor_type(x).shape[-1]), x_dtype=dtype_name(out.dtype),
         bias=bias is not None, rounded=grid_words(x),
     )  # fmt: skip
-    nodes = frozenset({linear} | _calls(weight))
+    nodes = frozenset({linear} | calls_of(weight))
     core = Core(linear, linear, nodes, linear, parts, problem)
     found = [core]
     apart = _with_outliers(core)
@@ -109,8 +109,12 @@ def read_core(program: Program, linear: fx.Node) -> list[Core]:
     return [c for c in (_with_low_rank(found[0]),) if c is not None] + found
 
 
-def _weight(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
-    """The facts of a stored weight [N, K]; fills ``parts``."""
+def read_weight(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
+    """The facts of a stored weight [N, K]; fills ``parts``.
+
+    Raises:
+        Unfit: it is stored in no form that a kernel could read.
+    """
     facts: dict[str, Any] = {}
     chain = []
     if is_op(node, "llmc.add_csr"):
@@ -149,7 +153,7 @@ def _values(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
             raise Unfit(f"the decoded weight {node.name} is read {len(node.users)} times",
                         "one_reader")  # fmt: skip
         return _coded(node, parts)
-    if node.op != "get_attr" and not all(row_of(c).name in MOVES for c in _calls(node)):
+    if node.op != "get_attr" and not all(row_of(c).name in MOVES for c in calls_of(node)):
         raise Unfit(f"its weight is made by {row_of(node).name}, not decoded from codes", "decoded")
     parts["values"] = node
     rows = {"N": int(tensor_type(node).shape[0])} if tensor_type(node).rank == 2 else {}
@@ -206,7 +210,7 @@ def _with_low_rank(core: Core) -> Core | None:
     few, left, right = found
     if argument(part, 2, "bias") is not None:
         return None
-    nodes = core.nodes | {total, part, few} | _calls(left) | _calls(right)
+    nodes = core.nodes | {total, part, few} | calls_of(left) | calls_of(right)
     problem = replace(core.problem, rank=int(tensor_type(left).shape[1]))
     parts = {**core.parts, "left": left, "right": right}
     return replace(core, result=total, nodes=nodes, parts=parts, problem=problem)

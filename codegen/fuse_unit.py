@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,30 +158,48 @@ def body_of(unit: Unit) -> Body:
     residual = unit.residual
     if residual is not None and residual is not unit.x:
         inputs.append(residual)
+    root = unit.root
+    ends = [c.result for c in unit.cores] if root is None else [root]
+    steps, names = spell(ends, inside, inputs)
+    if root is None:
+        joined: Any = [Ref(names[e]) for e in ends]
+        steps.append(Step(f"v{len(steps)}", "aten.cat.default", (joined, -1), {}))
+    ops = tuple(s.op for s in steps)
+    return Body(write(steps), tuple(inputs), tuple(_parts(unit, names)), ops)
+
+
+def spell(
+    ends: Iterable[fx.Node], inside: Collection[fx.Node], inputs: list[fx.Node],
+    sizes: Mapping[fx.Node, tuple[fx.Node, int]] | None = None,
+) -> tuple[list[Step], dict[fx.Node, str]]:  # fmt: skip
+    """The calls of ``inside`` that ``ends`` need, in order, and what each value is called.
+
+    inputs: read first; whatever else is read from outside is put behind them. sizes: integers that
+    are asked of one of the inputs, at an axis.
+    """
     names = dict(zip(inputs, inputs_of(len(inputs)), strict=True))
     steps: list[Step] = []
 
     def visit(node: fx.Node) -> None:
         if node in names:
             return
-        if node not in inside:
+        asked = (sizes or {}).get(node)
+        if asked is None and node not in inside:
             inputs.append(node)
             names[node] = inputs_of(len(inputs))[-1]
             return
-        for used in node.all_input_nodes:
-            visit(used)
+        if asked is None:
+            for used in node.all_input_nodes:
+                visit(used)
+            call = row_of(node).name, *_spelled(node, names)
+        else:
+            call = "aten.sym_size.int", (Ref(names[asked[0]]), asked[1]), {}
         names[node] = f"v{len(steps)}"
-        steps.append(Step(names[node], row_of(node).name, *_spelled(node, names)))
+        steps.append(Step(names[node], *call))
 
-    root = unit.root
-    ends = [c.result for c in unit.cores] if root is None else [root]
     for end in ends:
         visit(end)
-    if root is None:
-        joined: Any = [Ref(names[e]) for e in ends]
-        steps.append(Step(f"v{len(steps)}", "aten.cat.default", (joined, -1), {}))
-    ops = tuple(s.op for s in steps)
-    return Body(write(steps), tuple(inputs), tuple(_parts(unit, names)), ops)
+    return steps, names
 
 
 def _spelled(node: fx.Node, names: Mapping[fx.Node, str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
