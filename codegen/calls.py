@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError
+from .counters import forget
 
+_CPU = torch.device("cpu")
 ALIGNED = 16  # bytes to which Triton specialises addresses
 Kind = tuple[torch.dtype, bool] | None
 
@@ -38,7 +40,8 @@ def compiling(function: Any) -> Iterator[None]:
     more shared memory than there is, code that its assembler does not take."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        forget(_CPU)  # an interpreted launch that breaks off leaves any numbers there
         kinds = {c.__name__ for c in type(error).__mro__}
         if "TritonError" not in kinds or "InterpreterError" in kinds:
             raise

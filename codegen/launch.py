@@ -3,7 +3,6 @@
 Runs on CUDA tensors, or on CPU tensors when Triton was imported under TRITON_INTERPRET=1. Results
 are the same bits each time: a program sums its columns in their order, and what several programs
 found is added in the order of their columns by one of them, never in the order of their arrival.
-A weight's counters belong to it, so two streams must not call one weight at once.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 from ..compiler.ir.errors import ResourceError, UsageError
 from . import large, normed, workspace
 from .calls import ALIGNED, Call, Kind, kind
+from .counters import counters
 from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
 from .render import Rendered, arguments, render, shares
@@ -286,27 +286,18 @@ def _call(
 def _workspace(
     packed: Packed, problem: Problem, config: TileConfig, M: int
 ) -> dict[str, torch.Tensor]:
-    """Scratch for one launch, and the counters of this weight, zero between its launches."""
+    """Scratch for one launch, and its counters."""
     found: dict[str, torch.Tensor] = {}
     device = next(iter(packed.tensors.values())).device
     if shares(packed.row) and workspace.needed(problem, config):
-        scratch, counters = workspace.sizes(problem, config, M)
+        scratch, count = workspace.sizes(problem, config, M)
         found["scratch"] = torch.empty(scratch, device=device)
-        found["counts"] = _counters(packed, "counts", counters, device)
+        found["counts"] = counters("counts", count, device)
     if problem.out_norm:
-        whole, counters = workspace.whole_sizes(problem, config, M)
+        whole, count = workspace.whole_sizes(problem, config, M)
         found["whole"] = torch.empty(whole, device=device)
-        found["arrived"] = _counters(packed, "arrived", counters, device)
+        found["arrived"] = counters("arrived", count, device)
     return found
-
-
-def _counters(packed: Packed, name: str, count: int, device: torch.device) -> torch.Tensor:
-    counts: torch.Tensor | None = packed.kept.get(name)
-    if counts is None or counts.numel() < count:
-        counts = torch.zeros(max(count, 64), dtype=torch.int32, device=device)
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            packed.kept[name] = counts  # a graph's own memory must not outlive it
-    return counts
 
 
 @functools.cache

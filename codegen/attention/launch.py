@@ -1,7 +1,7 @@
 """Launch a cached attention: buffers of a state, as they are -> [B, S, H, E].
 
 Runs of tokens are joined by the program that ends last, in the order of the runs, so results are
-the same each time. Launches of one device and stream share the counters that tell which is last.
+the same each time.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import torch
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
 from ..calls import compiling, on
+from ..counters import counters
 from ..launch import function, interpreting, unavailable
 from ..problem import dtype_name
 from ..row import MAX_REGISTERS
 from .problem import AttentionProblem
 from .render import joined, padded, render
 from .row import AttentionRow, SplitConfig
-
-_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def attend(
@@ -61,7 +60,7 @@ def attend(
         "q_ptr": q, "q_pos_ptr": q_pos.contiguous(), "k_pos_ptr": held.pos,
         "valid_ptr": None if held.valid is None else held.valid.view(torch.uint8),
         "sinks_ptr": sinks, "y_ptr": y, "part_ptr": found,
-        "count_ptr": _counters(q.device, grid[0] * blocks), "scale": float(scale),
+        "count_ptr": counters("runs", grid[0] * blocks, q.device), "scale": float(scale),
         "start_ptr": held.counter,
         "END": held.tokens, "K_DUE": held.keys.due, "V_DUE": held.values.due,
         "CHUNK": config.chunk(held.values.due), "SPLITS": config.splits, "S": queries,
@@ -118,16 +117,6 @@ def _side(name: str, problem: AttentionProblem, side: HeldSide) -> dict[str, Any
     base = side.base + (side.due - side.base) // ring * ring
     out |= {f"{name}_tail_ptr": tail, "BASE": base, "RING": ring}
     return out | dict(zip((f"stride_{name}t{a}" for a in "bht"), tail.stride(), strict=False))
-
-
-def _counters(device: torch.device, count: int) -> torch.Tensor:
-    """int32 zeros, which every launch leaves as zeros; one set for each stream of a device."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _COUNTERS.get((device, stream))
-    if found is None or len(found) < count:
-        found = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _COUNTERS[device, stream] = found
-    return found
 
 
 def _check(

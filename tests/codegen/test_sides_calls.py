@@ -115,7 +115,7 @@ def test_without_handles_each_call_is_dispatched(function: Function) -> None:
     assert [entry[0] for entry in function.log] == ["dispatch"] * 2
 
 
-def test_counters_stay_with_the_weight_and_vectors_are_joined_once(function: Function) -> None:
+def test_counters_stay_where_they_are_and_vectors_are_joined_once(function: Function) -> None:
     """A split finds the same zeros in every launch; gain times smooth is one tensor."""
     packed, x = weight(96, 1024, gain=1, smooth=1), torch.zeros(1, 1024).half()
     for _ in range(2):
@@ -176,6 +176,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from numerics import parts_of
 from sides_cases import case
+from llmc.codegen.counters import counters
 from llmc.codegen.launch import fused_linear
 from llmc.codegen.prepack import prepack
 from llmc.codegen.row import TileConfig
@@ -186,7 +187,7 @@ x = torch.randn(20, 300).half()
 tiles = {1: TileConfig(8, 32, split=2), 20: TileConfig(8, 32), 9: TileConfig(8, 64, split=3)}
 for M, config in tiles.items():
     y = fused_linear(packed, x[:M], config=config)
-    assert not packed.kept["counts"].any(), (M, config)
+    assert not counters("counts", 1, x.device).any(), (M, config)
     assert torch.equal(y, fused_linear(packed, x[:M], config=config)), (M, config)
 """
 
