@@ -57,6 +57,12 @@ class Core:
         assert isinstance(x, fx.Node)
         return x
 
+    @property
+    def shared(self) -> fx.Node | None:
+        """The weight, where others read it too: joined to another one it would be there twice."""
+        values = self.parts.get("values")
+        return None if values is None or len(values.users) == 1 else values
+
 
 def calls_of(node: fx.Node) -> set[fx.Node]:
     """The calls that make a constant."""
@@ -140,9 +146,9 @@ def read_weight(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
     for role, part in parts.items():
         if not constant(part):
             raise Unfit(f"{part} is computed from the inputs, not stored", "stored")
-        if role == "values" and part.op == "get_attr" and len(part.users) != 1 and not chain:
-            raise Unfit(DENSE, "decoded")  # a head that is tied to the embedding, say
-        _own(part, role)
+        # A dense weight stays what it is, so a head may be tied to the embedding, say.
+        if role != "values" or part.op != "get_attr" or chain:
+            _own(part, role)
     return facts
 
 

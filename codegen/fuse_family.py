@@ -13,6 +13,8 @@ from .fuse_chain import Core, halves
 from .fuse_nodes import Accept, Unfit, argument, is_op, only_user, refusal
 from .fuse_unit import Unit, alike
 
+LONE = "its weight is dense and nothing around it can be taken in: torch's own product serves"
+
 
 class Family:
     """Linears of one input: which are joined, and what they take in.
@@ -66,7 +68,10 @@ class Family:
                 unit, why = smaller, self.accept(smaller.problem)
             if why is not None:
                 return why
-            chosen.append(unit)
+            if unit.lone:
+                left.append(refusal(unit.cores[0].linear, LONE, "around"))
+            else:
+                chosen.append(unit)
         self.refused += left
         return chosen
 
@@ -127,7 +132,7 @@ class Family:
 
     def scheme(self, core: Core) -> object:
         """What linears that are joined have in common, outlier columns included."""
-        return alike(core.problem), core.parts.get("columns"), core.rounding
+        return alike(core.problem), core.parts.get("columns"), core.rounding, core.shared
 
     def fit(self, cores: Sequence[Core]) -> bool:
         homes = {self.home.get(c.linear.name) for c in cores}

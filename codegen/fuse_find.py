@@ -40,7 +40,13 @@ def find(program: Program, accept: Accept, features: Collection[str]) -> Found:
         if linear not in taken:
             found[linear] = best(read[linear], accept, features)
             _take(found[linear], taken)
-    # A product of two factors before either is looked at alone.
+    # Dense weights with a side, then products of two factors, before any is looked at alone.
+    for linear in dense:
+        if len(read[linear]) > 1 and linear not in taken and "dense" in features:
+            answer = best(read[linear][:-1], accept, features)
+            if isinstance(answer, Core):
+                found[linear] = answer
+                _take(answer, taken)
     for linear in dense:
         core = read_factors(linear) if linear not in taken and "factors" in features else None
         if core is not None and not taken & core.nodes:
@@ -70,8 +76,9 @@ def plain(problem: Problem) -> bool:
 
 
 def _dense(core: Core, accept: Accept, features: Collection[str]) -> Core | Refusal:
-    answer = best([core], accept, features) if "dense" in features else None
-    return answer if isinstance(answer, Core) else refusal(core.linear, DENSE, "decoded")
+    if "dense" not in features:
+        return refusal(core.linear, DENSE, "decoded")
+    return best([core], accept, features)
 
 
 def best(cores: list[Core], accept: Accept, features: Collection[str]) -> Core | Refusal:

@@ -85,6 +85,16 @@ class Unit:
         return replace(self, add=None).root
 
     @property
+    def lone(self) -> bool:
+        """Whether it is a dense product, with a bias or without, and nothing else."""
+        first = self.cores[0]
+        beside = first.problem.rank or first.problem.sparse or first.problem.bitmap
+        return (
+            first.problem.weights == "dense" and not (beside or first.problem.m)
+            and len(self.cores) == 1 and not self.before and self.root is first.result
+        )  # fmt: skip
+
+    @property
     def x(self) -> fx.Node:
         """What it reads, as the graph stands now."""
         return self.before[-1].reads if self.before else self.cores[0].reads

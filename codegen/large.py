@@ -6,7 +6,7 @@ but for the rounding of each weight to x's dtype.
 
 Where it pays: tiles of the fused kernels reach about three quarters of a dense product, and
 decoding costs 231/M of one (two and a half bytes per weight at 4.3 TB/s beside 2 M operations at
-790 Tflop/s).
+790 Tflop/s). Weights that are stored dense are multiplied as they lie there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .row import KernelRow, TileConfig
 from .rows.rounded import NORM_INPUT, round_config
 
 SHARE = 0.75  # of a dense product that a fused tile reaches
-FEW = 64  # tokens up to which two factors are one launch; there is nothing to decode
+FEW = 64  # tokens up to which weights are multiplied by a row that need not be decoded
 DECODE = 231.0  # tokens whose product takes as long as decoding once through
 
 
@@ -39,17 +39,18 @@ def least(row: KernelRow, problem: Problem) -> int:
     """Tokens from which decoding once is expected to be faster than the fused kernel.
 
     A tile of fewer tokens than a step has columns decodes the step once for each part of them; two
-    parts are hidden behind the bytes written.
+    parts are hidden behind the bytes written. Nothing is decoded where a weight is stored dense.
     """
+    if row.as_stored or problem.weights == "factors":
+        return FEW + 1
     again = max(1.0, row.step / decode_config(row, problem).BM / 2)
     return math.ceil(DECODE * again * SHARE / (1 - SHARE))
 
 
 def better(row: KernelRow, problem: Problem, M: int) -> bool:
     """Whether a call without a tile of its own takes this path."""
-    if problem.weights == "factors":
-        return serves(row, problem) and M > FEW
-    if M < DECODE * SHARE / (1 - SHARE):
+    soonest = min(FEW + 1, DECODE * SHARE / (1 - SHARE))
+    if soonest > M:
         return False
     return serves(row, problem) and least(row, problem) <= M
 
@@ -59,7 +60,7 @@ def weight_problem(problem: Problem) -> Problem:
     N = 16 * -(-problem.N // 16) if problem.pairs else problem.N
     return replace(
         problem, N=N, bias=False, residual=False, norm=False, centred=False, smooth=False,
-        act="", pairs="", rank=0, eps=0.0, out_norm=False, out_eps=0.0,
+        act="", pairs="", rank=0, spans="", eps=0.0, out_norm=False, out_eps=0.0,
     )  # fmt: skip
 
 
@@ -104,9 +105,12 @@ def linear(
 ) -> torch.Tensor:
     """y [M, outputs] of x [M, K] and its sides, as `fused_linear` gives it but for roundings of
     the weight and of the sum to x's dtype before what follows them."""
-    x, factors = given["x"], problem.weights == "factors"
+    x, factors, stored = given["x"], problem.weights == "factors", packed.row.as_stored
     rows = weight_problem(problem).N
-    w = packed["left"][:rows].to(x.dtype).T if factors else decode(launch, packed, problem)
+    if stored:
+        w, given = packed["values"].T, _in_place(problem, given)
+    else:
+        w = packed["left"][:rows].to(x.dtype).T if factors else decode(launch, packed, problem)
     if problem.gained:
         gained = Problem(
             problem.N, problem.K, x_dtype=problem.x_dtype, norm=problem.norm,
@@ -127,11 +131,23 @@ def linear(
         y = x @ w
     if problem.rank and not factors:
         few = x @ packed["right"][:, : problem.K].T
-        y.addmm_(few, packed["left"][:n].T)
-    if problem.pairs:
+        y.addmm_(few, given["left"][:n].T)
+    if problem.pairs and stored:
+        y = gated(*y.chunk(2, -1), act=problem.act)
+    elif problem.pairs:
         gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
         gate, up = (t.flatten(-2)[:, : problem.outputs] for t in (gate, up))
         y = gated(gate, up, act=problem.act)
     elif problem.act:
         y = activation(y, act=problem.act)
     return y if residual is None else y + residual
+
+
+def _in_place(problem: Problem, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors beside a weight whose rows are in their own order, in that order too."""
+    if not problem.pairs or not (problem.bias or problem.rank):
+        return given
+    row = torch.arange(problem.outputs, device=given["x"].device)
+    gate = row // 8 * 16 + row % 8  # as `order_rows` put them
+    order = torch.cat([gate, gate + 8])
+    return {n: t[order] if n in ("bias", "left") else t for n, t in given.items()}

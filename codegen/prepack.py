@@ -18,6 +18,7 @@ from ..compiler.ir.errors import ModelError, UsageError
 from .by_row import order_rows
 from .centre import centre
 from .problem import DTYPES, PARTS, Parts, Problem
+from . import spans
 from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
 
 
@@ -59,10 +60,12 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
     given = {name: t for name, t in parts.items() if t is not None}
     check_parts(problem, given)
     sides = {name: given[name] for name in SIDES if name in given}
-    ordered, moved = order_rows(problem, given)
+    # What is read as it is stored is put in order only where sums over its rows are made of it.
+    left = {"values"} if row.as_stored and not problem.centred else set[str]()
+    ordered, moved = order_rows(problem, {n: t for n, t in given.items() if n not in left})
     if problem.pairs and "bias" in moved:
         sides["bias"] = pad(moved["bias"][:, None], TILE_ROWS, 1)[:, 0].contiguous()
-    tensors = row.pack(row, ordered, moved)
+    tensors = row.pack(row, *((problem, given) if row.as_stored else (ordered, moved)))
     if problem.rank and problem.weights != "factors":
         tensors |= low_rank(ordered, moved)
     if problem.sparse:
@@ -99,12 +102,14 @@ def check_parts(problem: Problem, parts: Parts) -> None:
 
 
 def low_rank(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
-    """left [Np, Rp] and right [Rp, K up to whole 128s]."""
+    """left [Np, Rp], or the blocks of its sections, and right [Rp, K up to whole 128s]."""
     left, right = parts.get("left"), parts.get("right")
     expect("left", left, (problem.N, problem.rank))
     expect("right", right, (problem.rank, problem.K))
     assert left is not None
     assert right is not None
+    if problem.spans:
+        return spans.blocks(problem, parts)
     return {
         "left": pad(left, TILE_ROWS, RANK_STEP).contiguous(),
         "right": pad(right, RANK_STEP, 128).contiguous(),

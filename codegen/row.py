@@ -78,6 +78,8 @@ class KernelRow:
             than the launch of its own kernel.
         inner: (row, problem, config) -> the row and problem of the product that such a call
             launches with ``config``.
+        as_stored: it reads the canonical weight [N, K], rows in their own order even under
+            ``pairs``, so what is as it was stays the tensor that it was.
     """
 
     name: str
@@ -99,6 +101,7 @@ class KernelRow:
     splits: tuple[int, ...] = (1,)
     call: Callable[..., None] | None = None
     inner: Callable[[KernelRow, Problem, TileConfig], tuple[KernelRow, Problem]] | None = None
+    as_stored: bool = False
 
     def misfits(self, problem: Problem) -> list[Misfit]:
         """All reasons why this row cannot serve `problem`; empty when it can."""
@@ -116,7 +119,8 @@ class KernelRow:
             "Kp": Kp,
             "Gp": packed_groups(self, problem),
             "out": problem.outputs,
-            "Rp": _up(problem.rank, RANK_STEP),
+            "Rp": sum(_up(rank, RANK_STEP) for _, rank in problem.sections),
+            "Lp": _left(problem),
             "Tp": Np if problem.table == "row" else TILE_ROWS,
         }
         return int(_evaluate(self.moves, values))
@@ -175,10 +179,30 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
         found.append(Misfit(row.name, field, values.get(field, ""), f"{expected} where rows pair"))
     if problem.centred and not problem.norm:
         found.append(Misfit(row.name, "norm", False, "True where its mean is taken away"))
+    if problem.spans and (expected := _spans_expected(problem)):
+        found.append(Misfit(row.name, "spans", problem.spans, expected))
     for need in row.requires:
         if not bool(_evaluate(need.test, values)):
             found.append(Misfit(row.name, need.field, values[need.field], need.expected))
     return tuple(found)
+
+
+def _spans_expected(problem: Problem) -> str:
+    """What sections are expected, where they are no such; a tile's rows are of one section, or of
+    two where they pair."""
+    rows, ranks = (list(n) for n in zip(*problem.sections, strict=True)) if problem.sections else ([], [])
+    if (sum(rows), sum(ranks)) != (problem.N, problem.rank) or problem.experts:
+        return "rows x rank of each section, all of them N x rank"
+    if problem.pairs:
+        return "" if rows == [problem.N // 2] * 2 else "the two halves where rows pair"
+    whole = not any(n % TILE_ROWS for n in rows[:-1])
+    return "" if whole else f"whole {TILE_ROWS} rows in each section but the last"
+
+
+def _left(problem: Problem) -> int:
+    """Elements of left as packed."""
+    step = TILE_ROWS // 2 if problem.spans and problem.pairs else TILE_ROWS
+    return sum(_up(rows, step) * _up(rank, RANK_STEP) for rows, rank in problem.sections)
 
 
 @functools.lru_cache(4096)
@@ -189,6 +213,7 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
         (BM, BN)
         for BM, BN in row.tiles
         if padded % BN == 0
+        and (problem.pairs or not any(rows % BN for rows, _ in problem.sections[:-1]))
         and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
     ]
     # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
@@ -233,7 +258,7 @@ def _integers(problem: Problem) -> dict[str, int]:
 @functools.cache
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
-    names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp"]
+    names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp", "Lp"]
     names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 

@@ -9,7 +9,7 @@ Kernel names are for reports only; an artefact never holds them, nor any packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -18,19 +18,22 @@ import torch
 from torch import fx
 
 from ..compiler.ir.errors import ModelError, ResourceError, UsageError, nearest
-from ..compiler.ir.graph import Param, Program
+from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
 from . import cpu, large, sparse
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import Fused, fuse
-from .fuse_nodes import MAKER, refusal
+from .fuse_nodes import refusal
 from .gains import asked, in_range, round_scales
 from .kernels import choose
 from .kernels import row as row_named
+from .mixture import lower as mixtures
+from .mixture.split import one
 from .placed import Implementation, OwnCall
 from .prepack import prepack
 from .problem import DTYPES, Problem
+from .put import Weights, put
 
 Target = Literal["reference", "cpu", "triton"]
 TARGETS: tuple[Target, ...] = ("reference", "cpu", "triton")
@@ -65,7 +68,7 @@ class Lowered:
             are parameters of their own: its body says what it means, not what it reads now.
         implementations: callables by node name; other nodes run their row's reference.
         resident_bytes: by fused node, the bytes of the tensors that were made for it.
-        attention: cached attention that runs on a kernel row.
+        attention: cached attention that runs on a kernel row. mixtures: layers of experts.
     """
 
     target: Target
@@ -75,6 +78,7 @@ class Lowered:
     refused: list[Refusal] = field(default_factory=list)
     resident_bytes: dict[str, int] = field(default_factory=dict)
     attention: list[PlacedAttention] = field(default_factory=list)
+    mixtures: list[mixtures.PlacedMixture] = field(default_factory=list)
 
 
 def lower(
@@ -101,7 +105,7 @@ def lower(
 SPREAD = "its mask saves size on disk, not memory or time here"
 # What the CPU's kernels are asked for: norms, sums and gates gain nothing there.
 CPU_FEATURES = frozenset({
-    "concat", "rank", "rounds", "outliers", "sparse", "table", "masked", "factors",
+    "concat", "rank", "rounds", "outliers", "sparse", "table", "masked", "factors", "experts",
 })  # fmt: skip
 
 
@@ -110,7 +114,7 @@ def _lower_cpu(program: Program, compiled: bool = False, dense: bool = False) ->
         from .cpu.compiled import attach
 
     def accept(problem: Problem) -> str | None:
-        kernel, why = cpu.choose(problem)
+        kernel, why = cpu.choose(one(problem) if problem.routed else problem)
         if dense and kernel is not None and not kernel.grid:
             return "resident=dense: decoded once and held"
         return why or None
@@ -141,6 +145,8 @@ def _lower_cpu(program: Program, compiled: bool = False, dense: bool = False) ->
             assert isinstance(made, Implementation)
             names = made.names
             lowered.implementations[fused.node] = OwnCall("cpu", kernel.name, problem, names, own)
+    for mixture in plan.mixtures:
+        _experts(lowered, mixture.node, partial(mixtures.on_cpu, program, mixture))
     refresh_segments(program)
     return _sides(lowered, torch.device("cpu"))
 
@@ -154,7 +160,7 @@ def _own(
 
 def cpu_accept(problem: Problem) -> str | None:
     """Why torch has no CPU kernel for a problem; None when it has one."""
-    return cpu.choose(problem)[1] or None
+    return cpu.choose(one(problem) if problem.routed else problem)[1] or None
 
 
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
@@ -186,6 +192,9 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
         traffic, note = row.bytes_moved(problem, 1), "; ".join(n for n in (note, more) if n)
         tensors = packed.tensors | packed.sides
         _place(lowered, fused, packed.problem, row.name, canonical, tensors, traffic, note)
+    for mixture in plan.mixtures:
+        placing = partial(mixtures.on_triton, program, mixture, device, machine)
+        _experts(lowered, mixture.node, placing)
     made, lowered.attention, refused = attention_implementations(program)
     lowered.implementations |= made
     lowered.refused += refused
@@ -235,51 +244,29 @@ def _place(
     problem: as the kernel was packed for it. A part that stays as it is stays the parameter that
     it was.
     """
-    program = lowered.program
-    node, before = program.node(fused.node), dict(program.params)
-    old = inputs_of(program, fused)
-    alone = {
-        p.role: old[int(p.refs[0][1:])]
-        for p in fused.parts
-        if len(p.refs) == 1 and p.refs[0] is not None and p.refs[0][0] == "a"
-    }
-    base = _stem(program, fused, old)
-    names, inputs, resident = ["x"], [old[0]], 0
-    if fused.residual:
-        names.append("residual")
-        inputs.append(old[int(fused.residual[1:])])
-    for role, tensor in tensors.items():
-        there = alone.get(role)
-        names.append(role)
-        if there is not None and tensor is canonical.get(role) and _same(program, there, tensor):
-            inputs.append(there)
-            continue
-        name = f"{base}.packed.{role}"
-        param = Param(name, tuple(tensor.shape), tensor.dtype, trained=True, keep=True)
-        inputs.append(program.add_param(param, tensor, before=node, made_by=MAKER, like=node))
-        resident += tensor.nbytes
-    node.args = (inputs,)
-    program.prune(*(n for n in old if n.op == "get_attr"))
-    stored = sum(p.bytes for name, p in before.items() if name not in program.params)
-    lowered.resident_bytes[fused.node] = resident
-    lowered.placed.append(Placed(fused, kernel, traffic, resident, stored, note))
-    made = Implementation(lowered.target, kernel, problem, tuple(names))
+    kept = {"x": "a0"} | ({"residual": fused.residual} if fused.residual else {})
+    weights = [Weights(fused.parts, canonical, tensors)]
+    done = put(lowered.program, lowered.program.node(fused.node), kept, weights)
+    lowered.resident_bytes[fused.node] = done.resident
+    lowered.placed.append(Placed(fused, kernel, traffic, done.resident, done.stored, note))
+    made = Implementation(lowered.target, kernel, problem, done.names)
     lowered.implementations[fused.node] = made
     return made
 
 
-def _same(program: Program, node: fx.Node, tensor: torch.Tensor) -> bool:
-    """Whether a parameter's value is that very tensor, or its copy on another device."""
-    value = program.fetch(str(node.target))
-    return value.dtype == tensor.dtype and torch.equal(value, tensor.to(value.device))
-
-
-def _stem(program: Program, fused: Fused, inputs: Sequence[fx.Node]) -> str:
-    """What the packed tensors are called after: `p2` where the first part is `p2.codes`."""
-    first = fused.parts[0].refs[0] or ""
-    found = inputs[int(first[1:])] if first[:1] == "a" else None
-    param = program.param_of(found) or next(p for n in inputs if (p := program.param_of(n)))
-    return param.name.rpartition(".")[0] or param.name
+def _experts(
+    lowered: Lowered, node: str,
+    placing: Callable[[], tuple[mixtures.MixtureCall, mixtures.PlacedMixture]],
+) -> None:  # fmt: skip
+    """Place a layer of experts; where its tensors do not fit the kernels, its body runs."""
+    try:
+        made, placed = placing()
+    except ModelError as e:
+        lowered.refused.append(refusal(lowered.program.node(node), e.message, "tensors"))
+        return
+    lowered.implementations[node] = made
+    lowered.mixtures.append(placed)
+    lowered.resident_bytes[node] = placed.resident
 
 
 def inputs_of(program: Program, fused: Fused) -> list[fx.Node]:
@@ -303,6 +290,7 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
             "floor_us": round(1e6 * p.bytes / bandwidth, 3), "resident_bytes": p.resident,
             "stored_bytes": p.stored, "note": p.note, **_dense(lowered.target, p),
         })  # fmt: skip
+    rows += [p.json(bandwidth) for p in lowered.mixtures]
     return {
         "target": lowered.target,
         "fused": rows,
@@ -318,5 +306,6 @@ def _dense(target: str, placed: Placed) -> dict[str, int]:
     problem = asked(placed.fused.problem)
     if target != "triton" or not large.serves(row_named(placed.kernel), problem):
         return {}
-    least = large.least(row_named(placed.kernel), problem)
-    return {"dense_from": least, "workspace_bytes": large.workspace_bytes(problem)}
+    row = row_named(placed.kernel)
+    held = 0 if row.as_stored else large.workspace_bytes(problem)
+    return {"dense_from": large.least(row, problem), "workspace_bytes": held}

@@ -264,3 +264,31 @@ FACTS += [
 TILED["w4_bitmap"] = [
     {**BITS4, "group": 32, "asym": True, "x_dtype": "bf16", **ALL_SIDES}, BITS4
 ]  # fmt: skip
+
+# ** dense weights, as they were captured **
+D16: Fields = {"weights": "dense", "scale_dtype": "", "bits": 16, "group": 0}
+family("w16", D16, [
+    case("w16", 1, 33, 96, "values", **D16),
+    case("w16", 3, 35, 296, "values", **D16, stride="padded"),
+    case("w16", 9, 33, 264, "values", **D16, x_dtype="bf16"),
+    case("w16", 2, 1, 136, "values", **D16, x_dtype="fp32", stride="halves"),
+    case("w16", 2, 70, 200, "values", **D16, **ALL_SIDES, **GATE, smooth=True),
+], {"K": 72})  # fmt: skip
+MISSES += [
+    ("w16", D16, {"bits": 8}, "bits"),
+    ("w16", D16, {"K": 260}, "K"),
+    ("w16", D16, {"m": 4, "n": 2}, "m"),
+    ("w16", D16, {"bitmap": True}, "bitmap"),
+    ("w16", D16, {"weights": "int"}, "weights"),
+    ("w16", D16, {"rounds": "int8 token"}, "rounds"),
+]
+# Nothing is decoded: what issues is copies, products, and the norm of x.
+FACTS += [
+    ("w16", D16, TileConfig(16, 64), "sm_90", 1.7, 0),
+    ("w16", D16 | {"x_dtype": "bf16"}, TileConfig(8, 64), "sm_90", 1.4, 0),
+    ("w16", D16, TileConfig(32, 128), "sm_80", 1.5, 0),
+]
+TILED["w16"] = [
+    {**D16, "x_dtype": "bf16", **ALL_SIDES}, {**D16, "x_dtype": "fp32", **ALL_SIDES},
+    {**D16, "x_dtype": "fp16", "rank": 64}, {**D16, "x_dtype": "fp32", "rank": 64}, D16,
+]  # fmt: skip
