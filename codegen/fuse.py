@@ -8,7 +8,7 @@ turned where that puts each sum behind a linear, see `fuse_sums`). A layer_norm 
 does. Linears of one input are joined by rows, gate and up to one call with their product. A target
 says which problems it has a kernel for; where it has none, neighbours are left out one by one (the
 sum behind, the norm of the result, the activation, the gate product, then what lies before, then
-the joining), each a refusal with its reason.
+the joining), each a refusal with its reason. Mixtures of experts come first: see `mixture.plan`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ from .fuse_nodes import MAKER, Accept, path_of
 from .fuse_norms import norms_of
 from .fuse_sums import sums_of
 from .fuse_unit import Part, Unit, body_of, join
+from .mixture.plan import FusedMixture, fuse_mixtures
 from .problem import Problem
 
 BEFORE = ("rounds", "smooth", "norm")
 FEATURES = frozenset({
     *BEFORE, "residual", "out_norm", "act", "pairs", "concat", "rank", "outliers", "sparse",
-    "table", "dense", "masked", "factors",
+    "table", "dense", "masked", "factors", "experts", "route",
 })  # fmt: skip
 """What a target may ask for; what it does not name is never looked for, nor refused. ``dense`` are
-weights as they were captured, ``masked`` the floats that a mask keeps."""
+weights as they were captured, ``masked`` the floats that a mask keeps; ``experts`` are mixtures of
+them, ``route`` those that a kernel chooses itself."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,18 @@ class FusePlan:
 
     fused: tuple[Fused, ...]
     refused: tuple[Refusal, ...]
+    mixtures: tuple[FusedMixture, ...] = ()
 
 
 def fuse(program: Program, accept: Accept, features: Collection[str] = FEATURES) -> FusePlan:
     """Rewrite `program` in place; what its target does not name in `features` is left alone."""
-    cores, refused = find(program, accept, features)
+    home = {name: s.name for s in program.segments for name in s.nodes}
+    mixtures, refused = fuse_mixtures(program, accept, features, home)
+    cores, found = find(program, accept, features)
+    refused += found
     families: dict[fx.Node, list[Core]] = {}
     for core in cores:
         families.setdefault(core.reads, []).append(core)
-    home = {name: s.name for s in program.segments for name in s.nodes}
     norms, left = norms_of(cores, home) if "out_norm" in features else ({}, [])
     sums = sums_of(program, cores, home, norms) if "residual" in features else {}
     refused += left
@@ -114,10 +119,10 @@ def fuse(program: Program, accept: Accept, features: Collection[str] = FEATURES)
         fused.append(one)
         if place is not None:
             home |= dict.fromkeys((n.name for n in made), place)
-    if fused:
+    if fused or mixtures:
         program.prune()
         _settle(program, home)
-    return FusePlan(tuple(fused), tuple(dict.fromkeys(refused)))
+    return FusePlan(tuple(fused), tuple(dict.fromkeys(refused)), tuple(mixtures))
 
 
 def _settle(program: Program, home: dict[str, str]) -> None:

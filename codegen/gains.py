@@ -56,7 +56,7 @@ def scaled(problem: Problem) -> list[str]:
     weight = {"int": "scale", "dense": "values", "factors": "left"}.get(problem.weights, "table")
     if problem.weights == "table" and problem.scale_dtype:
         weight = "scale"
-    beside = {"left": problem.rank and problem.weights != "factors",
+    beside = {"router": problem.route, "left": problem.rank and problem.weights != "factors",
               "csr_values": problem.sparse, "column_weights": problem.outliers}  # fmt: skip
     return [weight, *(role for role, there in beside.items() if there)]
 

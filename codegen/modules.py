@@ -11,6 +11,7 @@ from ..compiler.ir.errors import UsageError
 from ..compiler.ir.graph import Program
 from ..compiler.ir.ops import row_of
 from .cpu.products import plain
+from .mixture.place import MixtureCall
 from .placed import Implementation
 from .targets import Lowered
 
@@ -39,8 +40,8 @@ def as_module(lowered: Lowered, *, device: torch.device | str = "cpu") -> fx.Gra
         new = graph.node_copy(node, lambda n: nodes[n])
         new.meta = {}
         made = lowered.implementations.get(node.name)
-        if isinstance(made, Implementation):
-            new.target = torch.ops.llmc.placed.default
+        if isinstance(made, (Implementation, MixtureCall)):
+            new.target = made.op
             new.args, new.kwargs = made.as_op(new.args[0])  # type: ignore[arg-type]
         elif node.op == "call_function":
             new.target = row_of(node).target

@@ -48,6 +48,11 @@ class Implementation:
             return OnTriton(self.kernel, self.problem, True)
         return resolve(self.target, self.kernel, write_problem(self.problem))
 
+    @property
+    def op(self) -> Any:
+        """The registered op that computes the same."""
+        return torch.ops.llmc.placed.default
+
     def as_op(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of `torch.ops.llmc.placed` for the inputs of the node."""
         given = dict(zip(self.names, inputs, strict=True))

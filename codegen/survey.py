@@ -23,6 +23,7 @@ from .fuse import FEATURES, Fused, fuse
 from .fuse_nodes import constants
 from .gains import asked
 from .kernels import choose
+from .mixture.told import surveyed
 from .problem import DTYPES, Problem
 from .row import KernelRow
 from .targets import CPU_FEATURES, TOKENS, cpu_accept, triton_accept
@@ -62,6 +63,7 @@ def survey(
 
     plan = fuse(own, accept, CPU_FEATURES if target == "cpu" else FEATURES)
     rows = [_row(own, f, target, tokens, dtype, bandwidth) for f in plan.fused]
+    rows += [surveyed(own, m, target, tokens, dtype, bandwidth) for m in plan.mixtures]
     refused, attended = list(plan.refused), list[PlacedAttention]()
     if target == "triton" and own.states:
         try:

@@ -29,6 +29,7 @@ from .gains import asked, in_range, round_scales
 from .kernels import choose
 from .kernels import row as row_named
 from .mixture import lower as mixtures
+from .mixture.place import MixtureCall
 from .mixture.split import one
 from .placed import Implementation, OwnCall
 from .prepack import prepack
@@ -256,7 +257,7 @@ def _place(
 
 def _experts(
     lowered: Lowered, node: str,
-    placing: Callable[[], tuple[mixtures.MixtureCall, mixtures.PlacedMixture]],
+    placing: Callable[[], tuple[MixtureCall, mixtures.PlacedMixture]],
 ) -> None:  # fmt: skip
     """Place a layer of experts; where its tensors do not fit the kernels, its body runs."""
     try:

@@ -125,7 +125,8 @@ def kernels_command(
         f"at {told['bandwidth'] / 1e12:g} TB/s"
     )
     if machines:
-        problems = list(dict.fromkeys(Problem(**r["problem"]) for r in told["fused"]))
+        both = [r[k] for r in told["fused"] for k in ("problem", "down") if k in r]
+        problems = list(dict.fromkeys(Problem(**p) for p in both))
         told["aot"] = show_facts(of_problems(problems, machines, tokens), out)
     out.data("kernels", {"source": source, **told})
 
@@ -176,6 +177,8 @@ def scheme_text(problem: dict[str, Any]) -> str:
     parts += [f"r{problem['rank']}"] if problem.get("rank") else []
     parts += ["sparse"] if problem.get("sparse") else []
     parts += [f"outliers {problem['outliers']}"] if problem.get("outliers") else []
+    if problem.get("experts"):
+        parts.append(f"{problem['chosen']} of {problem['experts']} experts")
     return " ".join(parts + (["asym"] if problem["asym"] else []))
 
 

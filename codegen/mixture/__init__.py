@@ -1,0 +1,1 @@
+"""Mixtures of experts: all that a layer does, its router too, in two launches."""

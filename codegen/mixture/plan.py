@@ -1,0 +1,178 @@
+"""Planning mixtures: a layer of experts, its router too, becomes one call of `llmc.fused`.
+
+    rms_norm(x) -> linear(., router) -> softmax -> topk -> experts(., index, weight, up, down) + r
+
+Its body spells those very calls. A target says whether it has a kernel for either product; where it
+has none, neighbours are left out: the sum behind, then the norm, then the router, each a refusal
+with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ...compiler.ir.graph import Program, info
+from ...compiler.ir.ops.fused import Step, values_of, write
+from ...compiler.ir.refusal import Refusal
+from ..fuse_nodes import MAKER, Accept, Unfit, refusal
+from ..fuse_unit import Part, join, spell
+from ..problem import Problem
+from .find import EXPERTS, Mixture, Side, read_mixture
+
+
+@dataclass(frozen=True)
+class FusedMixture:
+    """One node that stands for a layer of experts.
+
+    Attributes:
+        node: its name. linears: names of the products that it replaces. path: module path, for
+            people. ops: op rows that it joins, in order of execution.
+        up, down: what the two kernels compute. body: what both mean.
+        up_parts, down_parts: which values of the body are their canonical parts.
+        residual: name of the body's input that is added, or "".
+        told: names of the inputs that are index and weight, where no kernel chooses.
+        flat: whether its result has a row for each token, whatever the shape of its input.
+    """
+
+    node: str
+    linears: tuple[str, ...]
+    path: str
+    ops: tuple[str, ...]
+    up: Problem
+    down: Problem
+    body: str
+    up_parts: tuple[Part, ...]
+    down_parts: tuple[Part, ...]
+    residual: str = ""
+    told: tuple[str, ...] = ()
+    flat: bool = False
+
+    def canonical(
+        self, program: Program, device: torch.device | str = "cpu", wide: torch.dtype | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Canonical parts of both products by role, experts below each other.
+
+        wide: the dtype that floats are brought to first, for an oracle.
+        """
+        values: list[torch.Tensor | None] = []
+        for node in program.node(self.node).args[0]:  # type: ignore[union-attr]
+            param = program.param_of(node)
+            value = None if param is None else program.fetch(param.name).to(device)
+            if value is not None and wide is not None and value.dtype.is_floating_point:
+                value = value.to(wide)
+            values.append(value)
+        wanted = [r for p in (*self.up_parts, *self.down_parts) for r in p.refs if r is not None]
+        found = values_of(self.body, values, wanted)
+        both = []
+        for problem, parts in ((self.up, self.up_parts), (self.down, self.down_parts)):
+            made = join(problem, parts, found, (problem.N,))
+            if "values" in made and made["values"].dim() == 3:
+                made["values"] = made["values"].reshape(problem.N, -1)
+            both.append(made)
+        return both[0], both[1]
+
+
+def fuse_mixtures(
+    program: Program, accept: Accept, features: Collection[str], home: dict[str, str]
+) -> tuple[list[FusedMixture], list[Refusal]]:
+    """Rewrite every call of experts that both kernels serve, in place.
+
+    home: segment of each node, by name; that of new nodes is told to it.
+    """
+    made: list[FusedMixture] = []
+    refused: list[Refusal] = []
+    for experts in list(program.calls(EXPERTS)) if "experts" in features else ():
+        try:
+            found, left = read_mixture(experts, features, home)
+        except Unfit as why:
+            refused.append(refusal(experts, why.reason, why.predicate))
+            continue
+        fits, more = fit(found, accept)
+        refused += more
+        if fits is not None:
+            refused += left
+            place = home.get(fits.root.name)
+            made.append(rewrite(program, fits))
+            if place is not None:
+                home[made[-1].node] = place
+    if made:
+        program.prune()
+    return made, refused
+
+
+def fit(found: Mixture, accept: Accept) -> tuple[Mixture | None, list[Refusal]]:
+    """As much of a mixture as both kernels serve, and what was left out and why."""
+    reasons: dict[str, str] = {}
+    nodes: dict[str, fx.Node | None] = {
+        "residual": found.add,
+        "norm": None if found.norm is None else found.norm.node,
+        "route": None if found.route is None else found.route.linear,
+    }
+    why = ""
+    for less, out in found.fewer():
+        why = unserved(less, accept)
+        if not why:
+            text = "the {} is not fused with its experts: {}"
+            left = [(nodes[n], text.format(n, reasons[n])) for n in out if n in reasons]
+            return less, [refusal(node, t, "kernel") for node, t in left if node is not None]
+        reasons |= {name: why for name in nodes if name not in out}
+    return None, [refusal(found.experts, why, "kernel")]
+
+
+def unserved(mixture: Mixture, accept: Accept) -> str:
+    """Why a target has no kernels for a mixture, "" when it has both."""
+    for problem, what in zip(mixture.problems, ("gate and up", "down"), strict=True):
+        why = accept(problem)
+        if why:
+            return f"{what} of experts: {why}"
+    return ""
+
+
+# ** rewriting **
+
+
+def rewrite(program: Program, mixture: Mixture) -> FusedMixture:
+    """Put one call in a mixture's place; the calls that it stands for lose their readers."""
+    inputs = [mixture.x]
+    residual, root = mixture.residual, mixture.root
+    for node in (residual, *mixture.told):
+        if node is not None and node not in inputs:
+            inputs.append(node)
+    steps, names = spell([root], mixture.nodes, inputs, mixture.sizes)
+    body = write(steps)
+    made = program.emit(
+        "llmc.fused", inputs, body=body, before=root, made_by=MAKER, like=mixture.experts
+    )
+    root.replace_all_uses_with(made)
+    up, down = mixture.problems
+    route = mixture.route
+    products = [mixture.experts] if route is None else [route.linear, mixture.experts]
+    return FusedMixture(
+        made.name, tuple(n.name for n in products), info(mixture.experts).path, _ops(steps),
+        up, down, body, tuple(_up_parts(mixture, names)), tuple(_parts(mixture.down, names)),
+        "" if residual is None else names[residual], tuple(names[n] for n in mixture.told),
+        root is mixture.experts,
+    )  # fmt: skip
+
+
+def _ops(steps: list[Step]) -> tuple[str, ...]:
+    return tuple(s.op for s in steps)
+
+
+def _parts(side: Side, names: dict[fx.Node, str]) -> list[Part]:
+    return [Part(role, (names[node],)) for role, node in side.parts.items()]
+
+
+def _up_parts(mixture: Mixture, names: dict[fx.Node, str]) -> list[Part]:
+    parts = _parts(mixture.up, names)
+    if mixture.route is not None:
+        parts.append(Part("router", (names[mixture.route.router],)))
+    if mixture.norm is not None:
+        offset = float(str(mixture.norm.node.kwargs.get("offset", 0.0)))
+        for role, node in mixture.norm.parts.items():
+            parts.append(Part(role, (names[node],), offset if role == "gain" else 0.0))
+    return parts
