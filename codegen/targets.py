@@ -184,7 +184,9 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
         row, _ = choose(problem, machine)
         assert row is not None
         try:
-            canonical, note = in_range(problem, fused.canonical(program, device))
+            stored = fused.canonical(program, device)
+            canonical, note = in_range(problem, stored)
+            _keep_shared(program, fused, stored, canonical)
             canonical, more = round_scales(problem, canonical)
             packed = prepack(row, problem, **canonical)
         except ModelError as e:  # the node's body runs
@@ -201,6 +203,21 @@ def _lower_triton(program: Program, device: torch.device) -> Lowered:
     lowered.refused += refused
     refresh_segments(program)
     return _sides(lowered, device)
+
+
+def _keep_shared(
+    program: Program, fused: Fused, stored: dict[str, torch.Tensor],
+    canonical: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    """ModelError where a weight that others read too, as a tied head does, would be held twice."""
+    inputs = inputs_of(program, fused)
+    refs = [r for p in fused.parts if p.role == "values" for r in p.refs if r and r[0] == "a"]
+    shared = any(len(inputs[int(r[1:])].users) > 1 for r in refs)
+    if shared and canonical["values"] is not stored["values"]:
+        raise ModelError(
+            "expected gains of at most 1 before a weight that others read too, found one beyond, "
+            "for which the weight would be held twice", hint="run the model in bf16",
+        )  # fmt: skip
 
 
 def triton_accept(problem: Problem, machine: str = "") -> str | None:
