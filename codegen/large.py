@@ -23,6 +23,7 @@ from .problem import Problem
 from .render import shares
 from .row import KernelRow, TileConfig
 from .rows.rounded import NORM_INPUT, round_config
+from .spans import multiplied
 
 SHARE = 0.75  # of a dense product that a fused tile reaches
 FEW = 64  # tokens up to which weights are multiplied by a row that need not be decoded
@@ -106,11 +107,14 @@ def linear(
     """y [M, outputs] of x [M, K] and its sides, as `fused_linear` gives it but for roundings of
     the weight and of the sum to x's dtype before what follows them."""
     x, factors, stored = given["x"], problem.weights == "factors", packed.row.as_stored
-    rows = weight_problem(problem).N
-    if stored:
-        w, given = packed["values"].T, _in_place(problem, given)
-    else:
-        w = packed["left"][:rows].to(x.dtype).T if factors else decode(launch, packed, problem)
+    # Rows of the result are in their own order, not in that of pairs.
+    own = stored or (factors and bool(problem.spans))
+    if own:
+        given = _in_place(problem, given)
+    if not factors:
+        w = packed["values"].T if stored else decode(launch, packed, problem)
+    elif not problem.spans:
+        w = packed["left"][: weight_problem(problem).N].to(x.dtype).T
     if problem.gained:
         gained = Problem(
             problem.N, problem.K, x_dtype=problem.x_dtype, norm=problem.norm,
@@ -120,19 +124,24 @@ def linear(
         tensors = {**given, "x": x, "y": scaled}
         launch(NORM_INPUT, gained, round_config(problem.K), M, tensors, grid=(1, M))
         x = scaled
-    if factors:
-        x = x @ packed["right"][:, : problem.K].to(x.dtype).T
-    n, residual = w.shape[1], given.get("residual")
-    if problem.bias:
+    few = x @ packed["right"][:, : problem.K].to(x.dtype).T if problem.rank else x
+    x = few if factors else x
+    n, residual = weight_problem(problem).N, given.get("residual")
+    if factors and problem.spans:
+        y = multiplied(problem, few, packed["left"])
+        y = y + given["bias"].to(y.dtype) if problem.bias else y
+    elif problem.bias:
         y = torch.addmm(given["bias"][:n].to(x.dtype), x, w)
     elif residual is not None and not (problem.act or problem.pairs):
         y, residual = torch.addmm(residual, x, w), None
     else:
         y = x @ w
-    if problem.rank and not factors:
-        few = x @ packed["right"][:, : problem.K].T
-        y.addmm_(few, given["left"][:n].T)
-    if problem.pairs and stored:
+    if problem.spans and not factors:
+        beside = multiplied(problem, few, packed["left"])
+        y += beside if own or not problem.pairs else _in_pairs(beside)
+    elif problem.rank and not factors:
+        y.addmm_(few, given["left"][: y.shape[1]].T)
+    if problem.pairs and own:
         y = gated(*y.chunk(2, -1), act=problem.act)
     elif problem.pairs:
         gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
@@ -144,10 +153,18 @@ def linear(
 
 
 def _in_place(problem: Problem, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors beside a weight whose rows are in their own order, in that order too."""
+    """The tensors beside a result whose rows are in their own order, in that order too."""
     if not problem.pairs or not (problem.bias or problem.rank):
         return given
     row = torch.arange(problem.outputs, device=given["x"].device)
     gate = row // 8 * 16 + row % 8  # as `order_rows` put them
     order = torch.cat([gate, gate + 8])
-    return {n: t[order] if n in ("bias", "left") else t for n, t in given.items()}
+    moved = ("bias",) if problem.spans else ("bias", "left")
+    return {n: t[order] if n in moved else t for n, t in given.items()}
+
+
+def _in_pairs(y: torch.Tensor) -> torch.Tensor:
+    """Columns of two halves, [M, N], in the order of pairs."""
+    halves = y.unflatten(-1, (2, -1))
+    halves = torch.nn.functional.pad(halves, (0, -halves.shape[-1] % 8))
+    return halves.unflatten(-1, (-1, 8)).transpose(-3, -2).flatten(-3)

@@ -15,10 +15,10 @@ import torch
 
 from ..compiler.ir import packing
 from ..compiler.ir.errors import ModelError, UsageError
+from . import spans
 from .by_row import order_rows
 from .centre import centre
 from .problem import DTYPES, PARTS, Parts, Problem
-from . import spans
 from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
 
 

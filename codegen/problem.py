@@ -5,6 +5,8 @@ A requirement that does not hold is a `Misfit` naming the field, never a fallbac
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -56,6 +58,8 @@ class Problem:
             and gives per token their weighted sum; "" for no experts. route: how the kernel itself
             chooses: "softmax" over the products with a router, "softmax sum" where the chosen
             weights are divided by their sum; "" where it is told.
+        spans: sections of rows that have ranks of their own, as rows x rank of each: left is 0
+            outside their blocks; "" where every row has them all.
     """
 
     N: int
@@ -91,6 +95,7 @@ class Problem:
     chosen: int = 0
     routed: str = ""
     route: str = ""
+    spans: str = ""
 
     @property
     def columns(self) -> int:
@@ -116,6 +121,12 @@ class Problem:
         return rows // 2 if self.pairs == "gate" else rows
 
     @property
+    def sections(self) -> tuple[tuple[int, int], ...]:
+        """Rows and rank of each section with a product of its own; none where ``spans`` is not
+        legible."""
+        return read_spans(self.spans) if self.spans else ((self.N, self.rank),)
+
+    @property
     def gained(self) -> bool:
         """Whether x is multiplied by a vector as it is read."""
         return self.norm or self.smooth
@@ -129,6 +140,14 @@ class Problem:
     def static(self) -> bool:
         """Whether the scale of a rounded input is stored."""
         return "static" in self.rounds
+
+
+@functools.lru_cache(4096)
+def read_spans(text: str) -> tuple[tuple[int, int], ...]:
+    """ "64x8 32x4" -> ((64, 8), (32, 4)); () of another text."""
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*( [1-9]\d*x[1-9]\d*)+", text) is None:
+        return ()
+    return tuple((int(n), int(r)) for n, r in (word.split("x") for word in text.split()))
 
 
 PARTS = (
@@ -147,6 +166,7 @@ adds, where it adds something; in_scale, static; bias [N]; out_gain [outputs]; r
 FEATURES = (
     "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "centred",
     "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs", "out_norm", "routed", "route",
+    "spans",
 )  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Problem)}
 

@@ -15,6 +15,7 @@ import jinja2
 import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
+from . import spans
 from .literals import integer_bytes
 from .problem import Problem
 from .row import Argument, KernelRow
@@ -27,6 +28,8 @@ CONSTANTS: dict[str, type] = {
     **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
     "interpret": bool,
     "name": str,
+    "places": tuple,
+    "ranks": int,
     "signature": str,
     "splits": bool,
     "step": int,
@@ -53,6 +56,8 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         "group": problem.dense_group,
         "interpret": interpret,
         "name": variant_name(row, problem),
+        "places": spans.places(problem),
+        "ranks": spans.ranks(problem),
         "signature": signature(row, problem),
         "splits": shares(row),
         "step": row.step,
@@ -92,6 +97,7 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     flags += [re.sub(r"\W", "_", rounds)] if rounds else []
     flags += ["out_norm"] if problem.out_norm else []
     flags += [f"rank{problem.rank}"] if problem.rank else []
+    flags += ["spans"] if problem.spans else []
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"
     return "_".join([row.name, group, zero, problem.x_dtype, f"s{problem.scale_dtype}", *flags])

@@ -190,8 +190,9 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
 def _spans_expected(problem: Problem) -> str:
     """What sections are expected, where they are no such; a tile's rows are of one section, or of
     two where they pair."""
-    rows, ranks = (list(n) for n in zip(*problem.sections, strict=True)) if problem.sections else ([], [])
-    if (sum(rows), sum(ranks)) != (problem.N, problem.rank) or problem.experts:
+    rows = [n for n, _ in problem.sections]
+    ranks = sum(rank for _, rank in problem.sections)
+    if (sum(rows), ranks) != (problem.N, problem.rank) or problem.experts:
         return "rows x rank of each section, all of them N x rank"
     if problem.pairs:
         return "" if rows == [problem.N // 2] * 2 else "the two halves where rows pair"

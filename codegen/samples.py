@@ -52,7 +52,8 @@ def random_parts(
         if p.weights == "dense":
             parts["values"] = parts["values"][mask]
     if p.rank:
-        parts["left"] = (torch.randn(p.N, p.rank, **how) * 0.2).to(dtype)
+        lefts = [torch.randn(rows, rank, **how) * 0.2 for rows, rank in p.sections]
+        parts["left"] = torch.block_diag(*lefts).to(dtype)
         parts["right"] = (torch.randn(p.rank, p.K, **how) * 0.1).to(dtype)
     if p.sparse:
         support = torch.rand(p.N, p.K, **how) < entries

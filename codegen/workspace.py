@@ -16,15 +16,11 @@ from .prepack import Packed
 from .problem import Problem
 from .row import RANK_STEP as JOB  # rows of right that a program multiplies at a time
 from .row import TileConfig
+from .spans import ranks
 
 DEPTH = 128  # columns of right at a time; its rows are padded to whole ones
 MOST_RUNS = 8
 LINE = 32  # fp32 numbers of a line of the cache
-
-
-def ranks(problem: Problem) -> int:
-    """The rank as packed."""
-    return -(-problem.rank // JOB) * JOB
 
 
 def runs(problem: Problem) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..problem import read_spans
 from ..row import Argument
 
 FLOATS = ("fp16", "bf16", "fp32")
@@ -22,6 +23,16 @@ class UpTo(tuple[object, ...]):
         return isinstance(count, int) and self.least <= count <= self.most
 
 
+class Spans(tuple[object, ...]):
+    """Choices of `spans`: none, or any sections (what they must be, every row asks)."""
+
+    def __new__(cls) -> Spans:
+        return super().__new__(cls, ("", "rows x rank of each section"))
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and (not text or bool(read_spans(text)))
+
+
 # What a norm of the result needs: its gain, whole rows in fp32 and the squares of their parts, and
 # how many programs have left theirs.
 NORMED = (
@@ -40,7 +51,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("residual", "[M, out]", FLOATS, "residual", strided=True),
         Argument("gain", "[K]", FLOATS, "gained", dtype="fp32"),
         Argument("centre", "[Np, 2]", ("fp32",), "centred", dtype="fp32"),
-        Argument("left", "[Np, Rp]", FLOATS, "rank"),
+        Argument("left", "[Lp]", FLOATS, "rank"),
         Argument("right", "[Rp, Kp]", FLOATS, "rank"),
         Argument("entry_starts", "[Np/64 + 1]", ("i32",), "sparse", dtype="i32"),
         Argument("entry_index", "[entries, 64]", ("i16", "i32"), "sparse", dtype="i16"),
@@ -56,7 +67,7 @@ SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
 # Bytes of everything around a weight; beside it, four per group hold scale and zero point.
 AROUND = "xb*M*K + xb*M*out*(1 + residual) + xb*N*bias + 4*K*Max(norm, smooth)"
 AROUND += " + 8*Np*centred"
-AROUND += " + xb*Rp*(Np + 128*ceiling(K/128)) + 4*out*out_norm"
+AROUND += " + xb*(Lp + Rp*128*ceiling(K/128)) + 4*out*out_norm"
 SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
 SPLITS = (1, 2, 4, 8)
@@ -72,4 +83,5 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "pairs": ("", "gate"),
     "rank": UpTo(1024),
     "sparse": (False, True),
+    "spans": Spans(),
 }

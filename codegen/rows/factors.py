@@ -26,7 +26,7 @@ FACTORS = KernelRow(
         "scale_dtype": ("",),
         "asym": (False,),
         "weights": ("factors",),
-        "rank": UpTo(4096, least=1),
+        "rank": UpTo(16384, least=1),
     },
     requires=(
         Requirement("bits", "bits >= 16", "16 or 32"),

@@ -79,7 +79,7 @@ _MADE = (
 
 def choices(rounds: tuple[str, ...], **more: tuple[object, ...]) -> dict[str, tuple[object, ...]]:
     """What rows with rounded inputs serve beside what all do."""
-    beside = {"asym": (False,), "rank": (0,), "sparse": (False,)}
+    beside = {"asym": (False,), "rank": (0,), "sparse": (False,), "spans": ("",)}
     return {**CHOICES, **beside, "rounds": rounds, **more}
 
 

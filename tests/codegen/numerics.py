@@ -259,6 +259,8 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             value = packing.pack(where, packing.nm_bits(p.m))
         case "bitmap":
             value = packing.pack(packing.unpack(value, 1, p.K).to(torch.int64).flip(1), 1)
+        case "left" if p.spans:
+            value += value != 0
         case "scale" | "in_scale" | "gain" | "smooth" | "out_gain":
             value *= 4
         case "right" if value.dim() == 2:

@@ -59,7 +59,7 @@ def test_bytes_are_both_factors_once() -> None:
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"rank": 0}, "rank"), ({"rank": 4097}, "rank"), ({"scale_dtype": "fp16"}, "scale_dtype"),
+    [({"rank": 0}, "rank"), ({"rank": 16385}, "rank"), ({"scale_dtype": "fp16"}, "scale_dtype"),
      ({"n": 2, "m": 4}, "m"), ({"bits": 8}, "bits"), ({"rounds": "int8 token"}, "rounds"),
      ({"asym": True}, "asym")],
 )  # fmt: skip
