@@ -38,10 +38,12 @@ BEFORE = ("rounds", "smooth", "norm")
 FEATURES = frozenset({
     *BEFORE, "residual", "out_norm", "act", "pairs", "concat", "rank", "outliers", "sparse",
     "table", "dense", "masked", "factors", "experts", "route",
+    "spans",
 })  # fmt: skip
 """What a target may ask for; what it does not name is never looked for, nor refused. ``dense`` are
 weights as they were captured, ``masked`` the floats that a mask keeps; ``experts`` are mixtures of
-them, ``route`` those that a kernel chooses itself."""
+them, ``route`` those that a kernel chooses itself; ``spans`` keep the factors of joined linears
+apart."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Family:
                 continue
             both = tuple(c for c in pair if c is not None)
             if all(only_user(c.result) is gate for c in both) and self.fit(both):
-                found.append(self.whole(Unit(both, gate=gate)))
+                found.append(self.whole(Unit(both, gate=gate, apart="spans" in self.features)))
                 for c in both:
                     del left[c]
         groups: dict[object, list[Core]] = {}
@@ -103,8 +103,8 @@ class Family:
                 key = (self.scheme(core), self.home.get(core.linear.name))
                 groups.setdefault(key, []).append(core)
         for group in groups.values():
-            whole = group[0].problem.weights != "factors"
-            found += [Unit(tuple(group))] if whole else [Unit((c,)) for c in group]
+            whole = [group] if self.joins(group[0]) else [[c] for c in group]
+            found += [Unit(tuple(cores), apart="spans" in self.features) for cores in whole]
         if len(groups) > 1:
             first, other = (g[0].linear for g in list(groups.values())[:2])
             text = f"{other.name} of the same input is stored in another way, so it is not joined"
@@ -136,9 +136,12 @@ class Family:
 
     def fit(self, cores: Sequence[Core]) -> bool:
         homes = {self.home.get(c.linear.name) for c in cores}
-        return len({self.scheme(c) for c in cores}) == len(homes) == 1 and (
-            cores[0].problem.weights != "factors"
-        )
+        same = len({self.scheme(c) for c in cores}) == len(homes) == 1
+        return same and self.joins(cores[0])
+
+    def joins(self, core: Core) -> bool:
+        """Whether it may be joined to its like: factors on a diagonal would mostly be zeros."""
+        return core.problem.weights != "factors" or "spans" in self.features
 
     def before(self) -> tuple[list[Before], Refusal | None]:
         """What may be taken in, nearest first, and why the next thing may not."""

@@ -15,6 +15,7 @@ from .fuse_before import Before, centred, grid_words
 from .fuse_chain import Core
 from .fuse_nodes import argument
 from .problem import Problem
+from .row import TILE_ROWS
 
 # Parts that all linears of one input share.
 _COMMON = ("columns",)
@@ -30,6 +31,7 @@ class Unit:
         gate: the call that joins two linears, or the halves of one, to act(gate) · up; cuts: those
             halves; act: the activation behind one; norm: of the rows of the result; add: the sum
             behind.
+        apart: whether products of low rank stay apart where linears are joined.
     """
 
     cores: tuple[Core, ...]
@@ -39,6 +41,7 @@ class Unit:
     act: fx.Node | None = None
     norm: fx.Node | None = None
     add: fx.Node | None = None
+    apart: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -52,7 +55,7 @@ class Unit:
             table = "row" if first.table else ""
             out = replace(
                 out, rank=sum(c.problem.rank for c in self.cores), table=table,
-                kept=sum(c.problem.kept for c in self.cores),
+                kept=sum(c.problem.kept for c in self.cores), spans=self.spans,
             )  # fmt: skip
         kinds = {b.kind: b.node for b in self.before}
         if "rounds" in kinds:
@@ -70,6 +73,17 @@ class Unit:
         if self.norm is not None:
             out = replace(out, out_norm=True, out_eps=float(str(self.norm.kwargs["eps"])))
         return out
+
+    @property
+    def spans(self) -> str:
+        """Rows x rank of each linear; beside codes only where whole tiles of rows have a product,
+        as otherwise all of them can have it."""
+        of = [c.problem for c in self.cores]
+        rows = [p.N for p in of]
+        whole = self.gate is not None or not any(n % TILE_ROWS for n in rows[:-1])
+        if not (self.apart and of[0].rank and (whole or of[0].weights == "factors")):
+            return ""
+        return " ".join(f"{p.N}x{p.rank}" for p in of)
 
     @property
     def root(self) -> fx.Node | None:

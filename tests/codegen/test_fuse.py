@@ -383,7 +383,7 @@ def test_problems_of_compiled_models_are_true(text: str) -> None:
     weights, rounds = FORMS[text]
     assert {(f.problem.weights, f.problem.rounds) for f in plan.fused} == {(weights, rounds)}
     # q, k and v; what follows attention; gate and up; down: in both blocks.
-    assert len(plan.fused) == (14 if weights == "factors" else 8)
+    assert len(plan.fused) == 8
     assert all(f.problem.norm for f in plan.fused if len(f.sections) > 1)
     assert [r.predicate for r in plan.refused] == ["decoded"], "the head, which is stored dense"
 
