@@ -176,10 +176,8 @@ def experts(
     """
     linear = torch.nn.functional.linear
     out = x.new_zeros(x.shape[0], down.shape[1])
-    for e in range(gate_up.shape[0]):
+    for e in index.unique().tolist():
         token, slot = torch.where(index == e)
-        if token.numel() == 0:
-            continue
         both = linear(x[token], gate_up[e])
         gate, up = (both if left is None else linear(both, left)).chunk(2, -1)
         inner = _ACTS[act](gate) * up

@@ -1,0 +1,93 @@
+"""Small layers of experts, built node by node; also run by a child process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lowering_programs import Maker, Weight
+from torch import fx
+
+from llmc.codegen import meaning
+from llmc.codegen.mixture.plan import FusedMixture
+from llmc.codegen.problem import Parts
+from llmc.compiler.ir.graph import Program
+from llmc.compiler.ir.ops.semantic import experts
+
+HIDDEN, INNER, COUNT, CHOSEN = 64, 32, 4, 2
+
+
+class Layers(Maker):
+    """Adds layers of experts to a program."""
+
+    def flat(self, x: fx.Node) -> fx.Node:
+        return self.call("aten.reshape.default", x, [-1, HIDDEN])
+
+    def stacked(self, name: str, rows: int, columns: int, dense: bool, **scheme: Any) -> fx.Node:
+        """Weights [COUNT, rows, columns], stored as one matrix or as they are."""
+        if dense:
+            return self.param(name, (COUNT, rows, columns))
+        matrix = self.weight(name, Weight(COUNT * rows, columns, **scheme))
+        return self.call("aten.reshape.default", matrix, [COUNT, rows, columns])
+
+    def route(self, h: fx.Node, kind: str = "softmax") -> tuple[fx.Node, fx.Node]:
+        """Index and weight: "softmax", "softmax sum" or, the same written otherwise, "chosen"."""
+        found = self.call("aten.linear.default", h, self.param("router", (COUNT, HIDDEN)))
+        if kind != "chosen":
+            found = self.call("aten.softmax.int", found, -1)
+        top = self.call("aten.topk.default", found, CHOSEN)
+        weight, index = (self.call("operator.getitem", top, i) for i in (0, 1))
+        if kind == "softmax sum":
+            total = self.call("aten.sum.dim_IntList", weight, [-1], True)
+            weight = self.call("aten.div.Tensor", weight, total)
+        if kind == "chosen":
+            weight = self.call("aten.softmax.int", weight, -1)
+        return index, weight
+
+    def experts(
+        self, h: fx.Node, index: fx.Node, weight: fx.Node, *, dense: bool = False, **scheme: Any
+    ) -> fx.Node:
+        up = self.stacked("up", 2 * INNER, HIDDEN, dense, **scheme)
+        down = self.stacked("down", HIDDEN, INNER, dense, **scheme)
+        return self.call("llmc.experts", h, index, weight, up, down, act="silu")
+
+    def back(self, y: fx.Node, like: fx.Node) -> fx.Node:
+        """y [T, H] in the shape of another value, whose sizes are asked of a third."""
+        sizes = [self.call("aten.sym_size.int", like, i) for i in (0, 1)]
+        return self.call("aten.reshape.default", y, [*sizes, HIDDEN])
+
+    def normed(self, x: fx.Node) -> fx.Node:
+        gain = torch.rand(HIDDEN, generator=self.generator) + 0.5
+        return self.call("llmc.rms_norm", x, self.param("gain", gain), eps=1e-5)
+
+
+def layer(
+    dtype: torch.dtype = torch.float32, *, kind: str = "softmax sum", dense: bool = False,
+    **scheme: Any,
+) -> Program:  # fmt: skip
+    """h + experts(norm h), routed by the normed input."""
+    m = Layers(dtype)
+    h = m.input("h", HIDDEN)
+    flat = m.flat(m.normed(h))
+    y = m.experts(flat, *m.route(flat, kind), dense=dense, **scheme)
+    return m.output(m.call("aten.add.Tensor", h, m.back(y, h)))
+
+
+def oracle(
+    fused: FusedMixture, up: Parts, down: Parts, x: torch.Tensor, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """What two problems mean together with their canonical parts, of x [..., H] in its dtype."""
+    shape, problem = x.shape, fused.up
+    h = x.reshape(-1, problem.K)
+    if problem.norm:
+        h = meaning.normed(problem, up, h)
+    chances = (h @ up["router"].to(h.dtype).T).softmax(-1)
+    weight, index = chances.topk(problem.chosen)
+    if problem.route == "softmax sum":
+        weight = weight / weight.sum(-1, keepdim=True)
+    stacks = [
+        meaning.weight(p, parts, h.dtype).reshape(p.experts, p.N // p.experts, p.K)
+        for p, parts in ((fused.up, up), (fused.down, down))
+    ]
+    y = experts(h, index, weight, stacks[0], stacks[1], act=problem.act)
+    return y.reshape(shape) if residual is None else y.reshape(shape) + residual
