@@ -80,12 +80,14 @@ def surveyed(
             "way": " + ".join(dict.fromkeys(w.at(1) for w in ways)),
             "ways": "; ".join(dict.fromkeys(map(str, ways))),
             "note": "; ".join(dict.fromkeys(k.note for k in kernels if k is not None)),
+            "timed": [asdict(one(p)) for p in (up, down)],
         }
     else:
         up, down = asked(up), asked(down)
         rows = [row for row in (choose(up)[0], choose(down)[0]) if row is not None]
         names = [r.name for r in rows]
         total = moved((rows[0], rows[1]), up, down, tokens)
+        more = {"timed": []}  # tiles of experts are not measured
     return told(fused, (names[0], names[1]), (up, down)) | {
         "sections": [fused.up.N, fused.down.N], "bytes": total, "stored_bytes": stored,
         "launches": LAUNCHES, "floor_us": 1e6 * total / bandwidth, **more,

@@ -125,8 +125,7 @@ def kernels_command(
         f"at {told['bandwidth'] / 1e12:g} TB/s"
     )
     if machines:
-        both = [r[k] for r in told["fused"] for k in ("problem", "down") if k in r]
-        problems = list(dict.fromkeys(Problem(**p) for p in both))
+        problems = list(dict.fromkeys(Problem(**p) for r in told["fused"] for p in problems_of(r)))
         told["aot"] = show_facts(of_problems(problems, machines, tokens), out)
     out.data("kernels", {"source": source, **told})
 
@@ -159,6 +158,11 @@ def lowering(
         # From a kernel back to the lines of the model's own code.
         row["source"] = sorted({info(program.node(n)).source for n in row["linears"]} - {""})
     return told
+
+
+def problems_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the kernels of a fused node serve: one problem, or the two of a mixture of experts."""
+    return [row[k] for k in ("problem", "down") if k in row]
 
 
 def scheme_text(problem: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .kernels import lowering, scheme_text
+from .kernels import lowering, problems_of, scheme_text
 
 if TYPE_CHECKING:
     from ...codegen.problem import Problem
@@ -117,8 +117,7 @@ def _sources(fused: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     facts = json.loads(FACTS.read_text())["facts"] if FACTS.is_file() else []
     rows: dict[str, dict[str, Any]] = {}
-    for r in fused:
-        problem = Problem(**r["problem"])
+    for problem in (Problem(**p) for r in fused for p in problems_of(r)):
         row, _ = choose(problem)
         if row is None:
             continue

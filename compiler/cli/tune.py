@@ -108,7 +108,8 @@ def _problems(source: str, target: str, trust_remote_code: bool) -> list[Problem
 
     program, _ = open_headers(source, trust_remote_code)
     told = lowering(program, target, 1, "bf16", BANDWIDTH)
-    return list(dict.fromkeys(Problem(**row["problem"]) for row in told["fused"]))
+    found = [p for row in told["fused"] for p in row.get("timed", [row["problem"]])]
+    return list(dict.fromkeys(Problem(**p) for p in found))
 
 
 def _listed(trials: list[Trial], found: Tuner, out: Out) -> Iterator[Trial]:
