@@ -92,6 +92,10 @@ def compile_variant(row: KernelRow, problem: Problem, config: TileConfig, target
     usage, code = disassemble(kernel.asm["cubin"])
     mnemonics, loop = instructions(code)
     weights = config.BN * row.step / (32 * config.warps)
+    if row.product != "none" and not any("MMA." in m for m in loop):
+        # A short loop that was unrolled whole: all its steps, from the first product to the last.
+        loop = straight(mnemonics)
+        weights *= max(1, -(-problem.K // row.step // max(1, config.split)))
     in_loop = Counter(m.split(".")[0] for m in loop)
     return AotFacts(
         row=row.name,
@@ -150,6 +154,12 @@ def _run(tool: str, *arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise ResourceError(f"{tool} of the triton package failed: {error}") from error
+
+
+def straight(mnemonics: list[str]) -> list[str]:
+    """From the first matrix instruction to the last."""
+    at = [i for i, name in enumerate(mnemonics) if "MMA." in name]
+    return mnemonics[at[0] : at[-1] + 1] if at else []
 
 
 def instructions(code: str) -> tuple[list[str], list[str]]:
