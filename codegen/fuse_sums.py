@@ -32,7 +32,7 @@ def sums_of(
     inside = set[fx.Node]().union(*(c.nodes for c in cores))
     for outer in list(program.graph.nodes):
         if is_sum(outer) and outer not in inside:
-            _turn(outer, tails, order, home)
+            turn(outer, tails, order, home)
     found: dict[fx.Node, fx.Node] = {}
     taken: set[fx.Node] = set()
     for tail in sorted(tails, key=order.__getitem__, reverse=True):
@@ -56,7 +56,7 @@ def tails_of(cores: Sequence[Core]) -> dict[fx.Node, None]:
     return tails
 
 
-def _turn(outer: fx.Node, tails: dict[fx.Node, None], order: Order, home: dict[str, str]) -> None:
+def turn(outer: fx.Node, tails: dict[fx.Node, None], order: Order, home: dict[str, str]) -> None:
     """(a + b) + r -> b + (a + r), in place, where a and b are values of linears and r is none."""
     for inner, r in (outer.args, outer.args[::-1]):
         assert isinstance(inner, fx.Node)

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
 
 from ...compiler.ir.graph import Program, info
+from ...compiler.ir.ops import row_of
 from ...compiler.ir.ops.fused import Step, values_of, write
 from ...compiler.ir.refusal import Refusal
-from ..fuse_nodes import MAKER, Accept, Unfit, refusal
+from ..fuse_nodes import LINEAR, MAKER, Accept, Unfit, is_op, is_sum, only_user, refusal
+from ..fuse_sums import turn
 from ..fuse_unit import Part, join, spell
 from ..problem import Problem
 from .find import EXPERTS, Mixture, Side, read_mixture
+from .route import FLAT
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def fuse_mixtures(
     made: list[FusedMixture] = []
     refused: list[Refusal] = []
     for experts in list(program.calls(EXPERTS)) if "experts" in features else ():
+        if "residual" in features:
+            _turned(program, experts, home)
         try:
             found, left = read_mixture(experts, features, home)
         except Unfit as why:
@@ -96,12 +102,27 @@ def fuse_mixtures(
         if fits is not None:
             refused += left
             place = home.get(fits.root.name)
-            made.append(rewrite(program, fits))
+            one, new = rewrite(program, fits)
+            made.append(one)
             if place is not None:
-                home[made[-1].node] = place
+                home |= dict.fromkeys((n.name for n in new), place)
     if made:
         program.prune()
     return made, refused
+
+
+def _turned(program: Program, experts: fx.Node, home: dict[str, str]) -> None:
+    """(experts + shared) + r -> shared + (experts + r), where a linear ends what all tokens read:
+    either kernel then has one sum behind it."""
+    behind = only_user(experts)
+    y = behind if behind is not None and any(is_op(behind, op) for op in FLAT) else experts
+    inner = only_user(y)
+    outer = None if inner is None else only_user(inner)
+    if inner is None or outer is None or not (is_sum(inner) and is_sum(outer)):
+        return
+    both = [a for a in inner.args if isinstance(a, fx.Node) and (a is y or is_op(a, LINEAR))]
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    turn(outer, dict.fromkeys(both), order, home)
 
 
 def fit(found: Mixture, accept: Accept) -> tuple[Mixture | None, list[Refusal]]:
@@ -135,8 +156,11 @@ def unserved(mixture: Mixture, accept: Accept) -> str:
 # ** rewriting **
 
 
-def rewrite(program: Program, mixture: Mixture) -> FusedMixture:
-    """Put one call in a mixture's place; the calls that it stands for lose their readers."""
+def rewrite(program: Program, mixture: Mixture) -> tuple[FusedMixture, list[fx.Node]]:
+    """Put one call in a mixture's place; the calls that it stands for lose their readers.
+
+    Returns what was made, and the new calls.
+    """
     inputs = [mixture.x]
     residual, root = mixture.residual, mixture.root
     for node in (residual, *mixture.told):
@@ -148,15 +172,33 @@ def rewrite(program: Program, mixture: Mixture) -> FusedMixture:
         "llmc.fused", inputs, body=body, before=root, made_by=MAKER, like=mixture.experts
     )
     root.replace_all_uses_with(made)
+    new = [made, *_renormed(program, mixture)]
     up, down = mixture.problems
     route = mixture.route
     products = [mixture.experts] if route is None else [route.linear, mixture.experts]
-    return FusedMixture(
+    one = FusedMixture(
         made.name, tuple(n.name for n in products), info(mixture.experts).path, _ops(steps),
         up, down, body, tuple(_up_parts(mixture, names)), tuple(_parts(mixture.down, names)),
         "" if residual is None else names[residual], tuple(names[n] for n in mixture.told),
         root is mixture.experts,
     )  # fmt: skip
+    return one, new
+
+
+def _renormed(program: Program, mixture: Mixture) -> list[fx.Node]:
+    """Linears that read the norm in the shape that experts read it get one of their own, made of
+    what was put in that shape before: their kernels take in what they read itself."""
+    h, mine = mixture.h, mixture.nodes
+    others = [u for u in h.users if u not in mine]
+    if mixture.norm is None or h is mixture.norm.node or not others:
+        return []
+    norm = mixture.norm.node
+    put = partial(program.emit, before=h, made_by=MAKER, like=norm)
+    rows = put("aten.reshape.default", norm.args[0], list(h.args[1]))  # type: ignore[arg-type]
+    again = put(row_of(norm).name, rows, *norm.args[1:], **norm.kwargs)
+    for other in others:
+        other.replace_input_with(h, again)
+    return [rows, again]
 
 
 def _ops(steps: list[Step]) -> tuple[str, ...]:

@@ -152,7 +152,8 @@ def _of_topk(node: fx.Node, at: int, nodes: set[fx.Node]) -> fx.Node:
 def read_norm(h: fx.Node, readers: set[fx.Node]) -> tuple[Before, frozenset[fx.Node]] | None:
     """The norm that made what experts and router read, with the calls that this takes in.
 
-    readers: the calls that may read it. None where nothing of that kind made it.
+    readers: the calls that take it in. Linears beside them may read it too, as those of an expert
+    that all tokens go to: their kernels make it once more. None where nothing of that kind made it.
 
     Raises:
         Unfit: somebody else reads it, or a kernel cannot make it.
@@ -166,7 +167,7 @@ def read_norm(h: fx.Node, readers: set[fx.Node]) -> tuple[Before, frozenset[fx.N
         if not isinstance(shape, (list, tuple)) or list(shape) != [-1, whole[-1]]:
             return None
     for node, mine in ((h, readers), (norm, readers if flat is None else {flat})):
-        others = sorted(u.name for u in node.users if u not in mine)
+        others = sorted(u.name for u in node.users if u not in mine and not is_op(u, LINEAR))
         if others:
             raise Unfit(f"the norm is also read by {', '.join(others)}", "all_readers_fused")
     why = norm_refusal(norm)

@@ -51,10 +51,10 @@ class Layers(Maker):
         down = self.stacked("down", HIDDEN, INNER, dense, **scheme)
         return self.call("llmc.experts", h, index, weight, up, down, act="silu")
 
-    def back(self, y: fx.Node, like: fx.Node) -> fx.Node:
-        """y [T, H] in the shape of another value, whose sizes are asked of a third."""
+    def back(self, y: fx.Node, like: fx.Node, width: int = HIDDEN) -> fx.Node:
+        """y [T, width] with the first axes of another value."""
         sizes = [self.call("aten.sym_size.int", like, i) for i in (0, 1)]
-        return self.call("aten.reshape.default", y, [*sizes, HIDDEN])
+        return self.call("aten.reshape.default", y, [*sizes, width])
 
     def normed(self, x: fx.Node) -> fx.Node:
         gain = torch.rand(HIDDEN, generator=self.generator) + 0.5

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowering_programs import hidden
+from lowering_programs import Weight, hidden
 from mixture_programs import CHOSEN, COUNT, HIDDEN, INNER, Layers, layer, oracle
 from torch import fx
 
@@ -277,3 +277,31 @@ def test_weights_that_no_kernel_reads_are_refused(what: str, predicate: str) -> 
     assert plan.mixtures == ()
     assert {r.predicate for r in plan.refused if "experts" in r.node} == {predicate}
     assert torch.equal(value(program), before)
+
+
+# ** beside an expert that all tokens go to **
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_an_expert_of_all_tokens_takes_its_own_norm_and_sum(flat: bool) -> None:
+    """(experts + shared) + h: each has one sum behind it and the norm before it, whichever shape
+    of the norm the shared expert reads; nothing else is left."""
+    m = Layers(torch.float64)
+    h = m.input("h", HIDDEN)
+    norm = m.normed(h)
+    rows = m.flat(norm)
+    y = m.back(m.experts(rows, *m.route(rows)), h)
+    gate, up = (m.linear(rows if flat else norm, n, Weight(32, HIDDEN)) for n in ("gate", "inner"))
+    z = m.call("llmc.gated", gate, up, act="silu")
+    shared = m.linear(m.back(z, h, 32) if flat else z, "outer", Weight(HIDDEN, 32))
+    both = m.call("aten.add.Tensor", y, shared)
+    program = m.output(m.call("aten.add.Tensor", h, both))
+    before = value(program)
+    plan = fused(program, lambda problem: None)
+    (one,) = plan.mixtures
+    first, last = plan.fused
+    assert plan.refused == ()
+    assert (one.up.norm, one.down.residual, one.residual) == (True, True, "a0")
+    assert (first.problem.norm, first.problem.pairs, last.problem.residual) == (True, "gate", True)
+    assert not list(program.calls("llmc.rms_norm")) + list(program.calls("aten.add.Tensor"))
+    torch.testing.assert_close(value(program), before, rtol=1e-12, atol=1e-12)
