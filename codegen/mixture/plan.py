@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -195,7 +196,8 @@ def _renormed(program: Program, mixture: Mixture) -> list[fx.Node]:
     norm = mixture.norm.node
     put = partial(program.emit, before=h, made_by=MAKER, like=norm)
     rows = put("aten.reshape.default", norm.args[0], list(h.args[1]))  # type: ignore[arg-type]
-    again = put(row_of(norm).name, rows, *norm.args[1:], **norm.kwargs)
+    how: dict[str, Any] = dict(norm.kwargs)
+    again = put(row_of(norm).name, rows, *norm.args[1:], **how)
     for other in others:
         other.replace_input_with(h, again)
     return [rows, again]
