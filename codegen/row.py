@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 import sympy
 import torch
 
+from .mixture import fit
 from .problem import DEFAULTS, FEATURES, Misfit, Parts, Problem, Requirement
 
 # Two blocks of four warps fit a multiprocessor at this many; left alone, ptxas spills to fit six.
@@ -109,6 +110,8 @@ class KernelRow:
 
     def bytes_moved(self, problem: Problem, M: int) -> int:
         """Bytes of one call at M tokens, each operand once (the floor is this over bandwidth)."""
+        if problem.routed:
+            return self.bytes_moved(fit.touched(problem, M), 0) + fit.around(problem, M)
         width = 4 if problem.x_dtype == "fp32" else 2
         Np, Kp = _up(problem.N, TILE_ROWS), _up(problem.K, self.step)
         values = {
@@ -135,10 +138,12 @@ class KernelRow:
         Where no BN does alone, columns are split among as few programs as fill nine tenths of it.
         """
         grid = self.configs(problem)
-        BM = min((c.BM for c in grid if c.BM >= M), default=max(c.BM for c in grid))
-        tokens = -(-M // BM)
+        each = fit.tokens_of(problem, M) if problem.routed else M
+        BM = min((c.BM for c in grid if c.BM >= each), default=max(c.BM for c in grid))
+        tokens = fit.tiles(problem, M, BM) if problem.routed else -(-M // BM)
         held = [c for c in grid if (c.BM, c.stages) == (BM, self.stages[1])]
-        programs = {c: -(-problem.N // c.BN) * tokens * c.split for c in held}
+        N = problem.N // (problem.experts or 1)
+        programs = {c: -(-N // c.BN) * tokens * c.split for c in held}
         whole = [c for c in held if c.split == 1 and programs[c] >= processors]
         enough = whole or [c for c in held if 10 * programs[c] >= 9 * processors]
         if enough:
@@ -179,8 +184,10 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
         found.append(Misfit(row.name, field, values.get(field, ""), f"{expected} where rows pair"))
     if problem.centred and not problem.norm:
         found.append(Misfit(row.name, "norm", False, "True where its mean is taken away"))
-    if problem.spans and (expected := _spans_expected(problem)):
+    if problem.sections and problem.spans and (expected := _spans_expected(problem)):
         found.append(Misfit(row.name, "spans", problem.spans, expected))
+    for field, expected in fit.unfit(problem):
+        found.append(Misfit(row.name, field, getattr(problem, field), expected))
     for need in row.requires:
         if not bool(_evaluate(need.test, values)):
             found.append(Misfit(row.name, need.field, values[need.field], need.expected))
@@ -200,6 +207,13 @@ def _spans_expected(problem: Problem) -> str:
     return "" if whole else f"whole {TILE_ROWS} rows in each section but the last"
 
 
+def _holds_sections(problem: Problem, BM: int, BN: int) -> bool:
+    """Whether a tile's rows lie in one section, or where two pair, its sums fit twice."""
+    if not problem.spans:
+        return True
+    return BM < 64 if problem.pairs else not any(n % BN for n, _ in problem.sections[:-1])
+
+
 def _left(problem: Problem) -> int:
     """Elements of left as packed."""
     step = TILE_ROWS // 2 if problem.spans and problem.pairs else TILE_ROWS
@@ -208,13 +222,13 @@ def _left(problem: Problem) -> int:
 
 @functools.lru_cache(4096)
 def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
-    padded = _up(problem.N, TILE_ROWS)
+    padded = _up(problem.N // (problem.experts or 1), TILE_ROWS)
     known = {**_integers(problem), "wide": int(problem.x_dtype == "fp32")}
     tiles = [
         (BM, BN)
         for BM, BN in row.tiles
         if padded % BN == 0
-        and (problem.pairs or not any(rows % BN for rows, _ in problem.sections[:-1]))
+        and _holds_sections(problem, BM, BN)
         and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
     ]
     # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
@@ -226,7 +240,7 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
     steps = -(-problem.K // row.step)
     return tuple(
         replace(config, split=split)
-        for split in row.splits
+        for split in (row.splits if not problem.routed else (1,))
         for config in whole
         if split == 1 or steps >= MIN_STEPS * split
     )

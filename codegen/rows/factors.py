@@ -7,7 +7,7 @@ import torch
 from ..prepack import low_rank
 from ..problem import Parts, Problem, Requirement
 from ..row import KernelRow
-from .common import AROUND, CHOICES, UpTo, linear_args
+from .common import AROUND, CHOICES, UNROUTED, UpTo, linear_args
 
 
 def _pack(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
@@ -23,6 +23,7 @@ FACTORS = KernelRow(
     step=128,
     choices={
         **CHOICES,
+        **UNROUTED,
         "scale_dtype": ("",),
         "asym": (False,),
         "weights": ("factors",),
@@ -37,6 +38,6 @@ FACTORS = KernelRow(
     moves=AROUND,
     tiles=((8, 32), (8, 64), (16, 32), (16, 64), (32, 64)),
     stages=(3, 4, 6),
-    fits=("Eq(wide, 0) | (BM <= 16)",),
+    fits=("Eq(wide, 0) | (BM <= 8)",),
     pack=_pack,
 )

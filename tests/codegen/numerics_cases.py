@@ -98,6 +98,8 @@ def drawn(row: KernelRow, rng: random.Random, wanted: dict[str, Any]) -> Problem
             values["n"] = wanted.get("n", 0)
         if values["weights"] in ("dense", "factors"):
             values |= {n: wanted.get(n, v) for n, v in (("bits", 16), ("group", 0))}
+        if values["rank"] > 2 and "spans" in row.choices:
+            values["spans"] = wanted.get("spans", sections(values))
         problem = Problem(**values)
         if (
             sane(problem)
@@ -106,6 +108,19 @@ def drawn(row: KernelRow, rng: random.Random, wanted: dict[str, Any]) -> Problem
         ):
             return problem
     return None
+
+
+def sections(values: dict[str, Any]) -> str:
+    """Rows x rank of two or three sections, for one problem in two that can have them."""
+    rng, N, rank = random.Random(repr(values)), values["N"], values["rank"]
+    pairs = bool(values["pairs"])
+    rows = [N // 2] * 2 if pairs else [64] * ((N - 1) // 64)
+    rows = rows if pairs else [*rows, N - sum(rows)]
+    if len(rows) < 2 or rng.random() < 0.5:
+        return ""
+    cuts = [0, *sorted(rng.sample(range(1, rank), len(rows) - 1)), rank]
+    ranks = [b - a for a, b in itertools.pairwise(cuts)]
+    return " ".join(f"{n}x{r}" for n, r in zip(rows, ranks, strict=True))
 
 
 def _holds(need: Requirement, p: Problem) -> bool:
@@ -164,7 +179,7 @@ def _cheap(row: KernelRow, p: Problem, config: TileConfig, M: int) -> tuple[Prob
     """
     columns = -(-p.K // row.step) * row.step // 32
     if columns * -(-p.N // config.BN) > STEPS:
-        less = replace(p, N=config.BN - (2 if p.pairs else 1))
+        less = replace(p, N=config.BN - (2 if p.pairs else 1), spans="")
         if not row.misfits(less) and config in row.configs(less):
             p = less
     while M > 1 and columns * -(-p.N // config.BN) * -(-M // config.BM) > STEPS:

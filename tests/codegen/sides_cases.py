@@ -24,8 +24,12 @@ def _all() -> dict[str, dict[str, Any]]:
     import test_sides_centred
     import test_sides_factors
     import test_sides_inputs
+    import test_sides_spans
 
-    modules = (test_sides_inputs, test_sides_beside, test_sides_centred, test_sides_factors)
+    modules = (
+        test_sides_inputs, test_sides_beside, test_sides_centred, test_sides_factors,
+        test_sides_spans,
+    )  # fmt: skip
     cases = [c for module in modules for c in module.CASES]
     with tempfile.TemporaryDirectory() as folder:
         found = run_cases(cases, Path(folder))
