@@ -91,6 +91,8 @@ def test_an_exported_layer_is_one_op_of_the_same_value(kind: str) -> None:
     exported = torch.export.export(module, (x,), dynamic_shapes=[{1: torch.export.Dim.AUTO}])
     found = [n for n in exported.graph.nodes if n.target is torch.ops.llmc.placed_mixture.default]
     assert len(found) == 1
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), value(made, x))
     longer = torch.cat([x, x], 1)
     assert torch.equal(exported.module()(longer), value(made, longer))
 
