@@ -184,7 +184,7 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
         found.append(Misfit(row.name, field, values.get(field, ""), f"{expected} where rows pair"))
     if problem.centred and not problem.norm:
         found.append(Misfit(row.name, "norm", False, "True where its mean is taken away"))
-    if problem.sections and problem.spans and (expected := _spans_expected(problem)):
+    if problem.sections and problem.spans and (expected := _spans_expected(row, problem)):
         found.append(Misfit(row.name, "spans", problem.spans, expected))
     for field, expected in fit.unfit(problem):
         found.append(Misfit(row.name, field, getattr(problem, field), expected))
@@ -194,7 +194,7 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
     return tuple(found)
 
 
-def _spans_expected(problem: Problem) -> str:
+def _spans_expected(row: KernelRow, problem: Problem) -> str:
     """What sections are expected, where they are no such; a tile's rows are of one section, or of
     two where they pair."""
     rows = [n for n, _ in problem.sections]
@@ -203,8 +203,9 @@ def _spans_expected(problem: Problem) -> str:
         return "rows x rank of each section, all of them N x rank"
     if problem.pairs:
         return "" if rows == [problem.N // 2] * 2 else "the two halves where rows pair"
-    whole = not any(n % TILE_ROWS for n in rows[:-1])
-    return "" if whole else f"whole {TILE_ROWS} rows in each section but the last"
+    least = min(BN for _, BN in row.tiles)
+    whole = not any(n % least for n in rows[:-1])
+    return "" if whole else f"whole {least} rows in each section but the last"
 
 
 def _holds_sections(problem: Problem, BM: int, BN: int) -> bool:

@@ -21,6 +21,7 @@ CASES = {
     "prune24,w4:group=64": ("float16", ["w4a16_24"] * 4),
     "w4:double=true,group=32,lorc:rank=4": ("float16", ["w4a16"] * 4),
     "w8:group=row": ("float16", ["w8a16"] * 4),
+    "svd:rank=4": ("float16", ["factors"] * 4),
     "kv8": ("float16", ["w16"] * 4),
 }
 # Layer norms, attention and MLP side by side; up alone, then its activation.

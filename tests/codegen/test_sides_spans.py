@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ CASES = [
          stride="halves", spoil="right"),
     case(9, 97, 520, "64x33 33x17", norm=True, centred=True, sparse=True, act="gelu", spoil="left"),
     case(2, 50, 200, "25x20 25x37", **GATE, bias=True, norm=True, spoil="left"),
+    case(3, 200, 96, "32x20 96x5 72x9", smooth=True, spoil="left"),
     case(9, 96, 96, "48x40 48x40", **GATE, residual=True, x_dtype="fp32", spoil="right"),
     case(2, 100, 136, "50x70 50x200", **GATE, smooth=True, tile=(8, 64, 3), spoil="left"),
     # many tokens: one product with all rights, then one for each section
@@ -109,7 +111,7 @@ def test_packed_tensors_hold_as_many(N: int, spans: str, more: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("spans", "more", "expected"),
     [
-        ("64x8 65x8 64x8", {}, "whole 64 rows"), ("64x8 64x8", {}, "all of them N x rank"),
+        ("64x8 65x8 64x8", {}, "whole 32 rows"), ("64x8 64x8", {}, "all of them N x rank"),
         ("64x8 129x8", {}, "all of them N x rank"), ("64x8, 129x16", {}, "none or rows x rank"),
         ("193x24", {}, "none or rows x rank"), ("64x8 64x8 66x8", GATE, "two halves"),
         ("64x12 130x12", GATE, "two halves"),
@@ -128,6 +130,10 @@ def test_sections_are_of_products_of_low_rank_alone() -> None:
 
 
 def test_tiles_lie_in_one_section() -> None:
+    """A row without a tile of 32 refuses sections of 32 rows."""
+    short = Problem(160, 256, rank=24, spans="96x12 64x12", bitmap=True)
+    assert [m.field for m in row("w4_bitmap").misfits(short)] == ["spans"]
+    assert row("w4_bitmap").misfits(replace(short, N=192, spans="128x12 64x12")) == []
     codes = Problem(320, 256, rank=24, spans="192x12 128x12")
     assert {c.BN for c in row("w4a16").configs(codes)} == {32, 64}
     assert 128 in {c.BN for c in row("w4a16").configs(Problem(384, 256, rank=24))}
@@ -212,7 +218,7 @@ def test_sections_that_are_no_whole_tiles_stay_calls_of_their_own() -> None:
     assert all(f.problem.norm for f in plan.fused)
     (refusal,) = plan.refused
     assert refusal.predicate == "concat"
-    assert "spans=128x20 40x7 40x9, expected whole 64 rows" in refusal.reason
+    assert "spans=128x20 40x7 40x9, expected whole 32 rows" in refusal.reason
 
 
 def test_a_target_that_cannot_keep_them_apart_is_not_asked() -> None:
