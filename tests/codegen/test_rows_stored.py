@@ -17,11 +17,12 @@ from interpreter import interpreted
 from lowering_programs import Maker, Weight, hidden, law
 from numerics import Case, judge, parts_of, run_cases
 
-from llmc.codegen import large
+from llmc.codegen import aot, large
 from llmc.codegen.fuse import FusePlan, fuse
 from llmc.codegen.kernels import choose, row
 from llmc.codegen.prepack import prepack
 from llmc.codegen.problem import Problem
+from llmc.codegen.row import TileConfig
 from llmc.codegen.rows.stored import W16
 from llmc.codegen.targets import triton_accept
 from llmc.compiler.ir.errors import ModelError
@@ -108,6 +109,41 @@ def test_rows_of_fewer_bytes_come_first(change: dict[str, Any], name: str) -> No
     """This one is for what no other row reads."""
     found, _ = choose(replace(Problem(256, 512, **PLAIN), **change))
     assert found is row(name)
+
+
+# ** machine code **
+
+
+@pytest.mark.parametrize("K", [4096, 4104])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_weights_are_copied_sixteen_bytes_at_a_time(
+    K: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asynchronously, a tail of the columns too: 64 rows of 128 columns are 8 of each thread."""
+    read: list[str] = []
+    code_of = aot.disassemble
+
+    def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+        usage, code = code_of(cubin)
+        read.append(code)
+        return usage, code
+
+    monkeypatch.setattr(aot, "disassemble", disassemble)
+    facts = aot.compile_variant(W16, Problem(4096, K, **PLAIN), TileConfig(8, 64, split=4), target)
+    copies = [m for m in aot.instructions(read[0])[1] if m.startswith("LDGSTS")]
+    assert len([m for m in copies if m.endswith(".128")]) == 8
+    assert 0.8 < facts.slots < 2.0
+    assert (facts.stack, facts.local_memory, facts.loop_stores, facts.conversions) == (0, 0, 0, 0)
+
+
+def test_a_loop_that_was_unrolled_whole_has_slots_too() -> None:
+    """32 steps of a narrow tile stand in one line on sm_80; slots are counted over all of them."""
+    facts = aot.compile_variant(W16, Problem(4096, 4096, **PLAIN), TileConfig(8, 64), "sm_80")
+    assert 0.5 < facts.slots < 1.5
+    assert aot.straight(["LDG", "HMMA.16816", "IADD3", "HMMA.16816", "EXIT"]) == [
+        "HMMA.16816", "IADD3", "HMMA.16816"
+    ]  # fmt: skip
+    assert aot.straight(["LDG", "EXIT"]) == []
 
 
 # ** what is planned **
