@@ -21,9 +21,13 @@ def order_rows(problem: Problem, parts: Parts) -> tuple[Problem, Parts]:
     """
     if not problem.pairs:
         return problem, parts
-    half = problem.N // 2
+    rows = problem.N // (problem.experts or 1)
+    half = rows // 2
     at = torch.arange(-(-half // 8) * 8).clamp(max=half - 1).reshape(-1, 1, 8)
-    return take_rows(problem, parts, (at + torch.tensor([[0], [half]])).flatten())
+    order = (at + torch.tensor([[0], [half]])).flatten()
+    if problem.experts:  # each of them by itself
+        order = (order + rows * torch.arange(problem.experts)[:, None]).flatten()
+    return take_rows(problem, parts, order)
 
 
 def take_rows(problem: Problem, parts: Parts, order: torch.Tensor) -> tuple[Problem, Parts]:

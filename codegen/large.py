@@ -32,7 +32,7 @@ DECODE = 231.0  # tokens whose product takes as long as decoding once through
 
 def serves(row: KernelRow, problem: Problem) -> bool:
     """Whether a weight of this row can be decoded: what stands beside it is few or a product."""
-    apart = problem.sparse or problem.outliers or problem.rounds
+    apart = problem.sparse or problem.outliers or problem.rounds or problem.routed
     return shares(row) and row.call is None and not apart
 
 

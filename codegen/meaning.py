@@ -14,7 +14,7 @@ from ..compiler.ir import packing
 from ..compiler.ir.ops.compressed import dequantize
 from ..compiler.ir.ops.lookup import lookup
 from ..compiler.ir.ops.rounding import FLOATS, round_input
-from ..compiler.ir.ops.semantic import activation, gated, layer_norm, rms_norm
+from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, rms_norm
 from ..compiler.ir.ops.sparse import csr_linear
 from .problem import Parts, Problem
 
@@ -75,6 +75,35 @@ def linear(
     if problem.out_norm:
         y = rms_norm(y, parts["out_gain"].to(dtype), eps=problem.out_eps)
     return y if residual is None else y + residual
+
+
+def mixture(
+    up: Problem, down: Problem, parts_up: Parts, parts_down: Parts, x: torch.Tensor,
+    residual: torch.Tensor | None = None, index: torch.Tensor | None = None,
+    weight_of: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """y [..., outputs] of x [..., K], in its dtype: a layer of experts, of which gate and up are
+    one problem and down another. index, weight_of: [T, k], where the first does not choose."""
+    h = normed(up, parts_up, x) if up.norm else x
+    h = h.reshape(-1, up.K)
+    if up.route:
+        index, weight_of = chosen(up, parts_up, h)
+    assert index is not None
+    assert weight_of is not None
+    stacks = [
+        weight(p, parts, x.dtype).reshape(p.experts, -1, p.K)
+        for p, parts in ((up, parts_up), (down, parts_down))
+    ]
+    y = experts(h, index, weight_of, stacks[0], stacks[1], act=up.act)
+    y = y.reshape(*x.shape[:-1], down.outputs)
+    return y if residual is None else y + residual
+
+
+def chosen(problem: Problem, parts: Parts, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and weight [T, k] of what experts read, h [T, K]."""
+    chances = (h @ parts["router"].to(h.dtype).T).softmax(-1)
+    share, index = chances.topk(problem.chosen)
+    return index, share / share.sum(-1, keepdim=True) if problem.route == "softmax sum" else share
 
 
 def normed(problem: Problem, parts: Parts, x: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,9 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
         tensors |= entries(ordered, moved)
     if problem.centred:
         tensors |= centre(ordered, moved)
+    if problem.route:
+        expect("router", given.get("router"), (problem.experts, problem.K))
+        tensors["router"] = given["router"].contiguous()
     return Packed(row, problem, tensors, sides)
 
 

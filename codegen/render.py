@@ -82,7 +82,7 @@ def signature(row: KernelRow, problem: Problem) -> str:
     fixed = ["K", *(["EPS"] if problem.norm else []), *(["OUT_EPS"] if problem.out_norm else [])]
     fixed += ["BM", "BN", "STAGES"]
     if shares(row):
-        fixed += ["SPLIT", *(["RUNS", "MAKERS"] if problem.rank else [])]
+        fixed += ["SPLIT", *(["RUNS", "MAKERS"] if problem.rank or problem.route else [])]
     lines = names + [f"{name}: tl.constexpr" for name in fixed]
     return "\n".join(f"    {line}," for line in lines)
 
@@ -98,6 +98,8 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     flags += ["out_norm"] if problem.out_norm else []
     flags += [f"rank{problem.rank}"] if problem.rank else []
     flags += ["spans"] if problem.spans else []
+    if problem.routed:
+        flags += [f"{problem.routed}{problem.chosen}of{problem.experts}", *problem.route.split()]
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"
     return "_".join([row.name, group, zero, problem.x_dtype, f"s{problem.scale_dtype}", *flags])

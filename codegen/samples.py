@@ -72,6 +72,8 @@ def random_parts(
     if "static" in p.rounds:
         kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
         parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits), device=g.device)
+    if p.route:
+        parts["router"] = torch.randn(p.experts, p.K, **how).to(dtype)
     if p.bias:
         parts["bias"] = torch.randn(p.N, **how).to(dtype)
     return parts

@@ -12,6 +12,7 @@ tokens reads all of it. These bytes stay in the L2 cache: none of them is read f
 
 from __future__ import annotations
 
+from .mixture import routing
 from .prepack import Packed
 from .problem import Problem
 from .row import RANK_STEP as JOB  # rows of right that a program multiplies at a time
@@ -35,6 +36,8 @@ def runs(problem: Problem) -> int:
 def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> dict[str, int]:
     """The compile-time constants that say who does what; one processor: programs run in turn."""
     found = {"SPLIT": config.split}
+    if problem.route:
+        return found | routing.constants(problem, config, M, processors)
     if problem.rank:
         columns, rows = _tiles(problem, config, M)
         jobs = ranks(problem) // JOB * runs(problem)
@@ -46,11 +49,13 @@ def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> 
 
 def needed(problem: Problem, config: TileConfig) -> bool:
     """Whether a launch has a workspace at all."""
-    return config.split > 1 or problem.rank > 0
+    return config.split > 1 or problem.rank > 0 or routing.needed(problem)
 
 
 def sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
     """Elements of the scratch (fp32) and of the counters (int32)."""
+    if problem.routed:
+        return routing.sizes(problem, config, M)
     columns, rows = _tiles(problem, config, M)
     scratch = counters = 0
     if problem.rank:
@@ -71,7 +76,7 @@ def whole_sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]
 
 def moved(problem: Problem, config: TileConfig, M: int) -> int:
     """Bytes of partial sums: written once and read once."""
-    values = 0
+    values = routing.sizes(problem, config, M)[0] if problem.route else 0
     if problem.rank:
         values += runs(problem) * ranks(problem) * M
     if config.split > 1:

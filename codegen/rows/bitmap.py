@@ -11,7 +11,7 @@ from ..prepack import expect, pad, scale_tiles, wrap
 from ..problem import DTYPES, Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
 from .bytes import BESIDE, GROUP, SHAPE
-from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
+from .common import CHOICES, SCALE, SIDES, SPLITS, UNROUTED, linear_args
 from .sparse_nm import ones
 
 
@@ -105,6 +105,7 @@ W16_BITMAP = KernelRow(
     step=128,
     choices={
         **CHOICES,
+        **UNROUTED,
         "x_dtype": ("fp16", "bf16"),
         "scale_dtype": ("",),
         "asym": (False,),
@@ -129,7 +130,7 @@ W4_BITMAP = KernelRow(
         Argument("codes", "[kept/2]", ("i8",), dtype="i8"), BITMAP, BEGINS, STARTS, SCALE
     ),
     step=128,
-    choices={**CHOICES, "x_dtype": ("fp16", "bf16"), "bitmap": (True, False)},
+    choices={**CHOICES, **UNROUTED, "x_dtype": ("fp16", "bf16"), "bitmap": (True, False)},
     requires=(
         Requirement("bits", "Eq(bits, 4)", "4"),
         *MARKED,

@@ -41,6 +41,17 @@ NORMED = (
     Argument("arrived", "[tiles of tokens]", ("i32",), "out_norm", dtype="i32"),
 )
 
+# What experts need: the router, all pairs of a token and an expert in the order of experts, where
+# each pair lies among them, where each expert's begin, and the weight of each pair.
+ROUTED = (
+    Argument("router", "[experts, K]", FLOATS, "route"),
+    Argument("order", "[M*chosen]", ("i32",), "routed", dtype="i32"),
+    Argument("where", "[M*chosen]", ("i32",), "routed", dtype="i32"),
+    Argument("starts", "[experts + 1]", ("i32",), "routed", dtype="i32"),
+    Argument("shares", "[M*chosen]", ("fp32",), "routed", dtype="fp32"),
+)
+UNROUTED: dict[str, tuple[object, ...]] = {"routed": ("",), "route": ("",)}
+
 
 def linear_args(*weight: Argument) -> tuple[Argument, ...]:
     """x, the tensors of the weight, every side input and y, in the order of the signature."""
@@ -57,6 +68,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("entry_index", "[entries, 64]", ("i16", "i32"), "sparse", dtype="i16"),
         Argument("entry_values", "[entries, 64]", FLOATS, "sparse"),
         *NORMED,
+        *ROUTED,
         Argument("scratch", "[parts]", ("fp32",), dtype="fp32"),
         Argument("counts", "[tiles]", ("i32",), dtype="i32"),
         Argument("y", "[M, out]", FLOATS, strided=True),
@@ -84,4 +96,6 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "rank": UpTo(1024),
     "sparse": (False, True),
     "spans": Spans(),
+    "routed": ("", "up", "down"),
+    "route": ("", "softmax", "softmax sum"),
 }

@@ -15,7 +15,7 @@ from ..grids import Grids, parse
 from ..prepack import expect, pad
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow, TileConfig
-from .common import CHOICES, FLOATS, NORMED, SCALE, UpTo
+from .common import CHOICES, FLOATS, NORMED, SCALE, UNROUTED, UpTo
 
 STEP = 128
 INT8 = ("int8 token", "int8 token power", "int8 static")
@@ -80,7 +80,7 @@ _MADE = (
 def choices(rounds: tuple[str, ...], **more: tuple[object, ...]) -> dict[str, tuple[object, ...]]:
     """What rows with rounded inputs serve beside what all do."""
     beside = {"asym": (False,), "rank": (0,), "sparse": (False,), "spans": ("",)}
-    return {**CHOICES, **beside, "rounds": rounds, **more}
+    return {**CHOICES, **UNROUTED, **beside, "rounds": rounds, **more}
 
 
 _X = Argument("x", "[M, K]", FLOATS, strided=True)

@@ -1,0 +1,89 @@
+"""What a problem of experts must be for a kernel to serve it, and the bytes that a call moves.
+
+A tile of weights is of one expert, so an expert's rows are whole tiles; a tile of tokens is of one
+expert too, so there are more of them than tokens alone would fill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..problem import Problem
+
+MOST_EXPERTS = 1024
+WHOLE = 64  # rows of a prepacked tile
+WORDS = 1 << 31  # 32-bit words of all experts' codes: offsets are of 32 bits
+# What a kernel of experts has no place for, with what it must be.
+_ALONE: dict[str, Any] = {
+    "rank": 0, "sparse": False, "smooth": False, "outliers": 0, "rounds": "", "out_norm": False,
+    "centred": False, "bias": False, "spans": "", "bitmap": False,
+}  # fmt: skip
+
+
+def unfit(problem: Problem) -> list[tuple[str, str]]:
+    """Fields of a problem of experts that are not what kernels need, each with what is."""
+    p, found = problem, list[tuple[str, str]]()
+    if not p.routed:
+        names = [n for n in ("experts", "chosen", "route") if getattr(p, n)]
+        return [(n, "none where it is one linear") for n in names]
+    if not 1 <= p.experts <= MOST_EXPERTS:
+        return [("experts", f"1 to {MOST_EXPERTS}")]
+    if p.N % p.experts or p.N // p.experts % WHOLE:
+        found.append(("N", f"a multiple of {WHOLE} rows for each of {p.experts} experts"))
+    if p.weights != "dense" and p.N * p.columns * p.bits >= 32 * WORDS:
+        found.append(("N", f"fewer than {WORDS} words of codes"))
+    if not 1 <= p.chosen <= p.experts:
+        found.append(("chosen", f"1 to {p.experts}, the experts"))
+    found += [
+        (n, f"{no or 'none'} among experts") for n, no in _ALONE.items() if getattr(p, n) != no
+    ]
+    if p.routed == "up":
+        if p.pairs != "gate":
+            found.append(("pairs", "gate where experts read tokens"))
+        if p.residual:
+            found.append(("residual", "False where experts read tokens"))
+        if p.norm and not p.route:
+            found.append(("norm", "False where a kernel is told the experts"))
+    else:
+        for n in ("pairs", "act", "norm", "route"):
+            if getattr(p, n):
+                found.append((n, f"{'False' if n == 'norm' else 'none'} where experts are summed"))
+    return found
+
+
+def tiles(problem: Problem, M: int, BM: int) -> int:
+    """Tiles of BM pairs, each of one expert, that any choice of ``M`` tokens may need."""
+    pairs = M * problem.chosen
+    touched = min(problem.experts, pairs)
+    return touched + (pairs - touched) // BM
+
+
+def rows_of(problem: Problem) -> int:
+    """Rows of one expert."""
+    return problem.N // problem.experts
+
+
+def tokens_of(problem: Problem, M: int) -> int:
+    """Pairs of an expert where ``M`` tokens spread evenly."""
+    return -(-M * problem.chosen // problem.experts)
+
+
+def touched(problem: Problem, M: int) -> Problem:
+    """One linear of the rows that a call of ``M`` tokens reads at most."""
+    N = rows_of(problem) * min(problem.experts, M * problem.chosen)
+    return replace(
+        problem, N=N, experts=0, chosen=0, routed="", route="", residual=False,
+        kept=0,
+    )  # fmt: skip
+
+
+def around(problem: Problem, M: int) -> int:
+    """Bytes of a call beside weights: tokens, router, what experts make, their weighted sum."""
+    width = 4 if problem.x_dtype == "fp32" else 2
+    pairs = M * problem.chosen
+    if problem.routed == "up":
+        router = problem.experts * problem.K if problem.route else 0
+        return width * (M * problem.K + router + pairs * problem.outputs)
+    sums = 8 * pairs * problem.outputs  # in fp32, written once and read once
+    return width * (pairs * problem.K + M * problem.outputs * (1 + problem.residual)) + sums
