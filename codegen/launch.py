@@ -158,8 +158,10 @@ def _ready(
     if target and target not in row.targets:
         raise ResourceError(f"expected {' or '.join(row.targets)} for {row.name}, found {target}")
     if packed.problem.routed:
-        raise UsageError(f"expected one linear for {row.name}, found {packed.problem.experts} experts",
-                         hint="call fused_mixture")  # fmt: skip
+        found = f"{packed.problem.experts} experts"
+        raise UsageError(
+            f"expected one linear for {row.name}, found {found}", hint="call fused_mixture"
+        )
     problem = _problem_of_call(packed, {"x": x, **packed.sides, **sides})
     M, shape = x.numel() // problem.K, (*x.shape[:-1], problem.outputs)
     if problem.out_norm and config is None and M > normed.FEW:

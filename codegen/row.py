@@ -139,7 +139,7 @@ class KernelRow:
         """
         grid = self.configs(problem)
         each = fit.tokens_of(problem, M) if problem.routed else M
-        BM = min((c.BM for c in grid if c.BM >= each), default=max(c.BM for c in grid))
+        BM = min((c.BM for c in grid if each <= c.BM), default=max(c.BM for c in grid))
         tokens = fit.tiles(problem, M, BM) if problem.routed else -(-M // BM)
         held = [c for c in grid if (c.BM, c.stages) == (BM, self.stages[1])]
         N = problem.N // (problem.experts or 1)

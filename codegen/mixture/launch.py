@@ -1,7 +1,7 @@
 """A layer of experts in two launches: gate and up of the chosen, then down and their weighted sum.
 
-For up to `routing.MOST` pairs the first launch also norms and chooses; for more, torch and the norm's
-own kernel do that before. Results are the same bits each time, as `launch` says.
+For up to `routing.MOST` pairs the first launch also norms and chooses; for more, torch and the
+norm's own kernel do that before. Results are the same bits each time, as `launch` says.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def _ready(
         if why:
             raise ResourceError(f"cannot launch {row.name}: {why}")
         if target and target not in row.targets:
-            raise ResourceError(
-                f"expected {' or '.join(row.targets)} for {row.name}, found {target}"
-            )
+            wanted = " or ".join(row.targets)
+            raise ResourceError(f"expected {wanted} for {row.name}, found {target}")
     _check(up, down, x, sides)
     dtype = dtype_name(x.dtype)
     first, last = (dataclasses.replace(p.problem, x_dtype=dtype) for p in (up, down))
@@ -200,15 +199,11 @@ def _check(up: Packed, down: Packed, x: torch.Tensor, sides: Sides) -> None:
                 f"expected {name} with contiguous columns, found stride {tensor.stride(-1)}",
                 where=where, hint=f"call {name}.contiguous()",
             )  # fmt: skip
-        ints = name == "index"
-        if (
-            (tensor.dtype in (torch.int32, torch.int64))
-            if ints
-            else (tensor.dtype in DTYPES.values())
-        ):
-            continue
-        what = "int32 or int64" if ints else "a float dtype"
-        raise UsageError(f"expected {name} in {what}, found {tensor.dtype}", where=where)
+        what, known = "a float dtype", tuple(DTYPES.values())
+        if name == "index":
+            what, known = "int32 or int64", (torch.int32, torch.int64)
+        if tensor.dtype not in known:
+            raise UsageError(f"expected {name} in {what}, found {tensor.dtype}", where=where)
     for problem in (first, last):
         if problem.weights == "dense" and x.dtype != DTYPES[problem.x_dtype]:
             raise UsageError(
