@@ -76,5 +76,5 @@ def multiplied(problem: Problem, few: torch.Tensor, left: torch.Tensor) -> torch
     for place, (rows, _) in zip(places(problem), problem.sections, strict=True):
         block = left[place.left : place.left + rows * place.ranks].view(rows, place.ranks)
         mine = few[:, place.rank : place.rank + place.ranks]
-        y[:, place.row : place.row + rows] = mine @ block.to(few.dtype).T
+        torch.mm(mine, block.to(few.dtype).T, out=y[:, place.row : place.row + rows])
     return y
