@@ -18,7 +18,7 @@ from . import cpu
 from .place import DOWN, UP, MixtureCall
 from .plan import FusedMixture
 from .split import one
-from .told import moved, moved_cpu, told
+from .told import moved_cpu, told
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def on_triton(
         packed.append((prepack(row, problem, **fits), fits))
         rows.append(row)
     problems = packed[0][0].problem, packed[1][0].problem
-    traffic = moved((rows[0], rows[1]), *problems, 1)
+    traffic = sum(r.bytes_moved(p, 1) for r, p in zip(rows, problems, strict=True))
     weights = [
         Weights(parts, given, p.tensors | p.sides, prefix)
         for parts, (p, given), prefix in zip(

@@ -11,8 +11,7 @@ from ...compiler.ir.graph import Program
 from .. import cpu as cpu_kernels
 from ..gains import asked
 from ..kernels import choose
-from ..problem import DTYPES, Problem
-from ..row import KernelRow
+from ..problem import Problem
 from .plan import FusedMixture
 from .split import one
 
@@ -28,26 +27,6 @@ def told(
         "kernels": list(kernels), "parts": list(fused.ops), "linears": list(fused.linears),
         "problem": asdict(problems[0]), "down": asdict(problems[1]),
     }  # fmt: skip
-
-
-def read_bytes(problem: Problem, row: KernelRow, tokens: int) -> int:
-    """Bytes of the weights of one product that a call reads: of as many experts as tokens may
-    choose, and those beside them."""
-    touched = min(problem.experts, tokens * problem.chosen)
-    plain = replace(
-        problem, N=problem.N // problem.experts * touched, experts=0, chosen=0, routed="", route="",
-        residual=False,
-    )  # fmt: skip
-    return row.bytes_moved(plain, 0)
-
-
-def moved(rows: tuple[KernelRow, KernelRow], up: Problem, down: Problem, tokens: int) -> int:
-    """Bytes that a call of two kernels moves, each operand once; what is between them twice."""
-    width = DTYPES[up.x_dtype].itemsize
-    routed = width * up.experts * up.K if up.route else 0
-    values = tokens * (up.K + 2 * up.chosen * down.K + down.outputs * (1 + down.residual))
-    weights = sum(read_bytes(p, r, tokens) for p, r in zip((up, down), rows, strict=True))
-    return weights + routed + width * values
 
 
 def moved_cpu(up: Problem, down: Problem, tokens: int) -> int:
@@ -86,7 +65,7 @@ def surveyed(
         up, down = asked(up), asked(down)
         rows = [row for row in (choose(up)[0], choose(down)[0]) if row is not None]
         names = [r.name for r in rows]
-        total = moved((rows[0], rows[1]), up, down, tokens)
+        total = sum(r.bytes_moved(p, tokens) for r, p in zip(rows, (up, down), strict=True))
         more = {"timed": []}  # tiles of experts are not measured
     return told(fused, (names[0], names[1]), (up, down)) | {
         "sections": [fused.up.N, fused.down.N], "bytes": total, "stored_bytes": stored,

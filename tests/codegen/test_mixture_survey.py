@@ -1,0 +1,91 @@
+"""Launches of a decode step of real mixtures of experts, captured from random models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import llmc
+from llmc.codegen.survey import survey
+from llmc.codegen.targets import BANDWIDTH
+from llmc.compiler.ir.graph import Program
+from llmc.compiler.pipeline import recipe
+from llmc.compiler.pipeline.plan import make_plan
+from llmc.compiler.runtime.cache import add_cache
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 512,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **COMMON, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128, "norm_topk_prob": True,
+    },
+    "olmoe": {**COMMON, **TOKENS, "num_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **COMMON, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
+        "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+}  # fmt: skip
+
+
+def captured(name: str, sizes: dict[str, Any] | None = None) -> Program:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **(sizes or SIZES[name]))
+    return llmc.capture(AutoModelForCausalLM.from_config(config).eval())
+
+
+def surveyed(name: str, target: str = "triton", tokens: int = 1) -> dict[str, Any]:
+    plan = make_plan(captured(name), recipe.from_strings(["w4:group=128"]))
+    return survey(add_cache(plan.program), target, tokens, "fp16", BANDWIDTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        ("mixtral", "softmax sum"),
+        ("qwen3_moe", "softmax sum"),
+        pytest.param("olmoe", "softmax", marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_starts_six_kernels(name: str, route: str) -> None:
+    """q, k and v behind the norm; turn and write; attend; out and sum; router, gate and up behind
+    the norm; down, weighed, and sum."""
+    page = surveyed(name)
+    assert page["launches_per_block"] == 6
+    for block in ("block0", "block1"):
+        kinds = [c.split("_default")[0] for c in page["blocks"][block]["calls"]]
+        assert kinds == ["fused", "cached_attention", "fused", "fused"]
+    assert page["not_fused"] == []
+    layers = [r for r in page["fused"] if r["problem"]["routed"]]
+    assert [r["launches"] for r in layers] == [2, 2]
+    assert all(r["path"].endswith("mlp.experts") for r in layers)
+    for r in layers:
+        up, down = r["problem"], r["down"]
+        assert (up["route"], up["norm"], up["experts"], up["chosen"]) == (route, True, 8, 2)
+        assert (down["routed"], down["residual"], down["N"]) == ("down", True, 8 * 256)
+        # Of the codes a quarter: two of eight experts are read.
+        codes = 3 * 8 * 128 * 256 // 2
+        assert codes // 4 < r["bytes"] < codes // 2 < r["stored_bytes"]
+
+
+@pytest.mark.slow
+def test_a_route_that_no_kernel_knows_is_left_in_the_graph() -> None:
+    """Groups of experts, sigmoids and a bias: the kernels are told, and a sentence says why."""
+    page = surveyed("deepseek_v3")
+    layers = [r for r in page["fused"] if r["problem"]["routed"]]
+    assert len(layers) == 2
+    assert {r["problem"]["route"] for r in layers} == {""}
+    reasons = {r["reason"] for r in page["not_fused"] if r["predicate"] == "route"}
+    assert reasons == {"the weights of its experts come from aten.mul.Tensor, not from a topk"}
