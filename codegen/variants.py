@@ -25,6 +25,8 @@ SIZE = 4096
 _BITS = (4, 8, 3, 2, 16)
 _GROUPS = (128, 64, 256, 0)
 _SPARSE = ((0, 0), (2, 4))
+_EXPERTS = {"experts": 8, "chosen": 2}
+_GATES = {"routed": "up", "pairs": "gate", "act": "silu"}
 # Changes of the plain problem, each with the tokens of its tile.
 _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("plain", {}, 1),
@@ -45,13 +47,21 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ),
     ("entries", {"sparse": True}, 1),
     ("columns", {"outliers": 32}, 16),
+    ("groups of 16", {"group": 16, "asym": True}, 1),
+    ("experts", {**_EXPERTS, **_GATES, "norm": True, "eps": 1e-6, "route": "softmax sum"}, 1),
+    ("experts told", {**_EXPERTS, **_GATES}, 1),
+    ("experts summed", {**_EXPERTS, "routed": "down", "residual": True}, 1),
 )
 # Changes that are compiled for some rows alone, as they touch others at the same place.
 _SOME = {
     "layer norm": ("w4a16", "w8a8", "round_int8"),
     "norm behind": ("w4a16",),
+    "groups of 16": ("w4a16", "w3a16", "w2a16"),
     "joined": ("factors",),
     "joined gate": ("factors",),
+    "experts": ("w4a16",),
+    "experts told": ("w8a16",),
+    "experts summed": ("w4a16",),
 }
 
 
