@@ -41,12 +41,16 @@ NUMBERS: dict[str, tuple[int, ...]] = {
 }
 STEPS = 16  # of 32 columns that a case may take
 _INTEGRAL = ("N", "K", "bits", "group", "n", "m")
+# Experts are given their tokens in tensors of the call: they have tests of their own.
+_APART = ("routed", "route")
 # Parts that a case may spoil; indices of compressed rows would no longer be any.
 _FIXED = ("csr_index", "csr_starts")
 
 
 def allowed(row: KernelRow, name: str) -> list[Any]:
     """Values of a field that the row may serve, by its choices and its predicates of one field."""
+    if name in _APART:
+        return [DEFAULTS[name]]
     if name in row.choices:
         known = NUMBERS.get(name, ()) if hasattr(row.choices[name], "most") else row.choices[name]
         return [v for v in known if v in row.choices[name]]
