@@ -19,3 +19,11 @@ def integer_bytes(bits: int, x_dtype: str, part: str) -> list[int]:
     found = (pattern & 0xFF if part == "low" else pattern >> 8).tolist()
     eights = [found[i : i + 8] for i in range(0, len(found), 8)]
     return [sum(byte << (8 * i) for i, byte in enumerate(eight)) for eight in eights]
+
+
+def integer_words(bits: int, x_dtype: str, part: str, less: int) -> list[int]:
+    """The low or high bytes of 0 - less … 2**bits - 1 - less as floats, four to an int32."""
+    run = sum(eight << (64 * i) for i, eight in enumerate(integer_bytes(bits, x_dtype, part)))
+    run >>= 8 * ((1 << bits) - 1 - less)
+    words = [(run >> (32 * i)) & 0xFFFFFFFF for i in range(max(1, (1 << bits) // 4))]
+    return [w - (1 << 32) if w >> 31 else w for w in words]

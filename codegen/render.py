@@ -16,7 +16,7 @@ import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
 from . import spans
-from .literals import integer_bytes
+from .literals import integer_bytes, integer_words
 from .problem import Problem
 from .row import Argument, KernelRow
 
@@ -196,4 +196,5 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     made.filters["integer_bytes"] = integer_bytes
+    made.filters["integer_words"] = integer_words
     return made

@@ -10,7 +10,7 @@ from ...compiler.ir.errors import ModelError
 from ..prepack import expect, pad, scale_tiles, wrap
 from ..problem import DTYPES, Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .bytes import BESIDE, GROUP, SHAPE
+from .bytes import BESIDE, SHAPE
 from .common import CHOICES, SCALE, SIDES, SPLITS, UNROUTED, linear_args
 from .sparse_nm import ones
 
@@ -134,7 +134,11 @@ W4_BITMAP = KernelRow(
     requires=(
         Requirement("bits", "Eq(bits, 4)", "4"),
         *MARKED,
-        GROUP,
+        Requirement(
+            "group",
+            "Eq(Mod(group, 128), 0) | Eq(group, 32) | Eq(group, 64)",
+            "32, 64, a multiple of 128, or one scale per row",
+        ),
         *SHAPE,
     ),
     moves=f"ceiling({KEPT}/2) + 5*Np*Kp/32 + 4*(Np*Kp/8192 + 1) + {SIDES}",

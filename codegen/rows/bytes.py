@@ -38,8 +38,8 @@ def _integers(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch
 CODES = Argument("codes", "[Np/64, Kp/128, 2, 64, 16]", ("i32",), dtype="i32")
 GROUP = Requirement(
     "group",
-    "Eq(Mod(group, 128), 0) | Eq(group, 32) | Eq(group, 64)",
-    "32, 64, a multiple of 128, or one scale per row",
+    "Eq(Mod(group, 128), 0) | Eq(group, 16) | Eq(group, 32) | Eq(group, 64)",
+    "16, 32, 64, a multiple of 128, or one scale per row",
 )
 SHAPE = (
     Requirement("N", "N >= 1", "at least 1"),
@@ -48,6 +48,8 @@ SHAPE = (
 TILES = ((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64))
 # Wide tiles beside a product of low rank or sparse entries would spill.
 BESIDE = "(BM * BN <= 1024) | (Eq(rank, 0) & Eq(sparse, 0))"
+# So would products of 16 columns each in wide tiles, behind a norm.
+SIXTEEN = "(BM * BN <= 1024) | Eq(norm, 0) | (group >= 32) | Eq(group, 0)"
 DENSE = Requirement("m", "Eq(m, 0)", "0 (dense)")
 
 W8A16 = KernelRow(
@@ -67,6 +69,7 @@ W8A16 = KernelRow(
         "Eq(wide, 0) | (BM <= 16)",
         "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)",
         BESIDE,
+        SIXTEEN,
     ),
     pack=_integers,
 )

@@ -9,6 +9,7 @@ from ...compiler.ir.errors import ModelError
 from ..prepack import expect, pad, scale_tiles, words
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
+from .bytes import SIXTEEN
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
@@ -81,8 +82,8 @@ W4A16 = KernelRow(
         Requirement("m", "Eq(m, 0)", "0 (dense)"),
         Requirement(
             "group",
-            "Eq(Mod(group, 128), 0) | Eq(group, 32) | Eq(group, 64)",
-            "32, 64, a multiple of 128, or one scale per row",
+            "Eq(Mod(group, 128), 0) | Eq(group, 16) | Eq(group, 32) | Eq(group, 64)",
+            "16, 32, 64, a multiple of 128, or one scale per row",
         ),
         Requirement("N", "N >= 1", "at least 1"),
         Requirement("K", "K >= 16", "at least 16"),
@@ -101,7 +102,11 @@ W4A16 = KernelRow(
     ),
     stages=(3, 4, 6),
     splits=SPLITS,
-    fits=("Eq(wide, 0) | (BM <= 16)", "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"),
+    fits=(
+        "Eq(wide, 0) | (BM <= 16)",
+        "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)",
+        SIXTEEN,
+    ),
     pack=_dense,
 )
 

@@ -25,6 +25,7 @@ MAIN = [
     (W4A16, {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), 2.7),
     (W4A16, {"asym": True, "x_dtype": "bf16", **SIDES}, TileConfig(8, 64), 3.6),
     (W4A16, {"group": 64, "asym": True, **SIDES}, TileConfig(16, 64), 5.5),
+    (W4A16, {"group": 16, "asym": True}, TileConfig(8, 64), 4.1),
     (W4A16_24, {}, TileConfig(8, 32, 3, warps=2), 3.4),
     (W4A16_24, {"asym": True, "x_dtype": "bf16", **SIDES}, TileConfig(16, 64, 3), 9.0),
 ]

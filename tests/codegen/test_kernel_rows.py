@@ -23,7 +23,8 @@ SPARSE = Problem(N=256, K=512, group=64, n=2, m=4)
         ("w4a16", {"group": 48}, "group"),
         ("w4a16", {"group": 96}, "group"),
         ("w4a16", {"group": 192}, "group"),
-        ("w4a16", {"group": 16}, "group"),
+        ("w4a16", {"group": 8}, "group"),
+        ("w4a16", {"group": 24}, "group"),
         ("w4a16", {"n": 2, "m": 4, "group": 64}, "m"),
         ("w4a16", {"K": 15}, "K"),
         ("w4a16", {"x_dtype": "float64"}, "x_dtype"),
@@ -48,7 +49,7 @@ def test_a_requirement_just_missed_is_refused_by_field(
     assert f"{field}=" in str(found[0]) or len(found) > 1
 
 
-@pytest.mark.parametrize("group", [32, 64, 128, 256, 512, 0, 4096])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256, 512, 0, 4096])
 def test_what_is_just_inside_is_served(group: int) -> None:
     """Every promised group, one scale per row among them, under every flag."""
     flags = {"asym": True, "bias": True, "residual": True, "norm": True}
@@ -56,7 +57,7 @@ def test_what_is_just_inside_is_served(group: int) -> None:
         dense = Problem(N=1, K=2048, group=group, x_dtype=dtype, **flags)
         sparse = dataclasses.replace(dense, group=group // 2, n=2, m=4)
         assert choose(dense) == (W4A16, [])
-        assert choose(sparse) == (W4A16_24, [])
+        assert group == 16 or choose(sparse) == (W4A16_24, [])
 
 
 def test_when_no_row_serves_all_say_why() -> None:

@@ -23,6 +23,7 @@ CASES = {
     "w8:group=row": ("float16", ["w8a16"] * 4),
     "svd:rank=4": ("float16", ["factors"] * 4),
     "kv8": ("float16", ["w16"] * 4),
+    "spqr": ("float16", ["w3a16"] * 4),
 }
 # Layer norms, attention and MLP side by side; up alone, then its activation.
 OTHERS: dict[str, dict[str, Any]] = {

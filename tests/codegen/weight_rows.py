@@ -66,11 +66,12 @@ family("w8a16", W8, [
     case("w8a16", 2, 70, 260, **W8, group=64, asym=True, x_dtype="bf16", scale_dtype="bf16"),
     case("w8a16", 1, 40, 260, **W8, x_dtype="bf16", stride="halves", residual=True),
     case("w8a16", 3, 66, 200, **W8, group=64, asym=True, **ALL_SIDES, **GATE, smooth=True),
+    case("w8a16", 3, 35, 137, **W8, group=16, asym=True, x_dtype="bf16", spoil="zero"),
 ], {"K": 96, "asym": True, "group": 32})  # fmt: skip
 MISSES += [
     ("w8a16", W8, {"bits": 7}, "bits"),
     ("w8a16", W8, {"group": 48}, "group"),
-    ("w8a16", W8, {"group": 16}, "group"),
+    ("w8a16", W8, {"group": 8}, "group"),
     ("w8a16", W8, {"K": 15}, "K"),
     ("w8a16", W8, {"n": 2, "m": 4, "group": 64}, "m"),
     ("w8a16", W8, {"weights": "table", "levels": "e4m3"}, "weights"),
@@ -105,7 +106,7 @@ MISSES += [
     ("w8_float", F8, {"asym": True}, "asym"),
     ("w8_float", F8, {"group": 48}, "group"),
     ("w4_float", F4, {"bits": 3}, "bits"),
-    ("w4_float", F4, {"group": 16}, "group"),
+    ("w4_float", F4, {"group": 24}, "group"),
     ("w4_float", F4, {"m": 4, "n": 2, "group": 64}, "m"),
 ]
 FACTS += [
@@ -129,6 +130,7 @@ family("w4_lut", NF4, [
     case("w4_lut", 9, 33, 300, **STORED, x_dtype="bf16", spoil="table"),
     case("w4_lut", 2, 1, 130, **STORED | {"table": "matrix"}, stride="padded"),
     case("w4_lut", 2, 34, 200, **NF4, **ALL_SIDES, **GATE, smooth=True),
+    case("w4_lut", 3, 35, 100, **NF4, group=16, spoil="scale"),
 ], {"K": 96, "group": 32})  # fmt: skip
 family("w3_lut", NF3, [
     case("w3_lut", 1, 33, 96, **NF3, group=32),
@@ -147,6 +149,8 @@ family("w3a16", W3, [
     case("w3a16", 3, 64, 520, **W3, group=256, spoil="scale"),
     case("w3a16", 2, 1, 130, **W3, group=0, asym=True, x_dtype="fp32", stride="padded"),
     case("w3a16", 2, 34, 300, **W3, asym=True, **ALL_SIDES, **GATE, smooth=True),
+    case("w3a16", 3, 35, 137, **W3, group=16, asym=True, spoil="zero"),
+    case("w3a16", 2, 34, 100, **W3, group=16, x_dtype="fp32", **ALL_SIDES, **GATE),
 ], {"K": 192, "asym": True, "group": 32})  # fmt: skip
 family("w2a16", W2, [
     case("w2a16", 1, 33, 96, **W2, group=32),
@@ -154,6 +158,7 @@ family("w2a16", W2, [
     case("w2a16", 9, 33, 300, **W2, group=0, asym=True, x_dtype="bf16", scale_dtype="bf16"),
     case("w2a16", 2, 1, 130, **W2, group=256, x_dtype="fp32", stride="halves"),
     case("w2a16", 2, 34, 300, **W2, asym=True, **ALL_SIDES, **GATE),
+    case("w2a16", 3, 35, 100, **W2, group=16, x_dtype="bf16", spoil="scale"),
 ], {"K": 192, "asym": True, "group": 32})  # fmt: skip
 MISSES += [
     ("w4_lut", NF4, {"levels": "e2m1"}, "levels"),
@@ -162,10 +167,14 @@ MISSES += [
     ("w3_lut", NF3, {"levels": "ternary"}, "levels"),
     ("w3_lut", NF3, {"bits": 5}, "bits"),
     ("w2_lut", NF2, {"weights": "int", "levels": ""}, "weights"),
+    ("w3a16", W3, {"group": 8}, "group"),
+    ("w3a16", W3, {"group": 24}, "group"),
+    ("w3a16", W3, {"group": 48}, "group"),
     ("w3a16", W3, {"group": 192}, "group"),
     ("w3a16", W3, {"group": 384}, "group"),
     ("w3a16", W3, {"m": 4, "n": 2, "group": 64}, "m"),
     ("w2a16", W2, {"bits": 1}, "bits"),
+    ("w2a16", W2, {"group": 24}, "group"),
     ("w2a16", W2, {"weights": "table", "levels": "nf"}, "weights"),
 ]
 FACTS += [
@@ -174,8 +183,11 @@ FACTS += [
     ("w3_lut", NF3, TileConfig(8, 64), "sm_90", 3.7, 2),
     ("w3a16", W3 | {"asym": True}, TileConfig(16, 128), "sm_90", 3.5, 2),
     ("w3a16", W3 | {"x_dtype": "bf16"}, TileConfig(8, 64), "sm_80", 4.4, 2),
+    ("w3a16", W3 | {"group": 16}, TileConfig(8, 64), "sm_80", 3.9, 0),
+    ("w3a16", W3 | {"group": 16, "asym": True}, TileConfig(8, 64), "sm_90", 5.1, 0),
     ("w2_lut", NF2, TileConfig(8, 64), "sm_90", 3.3, 2),
     ("w2a16", W2 | {"asym": True}, TileConfig(16, 128), "sm_90", 2.8, 2),
+    ("w2a16", W2 | {"group": 16, "asym": True}, TileConfig(8, 64), "sm_80", 4.5, 0),
 ]
 TILED["w4_lut"] = [*grid(NF4, zeros=False, wide=False), STORED | {"x_dtype": "bf16"}]
 TILED["w3_lut"] = [*grid(NF3, zeros=False, wide=False), STORED | {"bits": 3}]
@@ -256,7 +268,7 @@ family("w4_bitmap", BITS4, [
 MISSES += [
     ("w4_bitmap", BITS4, {"bits": 3}, "bits"),
     ("w4_bitmap", BITS4, {"bitmap": False}, "bitmap"),
-    ("w4_bitmap", BITS4, {"group": 48}, "group"),
+    ("w4_bitmap", BITS4, {"group": 16}, "group"),
 ]
 FACTS += [
     ("w4_bitmap", BITS4, TileConfig(8, 64, 3), "sm_90", 24.0, 64),
