@@ -107,7 +107,7 @@ class OnTriton:
         if both is None or not _holds(both, tensors):
             both = self._packed(0, UP, tensors), self._packed(1, DOWN, tensors)
             self._last = both if self.keep else None
-        given = {n: t.contiguous() for n, t in brought.items()}
+        given: dict[str, Any] = {n: t.contiguous() for n, t in brought.items()}
         y: torch.Tensor = fused_mixture(*both, x.contiguous(), **given)
         return y
 

@@ -31,9 +31,12 @@ class Layers(Maker):
         return self.call("aten.reshape.default", matrix, [COUNT, rows, columns])
 
     def route(self, h: fx.Node, kind: str = "softmax") -> tuple[fx.Node, fx.Node]:
-        """Index and weight: "softmax", "softmax sum" or, the same written otherwise, "chosen"."""
+        """Index and weight: "softmax", "softmax sum" or, the same written otherwise, "chosen"; or
+        "sigmoid", which no kernel makes itself."""
         found = self.call("aten.linear.default", h, self.param("router", (COUNT, HIDDEN)))
-        if kind != "chosen":
+        if kind == "sigmoid":
+            found = self.call("aten.sigmoid.default", found)
+        elif kind != "chosen":
             found = self.call("aten.softmax.int", found, -1)
         top = self.call("aten.topk.default", found, CHOSEN)
         weight, index = (self.call("operator.getitem", top, i) for i in (0, 1))

@@ -55,7 +55,7 @@ def surveyed(name: str, target: str = "triton", tokens: int = 1) -> dict[str, An
     ("name", "route"),
     [
         ("mixtral", "softmax sum"),
-        ("qwen3_moe", "softmax sum"),
+        pytest.param("qwen3_moe", "softmax sum", marks=pytest.mark.slow),
         pytest.param("olmoe", "softmax", marks=pytest.mark.slow),
     ],
 )
