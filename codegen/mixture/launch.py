@@ -13,7 +13,7 @@ import torch
 
 from ...compiler.ir.errors import ResourceError, UsageError
 from .. import workspace
-from ..calls import kind
+from ..calls import Call, kind
 from ..counters import counters
 from ..launch import (
     _call,
@@ -126,7 +126,7 @@ def _ready(
 
 
 class _Launch:
-    """One of the two, made when its tensors are first seen."""
+    """One of the two, made when its tensors are first seen: all others of this call look alike."""
 
     def __init__(self, row: KernelRow, problem: Problem, tile: TileConfig, T: int) -> None:
         self.row, self.problem, self.tile, self.T = row, problem, tile, T
@@ -134,6 +134,7 @@ class _Launch:
         self.size = workspace.sizes(problem, tile, T)
         columns = fit.rows_of(problem) // tile.BN
         self.grid = (columns, fit.tiles(problem, T, tile.BM), 1)
+        self.call: Call | None = None
 
     def __call__(self, given: Sides) -> None:
         device = given["y"].device
@@ -141,9 +142,12 @@ class _Launch:
             given["scratch"] = torch.empty(self.size[0], device=device)
             given["counts"] = counters("counts", self.size[1], device)
         tensors = [given.get(a.name) for a in self.given]
-        strides = tuple(given[a.name].stride(0) for a in self.given if a.strided)
-        looks = tuple(kind(t) for t in tensors)
-        _call(self.row, self.problem, self.tile, self.T, strides, self.grid, device, looks)(tensors)
+        if self.call is None:
+            strides = tuple(given[a.name].stride(0) for a in self.given if a.strided)
+            looks = tuple(kind(t) for t in tensors)
+            how = (self.row, self.problem, self.tile, self.T, strides, self.grid, device, looks)
+            self.call = _call(*how)
+        self.call(tensors)
 
 
 def _normed(problem: Problem, x: torch.Tensor, gains: Sides) -> torch.Tensor:
