@@ -153,6 +153,9 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
         for _ in range(300 if at >= count - 3 else 1):
             # A tile that no case had yet; the widest fit few problems, so that some are drawn anew.
             grid = [c for c in row.configs(problem) if not tiles or (c.BM, c.BN) in tiles]
+            if not grid and problem.spans:  # sections fit fewer tiles
+                problem = replace(problem, spans="")
+                grid = [c for c in row.configs(problem) if (c.BM, c.BN) in tiles]
             if grid:
                 break
             problem = drawn(row, rng, {"N": 193 + at % 2}) or problem
