@@ -150,7 +150,7 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
     spoils: dict[str, int] = {}
     for at in range(count):
         problem = _covering(row, rng, missing)
-        for _ in range(300 if at >= count - 3 else 1):
+        for _ in range(300 if at >= count - 4 else 1):
             # A tile that no case had yet; the widest fit few problems, so that some are drawn anew.
             grid = [c for c in row.configs(problem) if not tiles or (c.BM, c.BN) in tiles]
             if not grid and problem.spans:  # sections fit fewer tiles
@@ -225,7 +225,7 @@ def parts_named(p: Problem) -> list[str]:
 def sample(count: int, seed: int = 0, row: str = "") -> list[Case]:
     """About `count` cases over all rows, or all of one; the same for the same seed."""
     rows = [r for r in ROWS if row in ("", r.name)]
-    each = -(-count // len(rows)) + 6  # a row has more tiles and values than some counts give
+    each = -(-count // len(rows)) + 8  # a row has more tiles and values than some counts give
     return [case for r in rows for case in cases_of(r, each, seed)]
 
 
