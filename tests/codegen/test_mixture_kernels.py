@@ -130,6 +130,21 @@ def test_the_kernel_chooses_as_topk_does(name: str, answers: dict[str, Any]) -> 
         assert found["starts"] == [0, 0, 17, 17, 17]
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("untold", "expected index, weight beside x, found nothing"),
+        ("float index", "expected index in int32 or int64"),
+        ("short", "expected weight [5, 2], found [5, 1]"),
+        ("columns", "expected x [5, 128], found [5, 127]"),
+        ("swapped", "expected weights routed up and down, found down and up"),
+        ("linear", "call fused_mixture"),
+    ],
+)
+def test_calls_that_do_not_fit_are_refused(call: str, words: str, answers: dict[str, Any]) -> None:
+    assert words in answers["refused"][call]
+
+
 # ** bounds **
 
 
@@ -316,11 +331,40 @@ def _call(layer: Layer) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _refused() -> dict[str, str]:
+    from llmc.codegen.launch import fused_linear
+    from llmc.codegen.mixture.launch import fused_mixture
+    from llmc.codegen.prepack import prepack
+    from llmc.compiler.ir.errors import UsageError
+
+    layer = LAYERS["eight bits, told"]
+    up, down = (
+        prepack(row(layer.row), p, **parts)
+        for p, parts in zip(layer.problems, layer.parts, strict=True)
+    )
+    x, sides = layer.inputs()
+    calls = {
+        "untold": lambda: fused_mixture(up, down, x),
+        "float index": lambda: fused_mixture(up, down, x, **sides | {"index": sides["weight"]}),
+        "short": lambda: fused_mixture(up, down, x, **sides | {"weight": sides["weight"][:, :1]}),
+        "columns": lambda: fused_mixture(up, down, x[:, :127], **sides),
+        "swapped": lambda: fused_mixture(down, up, x, **sides),
+        "linear": lambda: fused_linear(up, x),
+    }
+    texts = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except UsageError as error:
+            texts[name] = str(error)
+    return texts
+
+
 if __name__ == "__main__":
     import sys
     import time
 
-    answer = {}
+    answer: dict[str, Any] = {"refused": _refused()}
     for label, case in LAYERS.items():
         begin = time.thread_time()
         answer[label] = _call(case)
