@@ -150,13 +150,13 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
     spoils: dict[str, int] = {}
     for at in range(count):
         problem = _covering(row, rng, missing)
-        for _ in range(300 if at >= count - 4 else 1):
-            # A tile that no case had yet; the widest fit few problems, so that some are drawn anew.
+        for _ in range(300):
+            # A tile that no case had yet; the widest fit few problems, so the last are drawn anew.
             grid = [c for c in row.configs(problem) if not tiles or (c.BM, c.BN) in tiles]
             if not grid and problem.spans:  # sections fit fewer tiles
                 problem = replace(problem, spans="")
                 grid = [c for c in row.configs(problem) if (c.BM, c.BN) in tiles]
-            if grid:
+            if grid or at < count - 6:
                 break
             problem = drawn(row, rng, {"N": 193 + at % 2}) or problem
         config = rng.choice(grid or row.configs(problem))
