@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_suite.py --out benchmarks/results/cpu.json            # kernels and model
     python benchmarks/cpu_suite.py --only compiled --out benchmarks/results/cpu.json
+    python benchmarks/cpu_suite.py --only experts --out benchmarks/results/cpu.json
     python benchmarks/cpu_suite.py --only inductor --tokens 16,128 --out benchmarks/results/cpu.json
     python benchmarks/cpu_suite.py --only kernels --tokens 1,128
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import cpu_peers
 import torch
-from speed import command, llama
+from speed import command, llama, mixtral
 
 from llmc.codegen import cpu
 from llmc.codegen.cpu import compiled
@@ -33,10 +34,11 @@ from llmc.codegen.cpu.table import machine
 from llmc.codegen.cpu.tune import random_parts, timed
 from llmc.codegen.problem import Problem
 from llmc.compiler import api
+from llmc.compiler.ir.graph import Program
 from llmc.compiler.runtime.executor import Runner
 from llmc.compiler.runtime.lowering import runner_for
 
-SECTIONS = ("kernels", "model", "compiled", "inductor")
+SECTIONS = ("kernels", "model", "compiled", "experts", "inductor")
 MODELS = {
     "bf16": "",
     "w4": "w4:solver=rtn",
@@ -101,9 +103,11 @@ def kernel_page(N: int, K: int, tokens: list[int], seconds: float) -> dict[str, 
     return {"shape": [N, K], "rows": rows, "missing": missing}
 
 
-def model_page(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Decode and prefill of a random llama in one executor, its smaller forms against bf16."""
-    dense = llama(args)
+def model_page(
+    args: argparse.Namespace, names: Iterable[str], made: Callable[..., Program] = llama
+) -> dict[str, Any]:
+    """Decode and prefill of a random model in one executor, its smaller forms against bf16."""
+    dense = made(args)
     count = sum(torch.Size(p.shape).numel() for p in dense.params.values() if p.trained)
     runners = {}
     for name in names:
@@ -124,7 +128,7 @@ def model_page(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]
             for n, s in found.items()
         ]  # fmt: skip
     memory = {n: r.memory_report().total for n, r in runners.items()}
-    return {"parameters": count, "rows": rows, "resident_bytes": memory}
+    return {"model": made.__name__, "parameters": count, "rows": rows, "resident_bytes": memory}
 
 
 def _speak(runner: Runner, ids: torch.Tensor, new: int) -> torch.Tensor:
@@ -190,13 +194,14 @@ def table(result: dict[str, Any]) -> str:
             ]
             lines.append(f"| {name} | " + " | ".join(shown) + " |")
         lines += [f"\nNot measured: {m}." for m in page.get("missing", [])] + [""]
-    for section in ("model", "compiled"):
+    for section in ("model", "compiled", "experts"):
         if section not in result:
             continue
         page = result[section]
         kinds = list(dict.fromkeys((r["kind"], r["prompt"]) for r in page["rows"]))
+        kind, millions = page.get("model", "llama"), page["parameters"] / 1e6
         lines.append(
-            f"## {section}: random llama of {page['parameters'] / 1e6:.0f} M parameters in bf16, "
+            f"## {section}: random {kind} of {millions:.0f} M parameters in bf16, "
             "times as fast as dense (tokens/s)\n"
         )
         lines.append(taken(page))
@@ -247,6 +252,7 @@ def main() -> int:
         "kernels": lambda: kernel_page(N, K, tokens, args.seconds),
         "model": lambda: model_page(args, MODELS),
         "compiled": lambda: model_page(args, ("bf16", "w4", "w4 compiled")),
+        "experts": lambda: model_page(args, ("bf16", "w4", "w8"), mixtral),
         "inductor": lambda: inductor_page(N, K, tokens, args.seconds),
     }
     with torch.no_grad():

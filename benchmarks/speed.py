@@ -36,6 +36,20 @@ def llama(args: argparse.Namespace) -> Program:
     return api.capture(LlamaForCausalLM(config).float().eval())
 
 
+def mixtral(args: argparse.Namespace) -> Program:
+    """A random mixture, two of eight experts for each token; half as wide, half as many layers."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=args.hidden, intermediate_size=args.inner // 2, vocab_size=args.vocab,
+        num_hidden_layers=args.layers // 2, num_attention_heads=args.heads,
+        num_key_value_heads=args.heads // 2, max_position_embeddings=2048,
+        num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return api.capture(MixtralForCausalLM(config).float().eval())
+
+
 def measured(
     args: argparse.Namespace, passes: str, shares: Iterable[float], target: str, removed: str
 ) -> dict[str, Any]:
