@@ -64,6 +64,8 @@ def survey(
     plan = fuse(own, accept, CPU_FEATURES if target == "cpu" else FEATURES)
     rows = [_row(own, f, target, tokens, dtype, bandwidth) for f in plan.fused]
     rows += [surveyed(own, m, target, tokens, dtype, bandwidth) for m in plan.mixtures]
+    order = {node.name: i for i, node in enumerate(own.graph.nodes)}
+    rows.sort(key=lambda r: order[r["node"]])
     refused, attended = list(plan.refused), list[PlacedAttention]()
     if target == "triton" and own.states:
         try:

@@ -309,6 +309,8 @@ def describe(lowered: Lowered, *, bandwidth: float = BANDWIDTH) -> dict[str, Any
             "stored_bytes": p.stored, "note": p.note, **_dense(lowered.target, p),
         })  # fmt: skip
     rows += [p.json(bandwidth) for p in lowered.mixtures]
+    order = {node.name: i for i, node in enumerate(lowered.program.graph.nodes)}
+    rows.sort(key=lambda r: order[str(r["node"])])
     return {
         "target": lowered.target,
         "fused": rows,
