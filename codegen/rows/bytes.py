@@ -48,6 +48,8 @@ SHAPE = (
 TILES = ((8, 32), (8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 64), (32, 128), (64, 64))
 # Wide tiles beside a product of low rank or sparse entries would spill.
 BESIDE = "(BM * BN <= 1024) | (Eq(rank, 0) & Eq(sparse, 0))"
+# So would many tokens behind a norm, with small groups.
+MANY = "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)"
 # So would products of 16 columns each in wide tiles, behind a norm.
 SIXTEEN = "(BM * BN <= 1024) | Eq(norm, 0) | (group >= 32) | Eq(group, 0)"
 DENSE = Requirement("m", "Eq(m, 0)", "0 (dense)")
@@ -67,7 +69,7 @@ W8A16 = KernelRow(
     splits=SPLITS,
     fits=(
         "Eq(wide, 0) | (BM <= 16)",
-        "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)",
+        MANY,
         BESIDE,
         SIXTEEN,
     ),

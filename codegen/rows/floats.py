@@ -10,7 +10,7 @@ from ...compiler.ir.levels import levels
 from ..prepack import scale_tiles, wrap
 from ..problem import Parts, Problem, Requirement
 from ..row import Argument, KernelRow
-from .bytes import BESIDE, CODES, DENSE, GROUP, SHAPE, SIXTEEN, TILES, byte_tiles, spread
+from .bytes import BESIDE, CODES, DENSE, GROUP, MANY, SHAPE, SIXTEEN, TILES, byte_tiles, spread
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
@@ -64,7 +64,7 @@ W8_FLOAT = KernelRow(
     tiles=TILES,
     stages=(3, 4, 6),
     splits=SPLITS,
-    fits=("Eq(wide, 0) | (BM <= 16)", BESIDE, SIXTEEN),
+    fits=("Eq(wide, 0) | (BM <= 16)", BESIDE, MANY, SIXTEEN),
     pack=_eight,
 )
 
@@ -81,6 +81,6 @@ W4_FLOAT = KernelRow(
     tiles=TILES,
     stages=(3, 4, 6),
     splits=SPLITS,
-    fits=("Eq(wide, 0) | (BM <= 16)", BESIDE, SIXTEEN),
+    fits=("Eq(wide, 0) | (BM <= 16)", BESIDE, MANY, SIXTEEN),
     pack=_four,
 )

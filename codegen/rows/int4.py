@@ -9,7 +9,7 @@ from ...compiler.ir.errors import ModelError
 from ..prepack import expect, pad, scale_tiles, words
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .bytes import SIXTEEN
+from .bytes import MANY, SIXTEEN
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 
 
@@ -104,7 +104,7 @@ W4A16 = KernelRow(
     splits=SPLITS,
     fits=(
         "Eq(wide, 0) | (BM <= 16)",
-        "(BM < 64) | (group >= 64) | Eq(group, 0) | Eq(norm, 0)",
+        MANY,
         SIXTEEN,
     ),
     pack=_dense,

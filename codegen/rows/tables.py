@@ -12,7 +12,7 @@ from ...compiler.ir.levels import levels as named_levels
 from ..prepack import pad, wrap
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow
-from .bytes import BESIDE, DENSE, GROUP, SHAPE, SIXTEEN, spread
+from .bytes import BESIDE, DENSE, GROUP, MANY, SHAPE, SIXTEEN, spread
 from .common import CHOICES, SCALE, SIDES, SPLITS, linear_args
 from .floats import numbers, scales
 
@@ -93,7 +93,7 @@ def _row(name: str, bits: int, summary: str, choices: dict[str, tuple[object, ..
         tiles=((8, 32), (8, 64), (16, 32), (16, 64), *wide, (32, 64), *most),
         stages=(3, 4, 6),
         splits=SPLITS,
-        fits=("Eq(wide, 0) | (BM * BN <= 1024)", BESIDE, SIXTEEN),
+        fits=("Eq(wide, 0) | (BM * BN <= 1024)", BESIDE, MANY, SIXTEEN),
         pack=_pack,
     )
 

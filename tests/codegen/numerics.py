@@ -168,8 +168,11 @@ def _read(
     if p.outliers:
         h, size, own = (t.index_fill(-1, parts["columns"], 0.0) for t in (h, size, own))
     slack = 1.01 * u * (p.norm + p.smooth)
-    # Beside relative rounding, what lies below the least normal fp16.
-    least = 2.0**-25 * (p.x_dtype == "fp16") * (p.norm or p.smooth)
+    # Beside relative rounding, what lies below the least normal fp16; 1/rms multiplies it later.
+    least = torch.full_like(x[:, :1], 2.0**-25 * (p.x_dtype == "fp16") * (p.norm or p.smooth))
+    if p.norm:
+        mean = x.mean(-1, keepdim=True) * p.centred
+        least *= ((x * x).mean(-1, keepdim=True) - mean * mean + p.eps).rsqrt()
     if not p.rounds:
         return size, slack * size + least + own
     word, per, *rest = p.rounds.split(" ")
