@@ -30,7 +30,7 @@ from .fuse_find import find
 from .fuse_nodes import MAKER, Accept, path_of
 from .fuse_norms import norms_of
 from .fuse_sums import sums_of
-from .fuse_unit import Part, Unit, body_of, join
+from .fuse_unit import Part, Unit, body_of, join, stored_values
 from .mixture.plan import FusedMixture, fuse_mixtures
 from .problem import Problem
 
@@ -74,13 +74,7 @@ class Fused:
 
         wide: the dtype that floats are brought to first, for an oracle.
         """
-        values: list[torch.Tensor | None] = []
-        for node in program.node(self.node).args[0]:  # type: ignore[union-attr]
-            param = program.param_of(node)
-            value = None if param is None else program.fetch(param.name).to(device)
-            if value is not None and wide is not None and value.dtype.is_floating_point:
-                value = value.to(wide)
-            values.append(value)
+        values = stored_values(program, program.node(self.node), device, wide)
         wanted = [r for p in self.parts for r in p.refs if r is not None]
         found = values_of(self.body, values, wanted)
         return join(self.problem, self.parts, found, self.sections)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compiler.ir.graph import Program
 from ..compiler.ir.ops import row_of
 from ..compiler.ir.ops.fused import Ref, Step, inputs_of, write
 from .fuse_before import Before, centred, grid_words
@@ -251,6 +252,23 @@ def _parts(unit: Unit, names: Mapping[fx.Node, str]) -> Iterator[Part]:
     gain = None if unit.norm is None else argument(unit.norm, 1, "gain")
     if unit.norm is not None and gain is not None:
         yield Part("out_gain", (names[gain],), float(str(unit.norm.kwargs.get("offset", 0.0))))
+
+
+def stored_values(
+    program: Program, node: fx.Node, device: torch.device | str, wide: torch.dtype | None
+) -> list[torch.Tensor | None]:
+    """What a fused node reads of parameters, None where it reads no parameter.
+
+    wide: the dtype that floats are brought to, where one is given.
+    """
+    values: list[torch.Tensor | None] = []
+    for read in node.args[0]:  # type: ignore[union-attr]
+        param = program.param_of(read)
+        value = None if param is None else program.fetch(param.name).to(device)
+        if value is not None and wide is not None and value.dtype.is_floating_point:
+            value = value.to(wide)
+        values.append(value)
+    return values
 
 
 def join(

@@ -23,7 +23,7 @@ from ...compiler.ir.ops.fused import Step, values_of, write
 from ...compiler.ir.refusal import Refusal
 from ..fuse_nodes import LINEAR, MAKER, Accept, Unfit, is_op, is_sum, only_user, refusal
 from ..fuse_sums import turn
-from ..fuse_unit import Part, join, spell
+from ..fuse_unit import Part, join, spell, stored_values
 from ..problem import Problem
 from .find import EXPERTS, Mixture, Side, read_mixture
 from .route import FLAT
@@ -63,13 +63,7 @@ class FusedMixture:
 
         wide: the dtype that floats are brought to first, for an oracle.
         """
-        values: list[torch.Tensor | None] = []
-        for node in program.node(self.node).args[0]:  # type: ignore[union-attr]
-            param = program.param_of(node)
-            value = None if param is None else program.fetch(param.name).to(device)
-            if value is not None and wide is not None and value.dtype.is_floating_point:
-                value = value.to(wide)
-            values.append(value)
+        values = stored_values(program, program.node(self.node), device, wide)
         wanted = [r for p in (*self.up_parts, *self.down_parts) for r in p.refs if r is not None]
         found = values_of(self.body, values, wanted)
         both = []
