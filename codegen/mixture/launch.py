@@ -19,6 +19,7 @@ from ..launch import (
     _call,
     _check_config,
     _joined,
+    _launch,
     _look,
     _processors,
     machine,
@@ -155,10 +156,7 @@ def _normed(problem: Problem, x: torch.Tensor, gains: Sides) -> torch.Tensor:
     plain = Problem(1, problem.K, x_dtype=problem.x_dtype, norm=True, eps=problem.eps)
     made, M = torch.empty_like(x, memory_format=torch.contiguous_format), len(x)
     given = {**gains, "x": x, "y": made}
-    tensors = [given.get(a.name) for a in arguments(NORM_INPUT, plain)]
-    strides = tuple(given[a.name].stride(0) for a in arguments(NORM_INPUT, plain) if a.strided)
-    config, looks = round_config(problem.K), tuple(kind(t) for t in tensors)
-    _call(NORM_INPUT, plain, config, M, strides, (1, M), x.device, looks)(tensors)
+    _launch(NORM_INPUT, plain, round_config(problem.K), M, given, grid=(1, M))
     return made
 
 
