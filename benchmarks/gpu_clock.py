@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmc.codegen.launch import interpreting
+from llmc.codegen.device import interpreting
 from llmc.codegen.tuning.triton import replayed, rotate_bytes
 
 

@@ -37,7 +37,7 @@ import gpu_peers
 import torch
 from gpu_work import Answer, Task, Workers
 
-from llmc.codegen.launch import unavailable
+from llmc.codegen.device import unavailable
 from llmc.codegen.tuning.choices import reason
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096))

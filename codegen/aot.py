@@ -19,10 +19,11 @@ from typing import Any
 
 from ..compiler.ir.errors import ResourceError
 from . import workspace
-from .launch import function, interpreting
+from .device import interpreting
 from .problem import Problem
 from .render import arguments, render, shares
 from .row import MAX_REGISTERS, KernelRow, TileConfig
+from .source import function
 
 PROCESSORS = 132  # of an H100 or H200: the one fact of a device that a kernel compiles in
 CAPABILITY = {"sm_80": 80, "sm_90": 90}

@@ -23,10 +23,11 @@ from typing import Any
 from ..compiler.ir.errors import LlmcError, ResourceError
 from . import aot
 from .aot import AotFacts, compile_variant
+from .device import installed, interpreting
 from .kernels import row as row_named
-from .launch import cache_folder, installed, interpreting
 from .render import render
 from .row import TileConfig
+from .source import cache_folder
 from .variants import SHARED, Variant, unsupported
 
 PROCESSES = 2

@@ -23,6 +23,8 @@ from ..compiler.ir.refusal import Refusal
 from ..compiler.ir.segments import refresh_segments
 from . import cpu, large, sparse
 from .attention.lower import PlacedAttention, attention_implementations
+from .device import interpreting, unavailable
+from .device import machine as machine_of
 from .fuse import Fused, fuse
 from .fuse_nodes import refusal
 from .gains import asked, in_range, round_scales
@@ -165,18 +167,17 @@ def cpu_accept(problem: Problem) -> str | None:
 
 
 def _lower_triton(program: Program, device: torch.device) -> Lowered:
-    from . import launch
 
-    why = launch.unavailable(device if device.type == "cuda" else None)
+    why = unavailable(device if device.type == "cuda" else None)
     if why is not None:
         raise ResourceError(
             f"cannot lower for triton: {why}", hint="use target cpu or reference on this machine"
         )
-    if device.type == "cpu" and not launch.interpreting():
+    if device.type == "cpu" and not interpreting():
         raise UsageError(
             "expected a CUDA device for target triton, found cpu", hint="pass device='cuda'"
         )
-    machine = launch.machine(device)
+    machine = machine_of(device)
     plan = fuse(program, partial(triton_accept, machine=machine))
     lowered = Lowered("triton", program, refused=list(plan.refused))
     for fused in plan.fused:

@@ -221,7 +221,7 @@ def _target(device: torch.device) -> str:
     """The fastest target that runs on a device; a warning says why it is not the kernels."""
     if device.type != "cuda":
         return "reference"
-    from ..codegen.launch import unavailable
+    from ..codegen.device import unavailable
 
     why = unavailable(device)
     if why is None:

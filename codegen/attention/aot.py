@@ -10,9 +10,10 @@ from typing import Any
 
 from ...compiler.ir.errors import ResourceError
 from ..aot import CAPABILITY, disassemble
-from ..launch import function, interpreting
+from ..device import interpreting
 from ..render import Rendered
 from ..row import MAX_REGISTERS
+from ..source import function
 from .launch import sizes
 from .problem import AttentionProblem
 from .render import render

@@ -14,9 +14,10 @@ from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
 from ..calls import compiling, on
 from ..counters import counters
-from ..launch import function, interpreting, unavailable
+from ..device import interpreting, unavailable
 from ..problem import dtype_name
 from ..row import MAX_REGISTERS
+from ..source import function
 from .problem import AttentionProblem
 from .render import joined, padded, render
 from .row import AttentionRow, SplitConfig

@@ -10,8 +10,9 @@ import torch
 from ...compiler.ir.errors import ResourceError, UsageError
 from ...compiler.ir.held import Held, HeldSide
 from ..calls import compiling, on
-from ..launch import function, unavailable
+from ..device import unavailable
 from ..render import Rendered
+from ..source import function
 from .problem import AttentionProblem
 from .render import render_stated
 

@@ -15,21 +15,13 @@ from ...compiler.ir.errors import ResourceError, UsageError
 from .. import workspace
 from ..calls import Call, kind
 from ..counters import counters
-from ..launch import (
-    _call,
-    _check_config,
-    _joined,
-    _launch,
-    _look,
-    _processors,
-    machine,
-    unavailable,
-)
+from ..device import machine, processor_count, unavailable
 from ..prepack import Packed
 from ..problem import DTYPES, Problem, dtype_name
 from ..render import arguments
 from ..row import KernelRow, TileConfig
 from ..rows.rounded import NORM_INPUT, round_config
+from ..start import check_config, joined, launch_row, look, row_call
 from . import fit, routing
 
 MOST_READY = 64  # kinds of call that a layer remembers
@@ -61,7 +53,7 @@ def fused_mixture(
     every = {"residual": residual, "index": index, "weight": weight}
     sides = {n: t for n, t in every.items() if t is not None}
     ready = up.kept.setdefault("mixture", {})
-    key = (configs, _look(x), *[(name, _look(t)) for name, t in sides.items()])
+    key = (configs, look(x), *[(name, look(t)) for name, t in sides.items()])
     held = ready.get(key)
     if held is None or held[0] is not down:
         if len(ready) >= MOST_READY:
@@ -93,17 +85,17 @@ def _ready(
         return lambda x, sides: x.new_empty(shape)
     itself = bool(first.route) and T * first.chosen <= routing.MOST
     plain = first if itself else dataclasses.replace(first, route="", norm=False, eps=0.0)
-    processors = _processors(x.device) if target else 132
+    processors = processor_count(x.device) if target else 132
     tiles = configs or (
         up.row.default_config(plain, T, processors), down.row.default_config(last, T, processors)
     )  # fmt: skip
     for row, problem, tile in zip((up.row, down.row), (plain, last), tiles, strict=True):
-        _check_config(row, problem, tile)
+        check_config(row, problem, tile)
     makes, sums = (
         _Launch(row, problem, tile, T)
         for row, problem, tile in zip((up.row, down.row), (plain, last), tiles, strict=True)
     )
-    gains = _joined(up.sides)
+    gains = joined(up.sides)
 
     def run(x: torch.Tensor, sides: Sides) -> torch.Tensor:
         x = x.reshape(T, first.K)
@@ -147,7 +139,7 @@ class _Launch:
             strides = tuple(given[a.name].stride(0) for a in self.given if a.strided)
             looks = tuple(kind(t) for t in tensors)
             how = (self.row, self.problem, self.tile, self.T, strides, self.grid, device, looks)
-            self.call = _call(*how)
+            self.call = row_call(*how)
         self.call(tensors)
 
 
@@ -156,7 +148,7 @@ def _normed(problem: Problem, x: torch.Tensor, gains: Sides) -> torch.Tensor:
     plain = Problem(1, problem.K, x_dtype=problem.x_dtype, norm=True, eps=problem.eps)
     made, M = torch.empty_like(x, memory_format=torch.contiguous_format), len(x)
     given = {**gains, "x": x, "y": made}
-    _launch(NORM_INPUT, plain, round_config(problem.K), M, given, grid=(1, M))
+    launch_row(NORM_INPUT, plain, round_config(problem.K), M, given, grid=(1, M))
     return made
 
 

@@ -17,9 +17,10 @@ import torch
 from ...compiler.ir.errors import LlmcError, ResourceError
 from .. import facts as aot_facts
 from ..aot import AotFacts
+from ..device import installed, unavailable
 from ..graphs import captured
 from ..kernels import choose
-from ..launch import fused_linear, installed, unavailable
+from ..launch import fused_linear
 from ..prepack import Packed, prepack
 from ..problem import DTYPES, Problem
 from ..row import KernelRow, TileConfig

@@ -112,7 +112,7 @@ def kernels_command(
         out.table(table)
         out.text(f"at most {most} launches in a block")
     if target == "triton":
-        from ...codegen.launch import unavailable
+        from ...codegen.device import unavailable
         from ...codegen.tuning.choices import reason
 
         told["tiles"], told["unavailable"] = reason(), unavailable() or ""

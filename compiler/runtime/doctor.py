@@ -135,7 +135,7 @@ def _free_memory() -> int | None:
 
 def _targets() -> Iterator[Check]:
     """What each target would run on here; what none of them can falls to the reference."""
-    from ...codegen.launch import interpreting, unavailable
+    from ...codegen.device import interpreting, unavailable
 
     yield Check("targets", "reference", "every op by its own definition; always runs")
     yield Check("targets", "cpu", "torch's own int4 and int8 products; the reference elsewhere")
@@ -173,7 +173,7 @@ def _ahead_of_time() -> Check:
 
 
 def _caches() -> Iterator[Check]:
-    from ...codegen.launch import cache_folder
+    from ...codegen.source import cache_folder
     from ...codegen.tuning.cache import Machine, cpu_name, read
     from ...codegen.tuning.choices import gpu
 
@@ -213,7 +213,7 @@ def trial(listen: Callable[[str], None] = lambda text: None) -> list[Check]:
 
     Each answer is judged by the largest difference of a logit over the largest logit.
     """
-    from ...codegen.launch import unavailable
+    from ...codegen.device import unavailable
     from ..pipeline import recipe, zoo
     from ..pipeline.compile import compile_plan
     from ..pipeline.measure import model_inputs

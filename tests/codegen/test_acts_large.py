@@ -135,8 +135,9 @@ def test_decoding_compiles_without_spills(name: str, target: str) -> None:
 def _answer(name: str) -> dict[str, Any]:
     import torch
 
-    from llmc.codegen import large, launch, meaning
+    from llmc.codegen import large, meaning, start
     from llmc.codegen.kernels import choose
+    from llmc.codegen.launch import fused_linear
     from llmc.codegen.prepack import prepack
     from llmc.codegen.problem import DTYPES
     from llmc.codegen.samples import random_parts
@@ -154,22 +155,22 @@ def _answer(name: str) -> dict[str, Any]:
         sides["residual"] = torch.randn(M, problem.outputs, generator=g).to(dtype)
     packed = prepack(row, problem, **parts)
     counted: list[str] = []
-    real = launch.function
+    real = start.function
 
     def counting(rendered: Any) -> Any:
         counted.append(rendered.row)
         return real(rendered)
 
-    launch.function = counting  # type: ignore[assignment]
-    y = launch.fused_linear(packed, x, **sides)
+    start.function = counting  # type: ignore[assignment]
+    y = fused_linear(packed, x, **sides)
     kernels = list(counted)
     counted.clear()
     few = {k: v[:1] if k == "residual" else v for k, v in sides.items()}
-    launch.fused_linear(packed, x[:1], **few)
-    launch.function = real
+    fused_linear(packed, x[:1], **few)
+    start.function = real
 
     w, half = meaning.weight(problem, parts), EPS[problem.x_dtype]
-    decoded = large.decode(launch._launch, packed, problem).T.double()
+    decoded = large.decode(start.launch_row, packed, problem).T.double()
     if problem.pairs:
         decoded = decoded.reshape(-1, 2, 8, problem.K).transpose(0, 1).reshape(2, -1, problem.K)
         decoded = decoded[:, : problem.outputs].reshape(problem.N, problem.K)
@@ -195,8 +196,8 @@ def _answer(name: str) -> dict[str, Any]:
     return {
         "row": row.name, "kernels": kernels, "fewer": counted, "gained": problem.gained,
         "weight": float(off), "ratio": ratio(y),
-        "same_twice": bool(torch.equal(y, launch.fused_linear(packed, x, **sides))),
-        "spoiled": ratio(launch.fused_linear(spoiled, x, **sides)),
+        "same_twice": bool(torch.equal(y, fused_linear(packed, x, **sides))),
+        "spoiled": ratio(fused_linear(spoiled, x, **sides)),
     }  # fmt: skip
 
 

@@ -234,7 +234,7 @@ def _round(problem: Any, x: Any, in_scale: Any = None) -> tuple[Any, Any]:
     """Codes and scales of the kernel before a product."""
     import torch
 
-    from llmc.codegen import launch
+    from llmc.codegen import start
     from llmc.codegen.rows.rounded import ROUND_E4M3, ROUND_INT8, round_config
 
     floats = problem.rounds.startswith("e")
@@ -243,7 +243,7 @@ def _round(problem: Any, x: Any, in_scale: Any = None) -> tuple[Any, Any]:
     scale = torch.zeros(len(x))
     given = {"x": x, "y": y, "x_scale": scale, "in_scale": in_scale}
     row = ROUND_E4M3 if floats else ROUND_INT8
-    launch._launch(row, problem, round_config(problem.K), len(x), given, grid=(1, len(x)))
+    start.launch_row(row, problem, round_config(problem.K), len(x), given, grid=(1, len(x)))
     return y, scale
 
 
@@ -298,17 +298,17 @@ def _launches() -> dict[str, Any]:
     """The same call in one launch and in two, and how many kernels ran."""
     import torch
 
-    from llmc.codegen import launch
+    from llmc.codegen import start
     from llmc.codegen.rows import rounded
 
     counted: list[list[str]] = []
-    plain = launch.function
+    plain = start.function
 
     def counting(rendered: Any) -> Any:
         counted[-1].append(rendered.row)
         return plain(rendered)
 
-    launch.function = counting  # type: ignore[assignment]
+    start.function = counting  # type: ignore[assignment]
     case = Case("int8_split", 3, 70, 300, 32, outliers=5, smooth=True, bias=True, spike=True,
                 rounds="int8 token limit=8.0", dtype="fp32")  # fmt: skip
     parts = parts_of(case)
@@ -317,7 +317,7 @@ def _launches() -> dict[str, Any]:
         rounded.AGAIN = again
         counted.append([])
         found.append(_launch(case, parts, inputs_of(case, parts)))
-    launch.function = plain
+    start.function = plain
     return {"kernels": [len(c) for c in counted], "same": bool(torch.equal(*found))}
 
 

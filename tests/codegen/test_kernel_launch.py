@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmc.codegen import launch
+from llmc.codegen import device, source
+from llmc.codegen.launch import fused_linear
 from llmc.codegen.prepack import prepack
 from llmc.codegen.problem import Problem
 from llmc.codegen.render import render
@@ -82,12 +83,12 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 def test_sources_are_cached_by_digest_in_a_private_folder(cache: Path) -> None:
     """One file per digest, mode 0700 folder, and a file that was changed is written anew."""
     rendered = render(W4A16, Problem(64, 128))
-    path = launch.source_file(rendered)
+    path = source.source_file(rendered)
     assert path.parent == cache
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert path.read_text() == rendered.source
     path.write_text("import os\n")
-    assert launch.source_file(rendered).read_text() == rendered.source
+    assert source.source_file(rendered).read_text() == rendered.source
     assert [p.name for p in cache.iterdir()] == [path.name]
 
 
@@ -96,7 +97,7 @@ def test_a_cache_that_others_can_write_is_refused(cache: Path) -> None:
     cache.mkdir(parents=True)
     cache.chmod(0o777)
     with pytest.raises(ResourceError, match="owned and writable by you alone"):
-        launch.source_file(render(W4A16, Problem(64, 128)))
+        source.source_file(render(W4A16, Problem(64, 128)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
@@ -104,15 +105,15 @@ def test_without_device_and_interpreter_the_launch_says_so() -> None:
     """The reason is returned for plans and raised by a call."""
     q = packing.pack(torch.zeros(4, 64, dtype=torch.int64), 4)
     packed = prepack(W4A16, Problem(4, 64, group=32), codes=q, scale=torch.ones(4, 2).half())
-    assert launch.unavailable() == "no CUDA device, and TRITON_INTERPRET=1 is not set"
+    assert device.unavailable() == "no CUDA device, and TRITON_INTERPRET=1 is not set"
     with pytest.raises(ResourceError, match="cannot launch w4a16: no CUDA device"):
-        launch.fused_linear(packed, torch.zeros(1, 64).half())
+        fused_linear(packed, torch.zeros(1, 64).half())
 
 
 def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its capability stands in the reason, which a plan gives when it falls to the next target."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
-    assert str(launch.unavailable()).endswith("capability 8.0 or more, found 7.5")
+    assert str(device.unavailable()).endswith("capability 8.0 or more, found 7.5")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 0))
-    assert launch.unavailable() is None
+    assert device.unavailable() is None

@@ -119,7 +119,7 @@ def test_values_of_another_dtype_are_refused() -> None:
     packed = prepack(row("w16_24"), case.problem, **parts_of(case))
     x = torch.zeros(1, 128, dtype=torch.float16)
     with pytest.raises(UsageError, match="expected x in bf16 as the values"):
-        launch._problem_of_call(packed, {"x": x})
+        launch.problem_of_call(packed, {"x": x})
     with pytest.raises(ModelError, match=r"bfloat16 values, found torch\.float16"):
         prepack(row("w16_24"), case.problem, **(parts_of(case) | {"values": x.new_zeros(64, 64)}))
 

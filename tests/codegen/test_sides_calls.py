@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmc.codegen import launch
+from llmc.codegen import launch, start
 from llmc.codegen.calls import Call, kind
 from llmc.codegen.prepack import Packed, prepack
 from llmc.codegen.problem import Problem
@@ -51,12 +51,12 @@ class Function:
 def function(monkeypatch: pytest.MonkeyPatch) -> Function:
     """Launches go to a log instead of a GPU."""
     made = Function(handles=True)
-    monkeypatch.setattr(launch, "function", lambda rendered: made)
+    monkeypatch.setattr(start, "function", lambda rendered: made)
     monkeypatch.setattr(launch, "unavailable", lambda device=None: None)
-    monkeypatch.setattr(launch, "_processors", lambda device: 132)
-    launch._call.cache_clear()
+    monkeypatch.setattr(start, "processor_count", lambda device: 132)
+    start.row_call.cache_clear()
     yield made
-    launch._call.cache_clear()
+    start.row_call.cache_clear()
 
 
 def weight(N: int = 96, K: int = 256, **fields: Any) -> Packed:

@@ -21,7 +21,7 @@ from sides_cases import case
 from llmc.codegen import centre, meaning
 from llmc.codegen.by_row import order_rows
 from llmc.codegen.kernels import ROWS, row
-from llmc.codegen.launch import _problem_of_call, fused_linear
+from llmc.codegen.launch import fused_linear, problem_of_call
 from llmc.codegen.prepack import prepack
 from llmc.codegen.problem import Problem
 from llmc.codegen.row import TileConfig
@@ -110,9 +110,9 @@ def test_what_makes_the_sums_of_a_row_must_be_packed() -> None:
     assert not packed["shift"].any()
     assert not packed["centre"][:, 1].any()
     given = {"x": torch.zeros(1, 64), **packed.sides}
-    assert _problem_of_call(packed, given).centred
+    assert problem_of_call(packed, given).centred
     with pytest.raises(UsageError, match="expected gain packed with the weight"):
-        _problem_of_call(packed, {**given, "gain": torch.ones(64)})
+        problem_of_call(packed, {**given, "gain": torch.ones(64)})
 
 
 def test_rows_longer_than_a_block(tmp_path: Path) -> None:

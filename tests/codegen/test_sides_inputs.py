@@ -88,13 +88,13 @@ def test_pairs_lie_eight_rows_apart_in_every_part() -> None:
 
 def test_a_bias_of_pairs_must_be_packed() -> None:
     """At a call its rows would be in another order than the weight's."""
-    from llmc.codegen.launch import _problem_of_call
+    from llmc.codegen.launch import problem_of_call
 
     codes = packing.pack(torch.zeros(32, 64, dtype=torch.int64), 4)
     problem = Problem(32, 64, group=32, pairs="gate", act="silu")
     packed = prepack(W4A16, problem, codes=codes, scale=torch.ones(32, 2).half())
     with pytest.raises(UsageError, match="found bias"):
-        _problem_of_call(packed, {"x": torch.zeros(1, 64), "bias": torch.zeros(32)})
+        problem_of_call(packed, {"x": torch.zeros(1, 64), "bias": torch.zeros(32)})
 
 
 def test_bytes_of_sides() -> None:
