@@ -12,13 +12,11 @@ much was lost before, when x was stored in as many bits.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from . import meaning
 from .by_row import take_rows
-from .problem import Parts, Problem
+from .problem import BEFORE, BEHIND, Parts, Problem
 from .row import TILE_ROWS
 
 BLOCK = 1 << 25  # weights that are decoded at a time
@@ -45,10 +43,7 @@ def centre(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
 
 def _products(problem: Problem, parts: Parts, vectors: torch.Tensor) -> torch.Tensor:
     """[2, N] of vectors [2, K], some rows of the weight at a time."""
-    plain = replace(
-        problem, norm=False, centred=False, smooth=False, bias=False, residual=False, act="",
-        pairs="", out_norm=False,
-    )  # fmt: skip
+    plain = problem.without(*BEFORE, *BEHIND)
     found, step = [], max(1, BLOCK // problem.K)
     for rows in torch.arange(problem.N, device=vectors.device).split(step):
         some, taken = take_rows(plain, parts, rows)

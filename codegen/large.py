@@ -19,7 +19,7 @@ import torch
 
 from ..compiler.ir.ops.semantic import activation, gated
 from .prepack import Packed
-from .problem import Problem
+from .problem import BEFORE, BEHIND, BESIDE, Problem
 from .render import shares
 from .row import KernelRow, TileConfig
 from .rows.rounded import NORM_INPUT, round_config
@@ -59,10 +59,7 @@ def better(row: KernelRow, problem: Problem, M: int) -> bool:
 def weight_problem(problem: Problem) -> Problem:
     """The weight alone, of all rows as they are packed."""
     N = 16 * -(-problem.N // 16) if problem.pairs else problem.N
-    return replace(
-        problem, N=N, bias=False, residual=False, norm=False, centred=False, smooth=False,
-        act="", pairs="", rank=0, spans="", eps=0.0, out_norm=False, out_eps=0.0,
-    )  # fmt: skip
+    return replace(problem.without(*BEFORE, *BESIDE, *BEHIND), N=N)
 
 
 def decode_config(row: KernelRow, problem: Problem) -> TileConfig:

@@ -9,7 +9,6 @@ beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ Run = Callable[[torch.Tensor, Tensors], torch.Tensor]
 
 def without(problem: Problem) -> Problem:
     """The same without the norm of its result, and the sum behind that."""
-    return replace(problem, out_norm=False, out_eps=0.0, residual=False)
+    return problem.without("out_norm", "out_eps", "residual")
 
 
 def apart(

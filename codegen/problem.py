@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -97,6 +98,10 @@ class Problem:
     route: str = ""
     spans: str = ""
 
+    def without(self, *names: str) -> Problem:
+        """The same problem where these fields stand at their defaults."""
+        return replace(self, **{name: DEFAULTS[name] for name in names})
+
     @property
     def columns(self) -> int:
         """Stored columns of a row: K, or the kept ones under N:M."""
@@ -168,7 +173,13 @@ FEATURES = (
     "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs", "out_norm", "routed", "route",
     "spans",
 )  # fmt: skip
-DEFAULTS = {f.name: f.default for f in fields(Problem)}
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Problem)}
+
+# What lies around a weight, by where: in front of the product, beside it, behind it, around many.
+BEFORE = ("norm", "centred", "eps", "smooth")
+BESIDE = ("rank", "spans")
+BEHIND = ("bias", "residual", "act", "pairs", "out_norm", "out_eps")
+EXPERTS = ("experts", "chosen", "routed", "route")
 
 
 @dataclass(frozen=True)

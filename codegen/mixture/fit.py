@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..problem import Problem
+from ..problem import EXPERTS, Problem
 
 MOST_EXPERTS = 1024
 WHOLE = 64  # rows of a prepacked tile
@@ -72,10 +72,7 @@ def tokens_of(problem: Problem, M: int) -> int:
 def touched(problem: Problem, M: int) -> Problem:
     """One linear of the rows that a call of ``M`` tokens reads at most."""
     N = rows_of(problem) * min(problem.experts, M * problem.chosen)
-    return replace(
-        problem, N=N, experts=0, chosen=0, routed="", route="", residual=False,
-        kept=0,
-    )  # fmt: skip
+    return replace(problem.without("residual", "kept", *EXPERTS), N=N)
 
 
 def around(problem: Problem, M: int) -> int:

@@ -7,18 +7,16 @@ from dataclasses import replace
 import torch
 
 from ..by_row import take_rows
-from ..problem import Parts, Problem
+from ..problem import EXPERTS, Parts, Problem
 
-SHARED = ("gain", "shift", "router", "columns")
+SHARED = ("gain", "shift", "router", "correction", "columns")
 
 
 def one(problem: Problem) -> Problem:
     """The linear of a single expert, without what lies around the layer."""
     count = problem.experts
-    return replace(
-        problem, N=problem.N // count, kept=0, experts=0, chosen=0, routed="", route="",
-        norm=False, centred=False, eps=0.0, residual=False,
-    )  # fmt: skip
+    alone = problem.without("norm", "centred", "eps", "residual", "kept", *EXPERTS)
+    return replace(alone, N=problem.N // count)
 
 
 def part_of(problem: Problem, parts: Parts, expert: int) -> Parts:

@@ -45,7 +45,7 @@ def bucket_text(tokens: int) -> str:
 
 def bare(problem: Problem) -> Problem:
     """A problem without the sides that cost little beside its weight: measured for all of them."""
-    return dataclasses.replace(problem, bias=False, residual=False, out_norm=False, out_eps=0.0)
+    return problem.without("bias", "residual", "out_norm", "out_eps")
 
 
 def key_of(row: KernelRow, problem: Problem) -> str:
