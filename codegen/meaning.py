@@ -16,6 +16,7 @@ from ..compiler.ir.ops.lookup import lookup
 from ..compiler.ir.ops.rounding import FLOATS, round_input
 from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, rms_norm
 from ..compiler.ir.ops.sparse import csr_linear
+from .mixture.choice import choose, read_choice
 from .problem import Parts, Problem
 
 
@@ -101,9 +102,9 @@ def mixture(
 
 def chosen(problem: Problem, parts: Parts, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index and weight [T, k] of what experts read, h [T, K]."""
-    chances = (h @ parts["router"].to(h.dtype).T).softmax(-1)
-    share, index = chances.topk(problem.chosen)
-    return index, share / share.sum(-1, keepdim=True) if problem.route == "softmax sum" else share
+    products, choice = h @ parts["router"].to(h.dtype).T, read_choice(problem.route)
+    assert choice is not None
+    return choose(choice, products, problem.chosen, parts.get("correction"))
 
 
 def normed(problem: Problem, parts: Parts, x: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,9 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
     if problem.route:
         expect("router", given.get("router"), (problem.experts, problem.K))
         tensors["router"] = given["router"].contiguous()
+    if problem.corrected:
+        expect("correction", given.get("correction"), (problem.experts,))
+        tensors["correction"] = given["correction"].float().contiguous()
     return Packed(row, problem, tensors, sides)
 
 

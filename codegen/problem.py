@@ -57,8 +57,7 @@ class Problem:
             linear. chosen: experts of a token. routed: "up" multiplies each token by the rows of
             each expert that it chose, and gives a row per token and expert; "down" takes such rows,
             and gives per token their weighted sum; "" for no experts. route: how the kernel itself
-            chooses: "softmax" over the products with a router, "softmax sum" where the chosen
-            weights are divided by their sum; "" where it is told.
+            chooses, in the words of `mixture.choice`, as "softmax sum"; "" where it is told.
         spans: sections of rows that have ranks of their own, as rows x rank of each: left is 0
             outside their blocks; "" where every row has them all.
     """
@@ -137,6 +136,11 @@ class Problem:
         return self.norm or self.smooth
 
     @property
+    def corrected(self) -> bool:
+        """Whether experts are chosen by scores to which a stored vector is added."""
+        return " added" in self.route
+
+    @property
     def limited(self) -> bool:
         """Whether tokens beyond a limit are not rounded."""
         return "limit=" in self.rounds or "limit=" in self.rounded
@@ -158,14 +162,14 @@ def read_spans(text: str) -> tuple[tuple[int, int], ...]:
 PARTS = (
     "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",
     "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift", "smooth", "in_scale",
-    "bias", "out_gain", "router",
+    "bias", "out_gain", "router", "correction",
 )  # fmt: skip
 """Roles of the canonical tensors of a problem: codes int32 [N, words]; scale [N, G]; zero uint8
 [N, G]; table [1 or N, 2**bits]; meta int32, positions of n:m; bitmap int32 [N, words]; values dense
 [N, columns], or flat [nnz] under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`;
 columns int64 [c] and column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm
 adds, where it adds something; in_scale, static; bias [N]; out_gain [outputs]; router
-[experts, K]."""
+[experts, K]; correction [experts], what scores are added to."""
 
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (

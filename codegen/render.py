@@ -17,6 +17,7 @@ import jinja2.meta
 from ..compiler.ir.errors import UsageError
 from . import spans
 from .literals import integer_bytes, integer_words
+from .mixture.choice import Choice, read_choice
 from .problem import Problem
 from .row import Argument, KernelRow
 
@@ -26,6 +27,7 @@ _STATED = re.compile(r"\{# constants: (?P<names>[A-Za-z0-9_]+(?:, [A-Za-z0-9_]+)
 # dense columns), and what is said beside them.
 CONSTANTS: dict[str, type] = {
     **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
+    "choice": Choice,
     "interpret": bool,
     "name": str,
     "places": tuple,
@@ -54,6 +56,7 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
     return {
         **{f.name: getattr(problem, f.name) for f in fields(problem)},
         "group": problem.dense_group,
+        "choice": read_choice(problem.route),
         "interpret": interpret,
         "name": variant_name(row, problem),
         "places": spans.places(problem),
@@ -99,7 +102,8 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     flags += [f"rank{problem.rank}"] if problem.rank else []
     flags += ["spans"] if problem.spans else []
     if problem.routed:
-        flags += [f"{problem.routed}{problem.chosen}of{problem.experts}", *problem.route.split()]
+        flags += [f"{problem.routed}{problem.chosen}of{problem.experts}"]
+        flags += [re.sub(r"\W", "_", word) for word in problem.route.split()]
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"
     return "_".join([row.name, group, zero, problem.x_dtype, f"s{problem.scale_dtype}", *flags])

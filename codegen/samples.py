@@ -10,7 +10,7 @@ from ..compiler.ir import packing
 from ..compiler.ir.levels import levels as named_levels
 from ..compiler.ir.ops.rounding import grid_top
 from ..compiler.ir.ops.sparse import csr
-from . import meaning
+from .grids import parse
 from .problem import DTYPES, Problem
 
 
@@ -70,10 +70,16 @@ def random_parts(
     if p.out_norm:
         parts["out_gain"] = torch.rand(p.outputs, **how) + 0.5
     if "static" in p.rounds:
-        kind, bits = meaning.grid_of(p.rounds.split(" ")[0])
-        parts["in_scale"] = torch.full((1,), 4.0 / grid_top(kind, bits), device=g.device)
+        grid = parse(p.rounds)
+        assert grid is not None
+        unit = 4.0 / grid_top(grid.kind, grid.bits)
+        groups = -(-p.K // (grid.group or p.K))
+        parts["in_scale"] = torch.full((groups,), unit, device=g.device)
+        parts["in_scale"][1:] *= torch.rand(groups - 1, **how) + 0.5
     if p.route:
         parts["router"] = torch.randn(p.experts, p.K, **how).to(dtype)
+    if p.corrected:
+        parts["correction"] = torch.rand(p.experts, **how) - 0.5
     if p.bias:
         parts["bias"] = torch.randn(p.N, **how).to(dtype)
     return parts

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..problem import EXPERTS, Problem
+from .choice import Choice, read_choice
+from .choice import unfit as choice_unfit
 
 MOST_EXPERTS = 1024
 WHOLE = 64  # rows of a prepacked tile
@@ -43,6 +45,9 @@ def unfit(problem: Problem) -> list[tuple[str, str]]:
             found.append(("pairs", "gate where experts read tokens"))
         if p.residual:
             found.append(("residual", "False where experts read tokens"))
+        choice = read_choice(p.route) or Choice()
+        if expected := choice_unfit(choice, p.experts, p.chosen):
+            found.append(("route", expected))
         if p.norm and not p.route:
             found.append(("norm", "False where a kernel is told the experts"))
     else:

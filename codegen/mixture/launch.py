@@ -103,7 +103,7 @@ def _ready(
             found = routing.empty(first, T, x.device)
         elif first.route:
             x = _normed(first, x, gains) if first.norm else x
-            found = routing.told(first, *routing.choose(first, x, up["router"]))
+            found = routing.told(first, *routing.choose(first, x, up.tensors))
         else:
             found = routing.told(first, sides["index"], sides["weight"])
         inner = x.new_empty(T * first.chosen, first.outputs)

@@ -9,13 +9,16 @@ Either way nothing waits for the CPU: all sizes follow from the number of tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..problem import Problem
 from ..row import TileConfig
+from . import choice as choices
 from . import fit
+from .choice import read_choice
 
 MOST = 512  # pairs that one program puts in order
 JOB = 16  # rows of the router that a program multiplies at a time
@@ -62,14 +65,15 @@ def told(problem: Problem, index: torch.Tensor, weight: torch.Tensor) -> Routing
 
 
 def choose(
-    problem: Problem, h: torch.Tensor, router: torch.Tensor
+    problem: Problem, h: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and weight [T, k] of what experts read, h [T, K], as `Problem.route` says."""
-    chances = (h @ router.to(h.dtype).T).float().softmax(-1)
-    weight, index = chances.topk(problem.chosen)
-    if problem.route == "softmax sum":
-        weight = weight / weight.sum(-1, keepdim=True)
-    return index, weight
+    """Index and weight [T, k] of what experts read, h [T, K], as `Problem.route` says.
+
+    tensors: the packed router, and correction where there is one.
+    """
+    products, choice = (h @ tensors["router"].to(h.dtype).T).float(), read_choice(problem.route)
+    assert choice is not None
+    return choices.choose(choice, products, problem.chosen, tensors.get("correction"))
 
 
 # ** workspaces **

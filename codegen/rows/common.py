@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..mixture.choice import Routes
 from ..problem import read_spans
 from ..row import Argument
 
@@ -41,10 +42,12 @@ NORMED = (
     Argument("arrived", "[tiles of tokens]", ("i32",), "out_norm", dtype="i32"),
 )
 
-# What experts need: the router, all pairs of a token and an expert in the order of experts, where
-# each pair lies among them, where each expert's begin, and the weight of each pair.
+# What experts need: the router, what its scores are added to, all pairs of a token and an expert in
+# the order of experts, where each pair lies among them, where each expert's begin, and the weight
+# of each pair.
 ROUTED = (
     Argument("router", "[experts, K]", FLOATS, "route"),
+    Argument("correction", "[experts]", FLOATS, "corrected", dtype="fp32"),
     Argument("order", "[M*chosen]", ("i32",), "routed", dtype="i32"),
     Argument("where", "[M*chosen]", ("i32",), "routed", dtype="i32"),
     Argument("starts", "[experts + 1]", ("i32",), "routed", dtype="i32"),
@@ -97,5 +100,5 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "sparse": (False, True),
     "spans": Spans(),
     "routed": ("", "up", "down"),
-    "route": ("", "softmax", "softmax sum"),
+    "route": Routes(),
 }

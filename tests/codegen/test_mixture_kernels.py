@@ -219,7 +219,7 @@ DOWN = Layer("w4a16", 1).problems[1]
         (UP, {"residual": True}, "residual"),
         (UP, {"pairs": ""}, "pairs"),
         (UP, {"route": ""}, "norm"),
-        (UP, {"route": "sigmoid"}, "route"),
+        (UP, {"route": "relu"}, "route"),
         (UP, {"K": 1 << 23, "N": 4 * 512}, "N"),
         (DOWN, {"norm": True}, "norm"),
         (DOWN, {"route": "softmax"}, "route"),
