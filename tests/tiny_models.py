@@ -72,6 +72,7 @@ MORE: dict[str, dict[str, Any]] = {
         **GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
+    "hunyuan_v1_dense": {**GROUPED, "head_dim": 8},
     "olmoe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
     "roberta": {**BASE, "pad_token_id": 0},
     "glm4": {**GROUPED, "head_dim": 8, "attention_bias": True, "pad_token_id": 0},

@@ -1,7 +1,8 @@
 """What is done to queries and keys becomes part of the cached attention that reads them.
 
-They are normed and rotated on their way, keys into the cache: one launch instead of six. A number
-that multiplies queries goes into the attention's own scale.
+They are normed and rotated on their way, keys into the cache: one launch instead of six. A norm
+comes before the rotation or, where it is of each head, behind it. A number that multiplies queries
+goes into the attention's own scale.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def fold_inputs(program: Program) -> list[Refusal]:
     alike, or where something else reads one of them.
     """
     why: dict[tuple[str, str], Refusal] = {}
-    # A scale is looked for on both sides of a rotation, which is between it and a norm.
+    # From attention backwards; a scale is looked for on both sides of a rotation.
     folds: tuple[tuple[str, Callable[[Program, fx.Node], str | None]], ...] = (
-        ("scale", _fold_scale), ("rotation", _fold_rotation), ("scale", _fold_scale),
-        ("norm", _fold_norm),
+        ("scale", _fold_scale), ("behind", _fold_behind), ("rotation", _fold_rotation),
+        ("scale", _fold_scale), ("norm", _fold_norm),
     )  # fmt: skip
     attending = [
         node for node in program.calls("llmc.cached_attention")
@@ -90,6 +91,8 @@ def _fold_scale(program: Program, node: fx.Node) -> str | None:
         return None
     if any(len(n.users) > 1 for n in (maker, *views)):
         return "something beside attention reads scaled queries"
+    if node.kwargs.get("norm"):
+        return "queries are scaled before their norm, not behind it"
     _drop(program, maker)
     node.kwargs = {**node.kwargs, "scale": float(str(node.kwargs["scale"])) * factor}
     return None
@@ -131,7 +134,8 @@ def _fold_rotation(program: Program, node: fx.Node) -> str | None:
             for n in read
         ]
     _give(node, {0: read[0], 1: read[1], COS: read[2], COS + 1: read[3]})
-    node.kwargs = {**node.kwargs, "interleaved": q.interleaved, "rotate": True}
+    norm = {"norm": "behind"} if node.kwargs.get("norm") else {}
+    node.kwargs = {**node.kwargs, "interleaved": q.interleaved, "rotate": True, **norm}
     return None
 
 
@@ -204,6 +208,14 @@ def _cut(node: fx.Node, start: object, stop: object) -> bool:
 # ** norms **
 
 
+def _fold_behind(program: Program, node: fx.Node) -> str | None:
+    """Fold norms of heads that are rotated already; what stands in the way is told later."""
+    found = [_normed(a, name) for a, name in zip(node.args[:2], _SIDES, strict=True)]
+    if all(isinstance(f, _Normed) and f.how[0] == "head" and _rotates(f.call) for f in found):
+        _fold_norm(program, node)
+    return None
+
+
 def _fold_norm(program: Program, node: fx.Node) -> str | None:
     found = [_normed(a, name) for a, name in zip(node.args[:2], _SIDES, strict=True)]
     why = next((f for f in found if isinstance(f, str)), None)
@@ -212,6 +224,8 @@ def _fold_norm(program: Program, node: fx.Node) -> str | None:
         return why
     if q is None or k is None:
         return _one_sided("normed", found)
+    if node.kwargs.get("norm"):
+        return "queries and keys are normed before their rotation and behind it"
     if q.how != k.how:
         return f"expected one kind, eps and offset of norms, found {q.how} and {k.how}"
     if (q.gain is None) != (k.gain is None):

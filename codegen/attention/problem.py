@@ -24,11 +24,11 @@ class AttentionProblem:
         causal, window, dilation, first, softcap: as in ``llmc.attention``; 0 where there is none.
         sinks, valid, bias: whether these tensors are given.
         norm: what queries and new keys are normed over first: "head", each head by itself, "row",
-            all heads of a token, or "", nothing. gains: by a vector too, each channel times
-            ``offset`` and its own. eps: beside the mean square.
+            all heads of a token, "behind", each head after its rotation, or "", nothing. gains: by
+            a vector too, each channel times ``offset`` and its own. eps: beside the mean square.
         turn: how the channels of queries and new keys pair up that are rotated first: "half" (i and
             i + R/2), "pairs" (2i and 2i + 1) or "", not at all. rotary: R, of the first channels. A
-            norm goes before.
+            norm goes before, unless it is "behind".
         counted: how many tokens were kept is on the device, for launches that are recorded.
         turned, latent: keys are kept before their rotation, or as latents.
     """

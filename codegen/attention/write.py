@@ -50,7 +50,7 @@ def bytes_written(problem: AttentionProblem, batch: int, tokens: int) -> int:
     stored = kept * (1 if problem.cache in CODED else width)
     angles = 8 * problem.rotary if problem.turn else 0
     scales = 2 * problem.kv_heads * (1 + (problem.keys == "token")) if problem.keys else 0
-    heads = 2 if problem.norm == "head" else problem.heads + problem.kv_heads
+    heads = problem.heads + problem.kv_heads if problem.norm == "row" else 2
     gains = width * heads * problem.D if problem.gains else 0
     return batch * tokens * (read + stored + angles + scales + 17) + gains
 

@@ -72,6 +72,7 @@ WRITES = [
     ("sm_90", KV, {"norm": "head", "gains": True, **COUNTED}),
     ("sm_80", INT8, {"norm": "row", "gains": True, "offset": 1.0}),
     ("sm_90", FP8, COUNTED),
+    ("sm_90", INT8, {"norm": "behind", "gains": True, **COUNTED}),
 ]
 
 

@@ -33,9 +33,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GROUPED, "head_dim": 64},
     "gemma2": {**GROUPED, "head_dim": 64},
     "glm4": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
+    "hunyuan_v1_dense": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
 }  # fmt: skip
 # What a norm of queries and keys goes over.
-NORMS = {"qwen3": "head", "olmo2": "row", "gemma3_text": "head"}
+NORMS = {
+    "qwen3": "head", "olmo2": "row", "gemma3_text": "head", "hunyuan_v1_dense": "behind",
+}  # fmt: skip
 # Whose blocks norm what attention and MLP give, before it is added.
 BEHIND = ("olmo2", "gemma2", "gemma3_text", "glm4")
 
@@ -53,7 +56,8 @@ def surveyed(name: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name",
     [*("qwen3", "olmo2", "gemma2"), *(pytest.param(n, marks=pytest.mark.slow)
-                                      for n in ("opt", "gptj", "gemma3_text", "glm4"))],
+                                      for n in ("opt", "gptj", "gemma3_text", "glm4",
+                                                "hunyuan_v1_dense"))],
 )  # fmt: skip
 def test_a_block_starts_six_kernels(name: str) -> None:
     """Norms, scales and rotations of queries and keys are in the two launches of attention; norms

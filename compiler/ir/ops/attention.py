@@ -165,6 +165,8 @@ def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
     rotate = attrs.pop("rotate", False)
     if rotate and None in (cos, sin):
         raise ModelError("expected cosines and sines of what is to be rotated, found none")
+    if attrs.get("norm") == "behind" and not rotate:
+        raise ModelError("expected a rotation that a norm is behind, found none")
     if attrs.get("norm") and (up is not None or (cos is not None and not rotate)):
         raise ModelError("expected a norm of keys that are kept as they are read, found others")
     if up is not None:
@@ -312,7 +314,7 @@ def cached_attention(
     cosines of R channels, fewer than D, leave the others as they are.
     With ``norm`` queries and keys are normed before that (``llmc.rms_norm`` of ``eps`` and
     ``offset``): "head" each head by itself, with gains [D], "row" all heads of a token together,
-    with q_gain [H·D] and k_gain [KV·D].
+    with q_gain [H·D] and k_gain [KV·D]; "behind" each head as "head", but after its rotation.
     With k_up [KV·D, R] ``k`` is a latent [B, 1, S, R]: the state keeps it so, and keys are
     k_up · latent + k_up_bias when they are read.
     """

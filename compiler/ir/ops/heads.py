@@ -1,4 +1,4 @@
-"""What cached attention does to the heads of queries and keys first: norms, then rotations."""
+"""What cached attention does to the heads of queries and keys first: norms and rotations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..types import TensorType
 from .base import Tie
 from .semantic import rms_norm, rope
 
-NORMS = ("", "head", "row")
+# Of each head, of all heads of a token, and of each head behind its rotation.
+NORMS = ("", "head", "row", "behind")
 # Places of the gains of queries and of keys among the arguments of ``llmc.cached_attention``.
 GAINS = (11, 12)
 
@@ -35,7 +36,8 @@ def ready(
 ) -> torch.Tensor:  # fmt: skip
     """Queries or keys x [B, H, S, D] as they are read: normed where asked, then rotated.
 
-    The norm's result has x's dtype before it is rotated, as where the two are calls of their own.
+    A norm "behind" comes after the rotation. What is first gives x's dtype before the other, as
+    where the two are calls of their own.
 
     Raises:
         ModelError: an unknown norm; ``rotate`` without cosines.
@@ -44,10 +46,11 @@ def ready(
         raise ModelError(f"expected a norm of {', '.join(map(repr, NORMS))}, found {norm!r}")
     if norm == "head":
         x = rms_norm(x, gain, eps=eps, offset=offset)
-    elif norm:
+    elif norm == "row":
         row = rms_norm(x.transpose(1, 2).flatten(2), gain, eps=eps, offset=offset)
         x = row.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
-    return rotated(x, cos, sin, interleaved) if rotate else x
+    x = rotated(x, cos, sin, interleaved) if rotate else x
+    return rms_norm(x, gain, eps=eps, offset=offset) if norm == "behind" else x
 
 
 def rotated(
@@ -83,7 +86,7 @@ def check_norm(heads: Sequence[TensorType], gains: Sequence[TensorType | None], 
             continue
         if not norm:
             raise ModelError(f"expected a norm beside gains of {name}, found {gain} alone")
-        width = x.shape[3] if norm == "head" else x.shape[1] * x.shape[3]
+        width = x.shape[1] * x.shape[3] if norm == "row" else x.shape[3]
         if gain.rank != 1 or not same(gain.shape[0], width):
             raise ModelError(f"expected gains [{width}] of {name}, found {gain}")
 
