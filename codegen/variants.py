@@ -22,7 +22,7 @@ TARGETS = ("sm_80", "sm_90")
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 SIZE = 4096
 # What is tried, in order, to find a problem that a row is made for.
-_BITS = (4, 8, 3, 2, 16)
+_BITS = (4, 8, 3, 2, 16, 6, 5, 1)
 _GROUPS = (128, 64, 256, 0)
 _SPARSE = ((0, 0), (2, 4))
 _EXPERTS = {"experts": 8, "chosen": 2}
@@ -63,6 +63,8 @@ _SOME = {
     "experts told": ("w8a16",),
     "experts summed": ("w4a16",),
 }
+# Rows that are another's but for how a weight is decoded, with the changes that are compiled.
+_FEW = dict.fromkeys(("w6a16", "w5a16", "w_signs", "w1_binary"), ("plain",))
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def variants(
         for what, change, tokens in _CHANGES:
             fits = change if dtype == "fp16" else {**change, "x_dtype": dtype}
             problem = replace(base, **fits)
-            if row.name not in _SOME.get(what, (row.name,)):
+            own = row.name in _SOME.get(what, (row.name,)) and what in _FEW.get(row.name, (what,))
+            if not own:
                 continue
             if row.misfits(problem) or (what, tokens) in told or (base.rank and what == "rank 64"):
                 continue

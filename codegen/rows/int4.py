@@ -19,10 +19,10 @@ def _codes(shape: str) -> Argument:
 
 def _dense(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
     q = packing.unpack(parts["codes"], 4, problem.K).to(torch.int64)
-    return {"codes": _dense_tiles(row, q), "scale": scale_tiles(row, problem, parts)}
+    return {"codes": dense_tiles(row, q), "scale": scale_tiles(row, problem, parts)}
 
 
-def _dense_tiles(row: KernelRow, q: torch.Tensor) -> torch.Tensor:
+def dense_tiles(row: KernelRow, q: torch.Tensor) -> torch.Tensor:
     """q [N, K] -> int32 [Np/64, Kp/128, 64, 16].
 
     Column 32 j + 2 w + e of a step is nibble j + 4 e of word w.

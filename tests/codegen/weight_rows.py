@@ -195,6 +195,39 @@ TILED["w2_lut"] = [*grid(NF2, zeros=False, wide=False), STORED | {"bits": 2}]
 TILED["w3a16"] = grid(W3)
 TILED["w2a16"] = grid(W2)
 
+# ** integers of 6 and 5 bits **
+W6: Fields = {"bits": 6}
+W5: Fields = {"bits": 5}
+for bits, sizes in ((6, (33, 70)), (5, (35, 66))):
+    name, base = f"w{bits}a16", {"bits": bits}
+    few, many = sizes
+    family(name, base, [
+        case(name, 1, few, 96, **base, group=32),
+        case(name, 3, many, 200, **base, group=64, asym=True, spoil="zero"),
+        case(name, 9, few, 300, **base, group=128, asym=True, x_dtype="bf16"),
+        case(name, 3, 64, 520, **base, group=256, x_dtype="bf16", spoil="scale"),
+        case(name, 2, 1, 130, **base, group=0, asym=True, x_dtype="fp32", stride="padded"),
+        case(name, 2, 34, 200, **base, asym=True, **ALL_SIDES, **GATE, smooth=True),
+        case(name, 3, 35, 137, **base, group=16, asym=True, spoil="zero"),
+    ], {"K": 96, "asym": True, "group": 32})  # fmt: skip
+MISSES += [
+    ("w6a16", W6, {"bits": 7}, "bits"),
+    ("w6a16", W6, {"group": 48}, "group"),
+    ("w6a16", W6, {"m": 4, "n": 2, "group": 64}, "m"),
+    ("w6a16", W6, {"weights": "table", "levels": "nf"}, "weights"),
+    ("w5a16", W5, {"bits": 4}, "bits"),
+    ("w5a16", W5, {"group": 8}, "group"),
+    ("w5a16", W5, {"K": 15}, "K"),
+]
+FACTS += [
+    ("w6a16", W6, TileConfig(8, 64), "sm_80", 3.7, 0),
+    ("w6a16", W6 | {"asym": True, "x_dtype": "bf16"}, TileConfig(16, 128), "sm_90", 3.9, 0),
+    ("w5a16", W5, TileConfig(8, 64), "sm_90", 3.9, 0),
+    ("w5a16", W5 | {"asym": True, "group": 16}, TileConfig(8, 64), "sm_80", 5.3, 0),
+]
+TILED["w6a16"] = grid(W6)
+TILED["w5a16"] = grid(W5)
+
 # ** 2:4 sparse weights of 16 and 8 bits **
 D24: Fields = {"weights": "dense", "scale_dtype": "", "n": 2, "m": 4}
 I24: Fields = {"bits": 8, "n": 2, "m": 4, "group": 64}
