@@ -6,8 +6,9 @@ The words are kind with bits, per, then group=, power and limit=, e.g. "int8 tok
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..compiler.ir.ops.rounding import FLOATS
+from ..compiler.ir.ops.rounding import FLOATS, grid_top
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,38 @@ def parse(words: str) -> Grid | None:
         except ValueError:
             return None
     return Grid(kind, int(bits), rest[0], group, power, limit)
+
+
+GROUPS = tuple(1 << n for n in range(1, 11))
+"""Channels that may share a scale of their own token: whole groups are read at a time."""
+
+
+class Made(tuple[str, ...]):
+    """Choices of `rounds`: none, or any grid of a token's own, or whose scales are stored."""
+
+    def __new__(cls) -> Made:
+        known = f"int2 to int8 or {' or '.join(FLOATS)}"
+        return super().__new__(cls, ("", f"{known}, per token or static"))
+
+    def __contains__(self, words: object) -> bool:
+        grid = parse(str(words))
+        if grid is None:
+            return words == ""
+        if grid.kind not in ("int", *FLOATS) or not 2 <= grid.bits <= 8:
+            return False
+        return grid.per == "static" or (grid.per == "token" and grid.group in (0, *GROUPS))
+
+
+def terms(words: str) -> dict[str, Any]:
+    """The grid that ``words`` name in the terms of a template; mantissa 0 for integers."""
+    grid = parse(words)
+    assert grid is not None
+    _, exponent, mantissa = FLOATS.get(grid.kind, (0, 0, 0))
+    return {
+        "top": grid_top(grid.kind, grid.bits), "mantissa": mantissa,
+        "lowest": 2 - (1 << exponent >> 1), "group": grid.group, "power": grid.power,
+        "static": grid.per == "static", "limited": grid.limit > 0,
+    }  # fmt: skip
 
 
 class Grids(tuple[str, ...]):

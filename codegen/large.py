@@ -32,7 +32,7 @@ DECODE = 231.0  # tokens whose product takes as long as decoding once through
 
 def serves(row: KernelRow, problem: Problem) -> bool:
     """Whether a weight of this row can be decoded: what stands beside it is few or a product."""
-    apart = problem.sparse or problem.outliers or problem.rounds or problem.routed
+    apart = problem.sparse or problem.outliers or problem.routed
     return shares(row) and row.call is None and not apart
 
 
@@ -59,7 +59,7 @@ def better(row: KernelRow, problem: Problem, M: int) -> bool:
 def weight_problem(problem: Problem) -> Problem:
     """The weight alone, of all rows as they are packed."""
     N = 16 * -(-problem.N // 16) if problem.pairs else problem.N
-    return replace(problem.without(*BEFORE, *BESIDE, *BEHIND), N=N)
+    return replace(problem.without(*BEFORE, *BESIDE, *BEHIND, "rounds"), N=N)
 
 
 def decode_config(row: KernelRow, problem: Problem) -> TileConfig:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
-from . import large, normed, workspace
+from . import large, made, normed, workspace
 from .calls import kind
 from .counters import counters
 from .device import machine, processor_count, unavailable
 from .prepack import Packed
 from .problem import DTYPES, Problem, dtype_name
-from .render import arguments, shares
+from .render import arguments, makes, shares
 from .row import TileConfig
 from .start import check_config, joined, launch_row, look, row_call, strides_of
 from .tuning.choices import tuned_config
@@ -74,6 +74,8 @@ def _ready(
     M, shape = x.numel() // problem.K, (*x.shape[:-1], problem.outputs)
     if problem.out_norm and config is None and M > normed.FEW:
         return normed.apart(_ready, packed, problem, x, sides)
+    if config is None and made.goes_before(row, problem, M):
+        return made.apart(_ready, packed, problem, x, sides)
     many = config is None and large.better(row, problem, M)
     tile = config or tuned_config(row, problem, M)
     if tile is None:
@@ -110,6 +112,7 @@ def _ready(
         return several
     names = [a.name for a in arguments(row, problem)]
     shared = problem.out_norm or (shares(row) and workspace.needed(problem, tile))
+    shared |= makes(row, problem)
     first = gather(x, sides)
     looks = tuple(kind(first.get(name)) for name in names)
     strides = strides_of(row, problem, first, {})
@@ -148,6 +151,10 @@ def _workspace(
         whole, count = workspace.whole_sizes(problem, config, M)
         found["whole"] = torch.empty(whole, device=device)
         found["arrived"] = counters("arrived", count, device)
+    if makes(packed.row, problem):
+        size, count = workspace.made_sizes(problem, config, M)
+        found["made"] = torch.empty(size, dtype=DTYPES[problem.x_dtype], device=device)
+        found["makers"] = counters("makers", count, device)
     return found
 
 

@@ -18,6 +18,7 @@ from ..compiler.ir.errors import ModelError, UsageError
 from . import spans
 from .by_row import order_rows
 from .centre import centre
+from .grids import parse
 from .problem import DTYPES, PARTS, Parts, Problem
 from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
 
@@ -72,6 +73,8 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
         tensors |= entries(ordered, moved)
     if problem.centred:
         tensors |= centre(ordered, moved)
+    if problem.rounds:
+        tensors |= in_grid(problem, given)
     if problem.route:
         expect("router", given.get("router"), (problem.experts, problem.K))
         tensors["router"] = given["router"].contiguous()
@@ -105,6 +108,19 @@ def check_parts(problem: Problem, parts: Parts) -> None:
             expect(role, parts.get(role), (problem.K,))
     if problem.m and "meta" not in parts:
         raise ModelError("expected the positions of the kept values, found none")
+
+
+def in_grid(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
+    """The stored scales of x's grid, and the limit beyond which tokens are not rounded, in fp32."""
+    grid, made = parse(problem.rounds), dict[str, torch.Tensor]()
+    assert grid is not None
+    if problem.static:
+        expect("in_scale", parts.get("in_scale"), (-(-problem.K // (grid.group or problem.K)),))
+        made["in_scale"] = parts["in_scale"].float().contiguous()
+    if problem.limited:
+        device = next(iter(parts.values())).device
+        made["limit"] = torch.tensor([grid.limit], device=device)
+    return made
 
 
 def low_rank(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:

@@ -141,6 +141,22 @@ class Problem:
         return " added" in self.route
 
     @property
+    def made(self) -> bool:
+        """Whether x becomes another before it is multiplied by weights of floats."""
+        return bool(self.rounds)
+
+    @property
+    def centred_before(self) -> bool:
+        """Whether the mean is taken away before the product; else behind it, by what rows make of
+        gain and shift."""
+        return self.centred and self.made
+
+    @property
+    def centred_behind(self) -> bool:
+        """Whether the mean is taken away behind the product."""
+        return self.centred and not self.made
+
+    @property
     def limited(self) -> bool:
         """Whether tokens beyond a limit are not rounded."""
         return "limit=" in self.rounds or "limit=" in self.rounded

@@ -10,15 +10,17 @@ import functools
 import hashlib
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jinja2
 import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
 from . import spans
+from .grids import Made, terms
 from .literals import integer_bytes, integer_words
 from .mixture.choice import Choice, read_choice
-from .problem import Problem
+from .problem import BEFORE, Problem
 from .row import Argument, KernelRow
 
 _STATED = re.compile(r"\{# constants: (?P<names>[A-Za-z0-9_]+(?:, [A-Za-z0-9_]+)*) #\}")
@@ -29,6 +31,7 @@ CONSTANTS: dict[str, type] = {
     **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
     "choice": Choice,
     "interpret": bool,
+    "made": dict,
     "name": str,
     "places": tuple,
     "ranks": int,
@@ -53,8 +56,14 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
     misfits = row.misfits(problem)
     if misfits:
         raise UsageError("; ".join(str(r) for r in misfits), where=f"kernel row {row.name}")
+    made: dict[str, Any] = {}
+    if makes(row, problem):  # then the rest reads it as it is
+        made = terms(problem.rounds)
+        made |= {n: getattr(problem, n) for n in ("norm", "centred", "smooth")}
+    plain = problem.without(*BEFORE, "rounds") if made else problem
     return {
-        **{f.name: getattr(problem, f.name) for f in fields(problem)},
+        **{f.name: getattr(plain, f.name) for f in fields(problem)},
+        "made": made,
         "group": problem.dense_group,
         "choice": read_choice(problem.route),
         "interpret": interpret,
@@ -72,6 +81,11 @@ def shares(row: KernelRow) -> bool:
     return any(a.name == "scratch" for a in row.args)
 
 
+def makes(row: KernelRow, problem: Problem) -> bool:
+    """Whether a kernel of this row makes x before it is multiplied."""
+    return problem.made and any(isinstance(c, Made) for c in row.choices.values())
+
+
 def arguments(row: KernelRow, problem: Problem) -> list[Argument]:
     """The tensor arguments that a variant has, in order."""
     return [a for a in row.args if a.flag is None or getattr(problem, a.flag)]
@@ -86,6 +100,7 @@ def signature(row: KernelRow, problem: Problem) -> str:
     fixed += ["BM", "BN", "STAGES"]
     if shares(row):
         fixed += ["SPLIT", *(["RUNS", "MAKERS"] if problem.rank or problem.route else [])]
+        fixed += ["HANDS"] if makes(row, problem) else []
     lines = names + [f"{name}: tl.constexpr" for name in fixed]
     return "\n".join(f"    {line}," for line in lines)
 

@@ -268,14 +268,15 @@ def _integers(problem: Problem) -> dict[str, int]:
         for f in fields(problem)
         if not isinstance(getattr(problem, f.name), (str, float))
     }
-    return {**values, "group": problem.dense_group, "limited": int(problem.limited)}
+    flags = {"limited": int(problem.limited), "made": int(problem.made)}
+    return {**values, "group": problem.dense_group, **flags}
 
 
 @functools.cache
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
     names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp", "Lp"]
-    names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited"]
+    names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited", "made"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 
 

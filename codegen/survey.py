@@ -17,7 +17,7 @@ from ..compiler.ir.errors import ModelError
 from ..compiler.ir.graph import Program
 from ..compiler.ir.ops import row_of
 from ..compiler.ir.segments import refresh_segments
-from . import cpu
+from . import cpu, made
 from .attention.lower import PlacedAttention, attention_implementations
 from .fuse import FEATURES, Fused, fuse
 from .fuse_nodes import constants
@@ -125,6 +125,8 @@ def launched(
     row: KernelRow, problem: Problem, tokens: int
 ) -> tuple[tuple[KernelRow, Problem], ...]:
     """The kernels that a call of a row starts, in order, at its untuned tile."""
+    if made.goes_before(row, problem, tokens):
+        return ((made.MADE_INPUT, made.making(problem)), (row, made.without(problem)))
     if row.call is None:
         return ((row, problem),)
     started: list[Launched] = []

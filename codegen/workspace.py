@@ -1,13 +1,15 @@
 """What the programs of one launch leave for each other: partial sums, and counters that every
 launch finds and leaves at zero.
 
-Three things need it. Under ``split`` several programs share the columns of a tile, and the last one
+Four things need it. Under ``split`` several programs share the columns of a tile, and the last one
 to finish adds what all of them left, in the order of their columns. Beside a product of low rank,
 the programs that start first multiply x by right, and the epilogues wait for it. They wait for
 programs that have started only: a ticket tells who makes, and tickets that make are never more
 than processors, so those before them always find room to run. Before a norm of the result every
 program leaves its part of the rows, and of the sums of their squares; the last one of a block of
-tokens reads all of it. These bytes stay in the L2 cache: none of them is read from memory.
+tokens reads all of it. Where x is put on a grid before weights of floats, the programs that start
+first make it, and all wait for them in the same way. These bytes stay in the L2 cache: none of them
+is read from memory.
 """
 
 from __future__ import annotations
@@ -44,6 +46,10 @@ def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> 
         makers = max(1, min(jobs, columns * config.split, processors // rows))
         # One kernel for all numbers of tokens of a bucket: a power of two.
         found |= {"RUNS": runs(problem), "MAKERS": 1 << (makers.bit_length() - 1)}
+    if problem.made:  # a token each
+        columns, rows = _tiles(problem, config, M)
+        hands = max(1, min(config.BM, columns * config.split, processors // rows))
+        found["HANDS"] = 1 << (hands.bit_length() - 1)
     return found
 
 
@@ -74,6 +80,11 @@ def whole_sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]
     return rows * columns * (part * config.BM + max(LINE, config.BM)), rows
 
 
+def made_sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
+    """Elements of an input that the kernel makes (of x's dtype), and of its counters (int32)."""
+    return M * problem.K, 2 * _tiles(problem, config, M)[1]
+
+
 def moved(problem: Problem, config: TileConfig, M: int) -> int:
     """Bytes of partial sums: written once and read once."""
     values = routing.sizes(problem, config, M)[0] if problem.route else 0
@@ -81,7 +92,8 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
         values += runs(problem) * ranks(problem) * M
     if config.split > 1:
         columns, _ = _tiles(problem, config, M)
-        values += columns * config.split * (config.BN + problem.norm + problem.centred) * M
+        beside = 0 if problem.made else problem.norm + problem.centred
+        values += columns * config.split * (config.BN + beside) * M
     if problem.out_norm:
         values += (problem.outputs + _tiles(problem, config, M)[0]) * M
     return 8 * values

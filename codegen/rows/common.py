@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..grids import Made
 from ..mixture.choice import Routes
 from ..problem import read_spans
 from ..row import Argument
@@ -53,6 +54,15 @@ ROUTED = (
     Argument("starts", "[experts + 1]", ("i32",), "routed", dtype="i32"),
     Argument("shares", "[M*chosen]", ("fp32",), "routed", dtype="fp32"),
 )
+# What an input needs that the kernel makes itself: what its grid has stored, where all programs
+# find it, and how many have made their part.
+MADE = (
+    Argument("shift", "[K]", ("fp32",), "centred_before", dtype="fp32"),
+    Argument("in_scale", "[groups]", ("fp32",), "static", dtype="fp32"),
+    Argument("limit", "[1]", ("fp32",), "limited", dtype="fp32"),
+    Argument("made", "[M, K]", FLOATS, "made"),
+    Argument("makers", "[2 * tiles of tokens]", ("i32",), "made", dtype="i32"),
+)
 UNROUTED: dict[str, tuple[object, ...]] = {"routed": ("",), "route": ("",)}
 
 
@@ -64,7 +74,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("bias", "[N]", FLOATS, "bias"),
         Argument("residual", "[M, out]", FLOATS, "residual", strided=True),
         Argument("gain", "[K]", FLOATS, "gained", dtype="fp32"),
-        Argument("centre", "[Np, 2]", ("fp32",), "centred", dtype="fp32"),
+        Argument("centre", "[Np, 2]", ("fp32",), "centred_behind", dtype="fp32"),
         Argument("left", "[Lp]", FLOATS, "rank"),
         Argument("right", "[Rp, Kp]", FLOATS, "rank"),
         Argument("entry_starts", "[Np/64 + 1]", ("i32",), "sparse", dtype="i32"),
@@ -72,6 +82,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
         Argument("entry_values", "[entries, 64]", FLOATS, "sparse"),
         *NORMED,
         *ROUTED,
+        *MADE,
         Argument("scratch", "[parts]", ("fp32",), dtype="fp32"),
         Argument("counts", "[tiles]", ("i32",), dtype="i32"),
         Argument("y", "[M, out]", FLOATS, strided=True),
@@ -81,7 +92,7 @@ def linear_args(*weight: Argument) -> tuple[Argument, ...]:
 SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
 # Bytes of everything around a weight; beside it, four per group hold scale and zero point.
 AROUND = "xb*M*K + xb*M*out*(1 + residual) + xb*N*bias + 4*K*Max(norm, smooth)"
-AROUND += " + 8*Np*centred"
+AROUND += " + 8*Np*centred*(1 - made) + (2*xb*M + 4*centred)*K*made"
 AROUND += " + xb*(Lp + Rp*128*ceiling(K/128)) + 4*out*out_norm"
 SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
@@ -99,6 +110,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "rank": UpTo(1024),
     "sparse": (False, True),
     "spans": Spans(),
+    "rounds": Made(),
     "routed": ("", "up", "down"),
     "route": Routes(),
 }

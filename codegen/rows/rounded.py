@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..grids import Grids, parse
+from ..grids import Grids
 from ..prepack import expect, pad
 from ..problem import Parts, Problem, Requirement
 from ..row import TILE_ROWS, Argument, KernelRow, TileConfig
@@ -115,19 +115,9 @@ def byte_tiles(codes: torch.Tensor) -> torch.Tensor:
 
 
 def grid_tensors(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
-    """The stored scale and limit of x's grid, and the columns kept apart with their weights.
-
-    ModelError where a stored scale or the columns do not fit.
-    """
+    """The columns kept apart, with their weights; ModelError where they do not fit."""
     made: dict[str, torch.Tensor] = {}
     device = parts["codes"].device
-    if problem.static:
-        expect("in_scale", parts.get("in_scale"), (1,))
-        made["in_scale"] = parts["in_scale"].float()
-    if problem.limited:
-        grid = parse(problem.rounds)
-        assert grid is not None
-        made["limit"] = torch.tensor([grid.limit], device=device)
     if problem.outliers:
         count = problem.outliers
         expect("columns", parts.get("columns"), (count,))

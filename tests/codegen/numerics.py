@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 from llmc.codegen import meaning
+from llmc.codegen.grids import parse
 from llmc.codegen.kernels import row as row_named
 from llmc.codegen.normed import FEW
 from llmc.codegen.problem import DTYPES, Problem
+from llmc.codegen.render import makes
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.ops.rounding import round_input, scale_of
@@ -94,7 +96,7 @@ def exact_and_bound(
     exact = meaning.linear(p, parts, x, side)
     # The interpreter cuts bf16 off where a GPU rounds to nearest, which is one whole step.
     u = torch.finfo(DTYPES[p.x_dtype]).eps / (1 if p.x_dtype == "bf16" else 2)
-    size, off = _read(p, parts, x, u)
+    size, off = _read(p, parts, x, u, makes(row_named(case.row), p))
     w = meaning.weight(p, parts).abs()
     sums = p.K + p.rank + p.outliers + 16
     reach = size @ w.T
@@ -160,9 +162,12 @@ def _unsettled(
 
 
 def _read(
-    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, u: float
+    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, u: float, made: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The size of what the weight multiplies, [M, K], and how far each of it may be off."""
+    """The size of what the weight multiplies, [M, K], and how far each of it may be off.
+
+    made: x is put on its grid in fp32, and then rounded to its own dtype.
+    """
     h = _before_grid(p, parts, x)
     size, own = _unsettled(p, parts, x) if p.centred else (h.abs(), torch.zeros_like(h))
     if p.outliers:
@@ -175,24 +180,28 @@ def _read(
         least *= ((x * x).mean(-1, keepdim=True) - mean * mean + p.eps).rsqrt()
     if not p.rounds:
         return size, slack * size + least + own
-    word, per, *rest = p.rounds.split(" ")
-    more = dict(r.split("=") for r in rest if "=" in r)
-    if "group" in more or per not in ("token", "static"):
+    grid = parse(p.rounds)
+    if grid is None or grid.per not in ("token", "static"):
         raise NotImplementedError(f"no bound for the grid {p.rounds!r}")
-    kind, bits = meaning.grid_of(word)
     exact = meaning.rounded(p, parts, h)
-    slack += 8 * _SUM
+    slack = slack * (not made) + 8 * _SUM
     own = own + 8 * _SUM * size * p.centred
     off = slack * exact.abs() + own
+    if made:
+        off += 1.01 * u * exact.abs() + 2.0**-25 * (p.x_dtype == "fp16")
+    group = grid.group or p.K
     for t in range(h.shape[0]):
-        if 0 < float(more.get("limit", 0)) < h[t].abs().max():
+        if 0 < grid.limit < h[t].abs().max():
             continue  # such a token is on no grid
-        top = h[t].abs().amax()
-        unit = parts["in_scale"] if per == "static" else scale_of(top, kind, bits, "power" in rest)
+        top = torch.stack([part.abs().amax() for part in h[t].split(group)])
+        unit = scale_of(top, grid.kind, grid.bits, grid.power)
+        unit = parts["in_scale"] if grid.per == "static" else unit
         step = slack * h[t].abs() + own[t]
-        ends = [round_input(h[t] + s * step, unit.double().reshape(1), kind=kind, bits=bits,
-                            per="static") for s in (-1, 1)]  # fmt: skip
-        off[t] += (ends[1] - ends[0]).abs() + exact[t].abs() * own[t].amax() / top.clamp(1e-30)
+        unit, kind, bits = unit.double().reshape(-1), grid.kind, grid.bits
+        ends = [round_input(h[t] + s * step, unit, kind=kind, bits=bits, per="static", group=group)
+                for s in (-1, 1)]  # fmt: skip
+        tops = top.clamp(1e-30).repeat_interleave(group)[: p.K]
+        off[t] += (ends[1] - ends[0]).abs() + exact[t].abs() * own[t].amax() / tops
     return exact.abs(), off
 
 

@@ -149,15 +149,20 @@ def test_rounded_inputs_choose_their_row() -> None:
 
 
 def test_floats_of_eight_bits_are_refused_where_the_machine_has_none() -> None:
-    """sm_80 multiplies no e4m3: the refusal names the target, and int8 goes on."""
+    """sm_80 multiplies no e4m3: the refusal names the target, x is rounded to floats of its own
+    dtype instead where no column stays apart, and int8 goes on."""
     from llmc.codegen.kernels import choose
     from llmc.codegen.targets import triton_accept
 
     base = problem_of(Case("fp8", 1, 64, 128, rounds="e4m3 token"))
-    found, why = choose(base, "sm_80")
+    found, _ = choose(base, "sm_80")
+    assert found is not None
+    assert found.name == "w8_float"
+    apart = dataclasses.replace(base, outliers=5)
+    found, why = choose(apart, "sm_80")
     assert found is None
     assert "fp8: target=sm_80, expected sm_90" in [str(m) for m in why]
-    assert "target=sm_80" in str(triton_accept(base, "sm_80"))
+    assert "w8_float: outliers=5, expected 0" in str(triton_accept(apart, "sm_80"))
     assert triton_accept(base, "sm_90") is None
     assert choose(base, "sm_90")[0] is not None
     assert choose(problem_of(Case("w8a8", 1, 64, 128)), "sm_80")[0] is not None

@@ -44,6 +44,11 @@ def told(text: str, target: str = "triton", tokens: int = 1, **how: Any) -> dict
         "kivi",
         "share_heads:kv=1",
         "smooth",
+        "a8",
+        "a8:act=static",
+        "w4:group=128,a8:kind=e4m3",
+        "zeroquant_fp",
+        "prune24,a8,kv8",
     ],
 )
 def test_a_decode_step_starts_six_kernels_per_block(text: str) -> None:
@@ -99,6 +104,8 @@ def test_a_row_that_rounds_inputs_may_start_two_kernels() -> None:
     assert {r["launches"] for r in many["fused"] if r["kernel"] != "w16"} == {2}
     assert one["launches_per_block"] == 6
     assert many["launches_per_block"] == 10
+    floats = told("w4:group=128,a8:kind=e4m3", tokens=512)
+    assert {r["launches"] for r in floats["fused"] if r["kernel"] != "w16"} == {2}
 
 
 @pytest.mark.parametrize(
