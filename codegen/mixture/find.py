@@ -169,7 +169,7 @@ def read_mixture(
             refused.append(refusal(experts, why.reason, why.predicate))
     if found.route is not None and "norm" in features:
         try:
-            before = read_norm(found.h, {experts, found.route.linear})
+            before = read_norm(found.h, {experts, *found.route.nodes})
             if before is not None and near(before[1]):
                 found = replace(found, norm=before[0], inside=before[1])
         except Unfit as why:

@@ -208,7 +208,7 @@ def _parts(side: Side, names: dict[fx.Node, str]) -> list[Part]:
 def _up_parts(mixture: Mixture, names: dict[fx.Node, str]) -> list[Part]:
     parts = _parts(mixture.up, names)
     if mixture.route is not None:
-        parts.append(Part("router", (names[mixture.route.router],)))
+        parts += [Part(role, (names[n],)) for role, n in mixture.route.parts.items()]
     if mixture.norm is not None:
         offset = float(str(mixture.norm.node.kwargs.get("offset", 0.0)))
         for role, node in mixture.norm.parts.items():

@@ -1,6 +1,8 @@
 """How a layer chooses its experts, read from the graph.
 
     linear(h, router) -> softmax -> topk -> [divided by their sum] -> experts(h, index, weight)
+    linear(h, router) -> sigmoid = s -> [s + correction] -> [of the best groups] -> topk = index
+    gather(s, index) -> [/ (sum + eps)] -> [* factor] -> experts(h, index, .)
 
 A softmax over the products that were chosen is the same as one over all of them, divided by the sum
 of what was chosen. Anything else stays in the graph, and a kernel is told index and weight.
@@ -8,8 +10,10 @@ of what was chosen. Anything else stays in the graph, and a kernel is told index
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -18,10 +22,9 @@ from ...compiler.ir.ops import row_of
 from ...compiler.ir.types import TensorType
 from ..fuse_before import Before, is_norm, norm_refusal, read_before
 from ..fuse_chain import calls_of
-from ..fuse_nodes import LINEAR, Unfit, argument, constant, is_op
-
-FLAT = ("aten.reshape.default", "aten.view.default")
-CASTS = ("aten.to.dtype", "aten._to_copy.default")
+from ..fuse_nodes import LINEAR, Unfit, argument, constant, is_op, is_sum
+from .choice import Choice, unfit
+from .groups import CASTS, FLAT, odd, of_topk, read_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,19 +32,22 @@ class Route:
     """A router that a kernel can be.
 
     Attributes:
-        kind: "softmax" or "softmax sum", as `Problem.route`. linear: the product with the router.
-        nodes: all calls from there to index and weight.
+        kind: as `Problem.route`. linear: the product with the router. correction: what is added to
+            scores for the choice. nodes: all calls from there to index and weight.
     """
 
     kind: str
     linear: fx.Node
     nodes: frozenset[fx.Node]
+    correction: fx.Node | None = None
 
     @property
-    def router(self) -> fx.Node:
+    def parts(self) -> dict[str, fx.Node]:
+        """By role, the node whose value that part is."""
         weight = self.linear.args[1]
         assert isinstance(weight, fx.Node)
-        return weight
+        found = {"router": weight}
+        return found if self.correction is None else found | {"correction": self.correction}
 
 
 def read_route(experts: fx.Node, count: int) -> Route:
@@ -52,46 +58,66 @@ def read_route(experts: fx.Node, count: int) -> Route:
     """
     h, index, weight = experts.args[:3]
     nodes: set[fx.Node] = set()
-    weight = _uncast(weight, nodes)
-    kind = "softmax"
-    if is_op(weight, "aten.div.Tensor"):
-        weight, kind = _undivided(weight, nodes), "softmax sum"
-    elif is_op(weight, "aten.softmax.int"):
-        weight, kind = _unsoftened(weight, nodes), "chosen"
-    top = _of_topk(weight, 0, nodes)
-    if _of_topk(_uncast(index, nodes), 1, nodes) is not top:
-        raise Unfit("indices and weights of its experts are from different choices", "route")
-    if top.args[2:] not in ((), (-1,), (1,), (-1, True), (-1, True, True)) or top.kwargs:
-        raise Unfit(f"{top.name} takes others than the largest of each token", "route")
-    given = _uncast(top.args[0], nodes)
-    if kind == "chosen":
-        kind = "softmax sum"
-    elif is_op(given, "aten.softmax.int"):
-        given = _unsoftened(given, nodes)
+    weight, how = _weighed(_uncast(weight, nodes), nodes)
+    index = _uncast(index, nodes)
+    softened = is_op(weight, "aten.softmax.int")
+    if softened:
+        weight = _unsoftened(weight, nodes)
+    scores = None if softened else _gathered(weight, index, nodes)
+    top = of_topk(index, 1, nodes)
+    if top is None:
+        raise odd(f"the indices of its experts come from {_made(index)}, not from a topk")
+    if scores is None and (mine := of_topk(weight, 0, nodes)) is not top:
+        if mine is None:
+            raise odd(f"the weights of its experts come from {_made(weight)}, not from a topk")
+        raise odd("indices and weights of its experts are from different choices")
+    wanted = _uncast(top.args[0], nodes)
+    filled = None
+    if is_op(wanted, "aten.masked_fill.Scalar"):
+        wanted, how["groups"], how["kept"], how["by"], filled = read_groups(wanted, nodes)
+    correction = _correction(wanted, count)
+    if correction is not None:
+        nodes |= {wanted} | calls_of(correction)
+        wanted = next(a for a in wanted.args if a is not correction)  # type: ignore[assignment]
+        how["added"] = True
+    if (wanted if scores is None else scores) is not wanted or (scores is None and correction):
+        raise odd("its experts are weighed by other scores than they are chosen by")
+    if filled == 0 and correction is not None:
+        raise odd("experts of other groups are filled with 0, which scores may lie below")
+    if softened:
+        if set(how) - {"times"}:
+            raise odd("the weights of its experts are a softmax, and not of all that chooses them")
+        given, how["score"], how["sum"] = wanted, "softmax", True
     else:
-        raise Unfit(f"its experts are chosen by {_made(given)}, not by a softmax", "route")
-    if not is_op(given, LINEAR) or given.args[0] is not h:
-        raise Unfit(f"{_made(given)} stands between what experts read and their router", "route")
-    _check_router(given, count)
-    router = given.args[1]
-    assert isinstance(router, fx.Node)
-    nodes |= {given} | calls_of(router)
+        given, how["score"] = _scored(wanted, nodes)
+    linear = _product(given, h, count, nodes)
+    nodes |= {linear} | calls_of(linear.args[1])  # type: ignore[arg-type]
+    chosen = int(tensor_type(index).shape[-1])
+    choice = Choice(**how)
+    if expected := unfit(choice, count, chosen):
+        raise odd(f"its groups of experts are not {expected}")
     for node in nodes:
         others = sorted(u.name for u in node.users if u not in nodes and u is not experts)
         if others:
             raise Unfit(f"{node.name} of its router is also read by {', '.join(others)}",
                         "one_reader")  # fmt: skip
-    return Route(kind, given, frozenset(nodes))
+    return Route(str(choice), linear, frozenset(nodes), correction)
 
 
-def _check_router(linear: fx.Node, count: int) -> None:
+def _product(linear: fx.Node, h: object, count: int, nodes: set[fx.Node]) -> fx.Node:
+    """The product with the router that scores are made of."""
+    if not is_op(linear, LINEAR) or (
+        linear.args[0] is not h and _uncast(linear.args[0], nodes) is not h
+    ):
+        raise odd(f"{_made(linear)} stands between what experts read and their router")
     if argument(linear, 2, "bias") is not None:
-        raise Unfit("its router has a bias", "route")
+        raise odd("its router has a bias")
     if not constant(linear.args[1]):
         raise Unfit("its router is computed from the inputs", "stored")
     rows = tensor_type(linear).shape[-1]
     if rows != count:
-        raise Unfit(f"its router chooses among {rows}, and there are {count} experts", "route")
+        raise odd(f"its router chooses among {rows}, and there are {count} experts")
+    return linear
 
 
 def _made(node: object) -> str:
@@ -113,43 +139,101 @@ def _uncast(value: object, nodes: set[fx.Node]) -> fx.Node:
     return value
 
 
-def _undivided(div: fx.Node, nodes: set[fx.Node]) -> fx.Node:
-    """What is divided by the sum of itself over each token."""
-    values, total = div.args[:2]
+# ** weights **
+
+
+def _weighed(weight: fx.Node, nodes: set[fx.Node]) -> tuple[fx.Node, dict[str, Any]]:
+    """What is multiplied by a number and divided by its sum over a token to be weights, and how."""
+    how: dict[str, Any] = {}
+    if is_op(weight, "aten.mul.Tensor") and _number(weight.args[1]):
+        nodes.add(weight)
+        how["times"] = float(weight.args[1])  # type: ignore[arg-type]
+        weight = _uncast(weight.args[0], nodes)
+    if is_op(weight, "aten.div.Tensor"):
+        values, total = weight.args[:2]
+        how |= _total(values, total, nodes)
+        nodes.add(weight)
+        weight = _uncast(values, nodes)
+    return weight, how
+
+
+def _total(values: object, total: object, nodes: set[fx.Node]) -> dict[str, Any]:
+    """How weights are divided by their sum: what is added to it, or the least that it is."""
+    how: dict[str, Any] = {"sum": True}
+    for word, ops in _BEHIND.items():
+        if isinstance(total, fx.Node) and any(is_op(total, op) for op in ops):
+            number = argument(total, 1, "min")
+            rest = total.args[2:] or set(total.kwargs) - {"min"}
+            if rest or not _number(number) or number <= 0:
+                raise odd("the weights of its experts are divided by something but their sum")
+            nodes.add(total)
+            how[word], total = float(number), total.args[0]
+            break
     if not isinstance(values, fx.Node) or not is_op(total, "aten.sum.dim_IntList"):
-        raise Unfit("the weights of its experts are divided by something but their sum", "route")
+        raise odd("the weights of its experts are divided by something but their sum")
     assert isinstance(total, fx.Node)
     given, dims, *rest = (*total.args, *total.kwargs.values())
     over = list(dims) if isinstance(dims, (list, tuple)) else []
     if given is not values or over not in ([-1], [1]) or not rest or rest[0] is not True:
-        raise Unfit("the weights of its experts are divided by something but their sum", "route")
-    nodes |= {div, total}
-    return _uncast(values, nodes)
+        raise odd("the weights of its experts are divided by something but their sum")
+    nodes.add(total)
+    return how
+
+
+# What may be done to a sum before it divides, by the field of a choice.
+_BEHIND = {
+    "least": ("aten.clamp.default", "aten.clamp_min.default"), "eps": ("aten.add.Tensor",),
+}  # fmt: skip
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _gathered(weight: fx.Node, index: fx.Node, nodes: set[fx.Node]) -> fx.Node | None:
+    """The scores [T, E] that weights are taken from at ``index``; None where they are not."""
+    if not is_op(weight, "aten.gather.default"):
+        return None
+    if weight.args[1] not in (-1, 1) or _uncast(weight.args[2], nodes) is not index:
+        raise odd("indices and weights of its experts are from different choices")
+    nodes.add(weight)
+    return _uncast(weight.args[0], nodes)
+
+
+# ** scores **
+
+
+def _correction(wanted: fx.Node, count: int) -> fx.Node | None:
+    """What is stored and added to scores [T, E] for the choice."""
+    if not is_sum(wanted):
+        return None
+    stored = [a for a in wanted.args if isinstance(a, fx.Node) and constant(a)]
+    if len(stored) != 1 or tensor_type(stored[0]).shape != (count,):
+        raise odd("what is added to the scores of its experts is not a number stored for each")
+    return stored[0]
+
+
+def _scored(scores: fx.Node, nodes: set[fx.Node]) -> tuple[fx.Node, str]:
+    """The products that scores are made of, and how."""
+    if is_op(scores, "aten.softmax.int"):
+        return _unsoftened(scores, nodes), "softmax"
+    if is_op(scores, "aten.sigmoid.default"):
+        nodes.add(scores)
+        return _uncast(scores.args[0], nodes), "sigmoid"
+    raise odd(f"its experts are chosen by {_made(scores)}, not by a softmax or sigmoids")
 
 
 def _unsoftened(softmax: fx.Node, nodes: set[fx.Node]) -> fx.Node:
     if softmax.args[1] not in (-1, tensor_type(softmax).rank - 1):
-        raise Unfit(f"{softmax.name} goes over axis {softmax.args[1]}, not over experts", "route")
+        raise odd(f"{softmax.name} goes over axis {softmax.args[1]}, not over experts")
     nodes.add(softmax)
     return _uncast(softmax.args[0], nodes)
-
-
-def _of_topk(node: fx.Node, at: int, nodes: set[fx.Node]) -> fx.Node:
-    what = ("weights", "indices")[at]
-    if not is_op(node, "operator.getitem") or node.args[1] != at or not is_op(
-        node.args[0], "aten.topk.default"
-    ):  # fmt: skip
-        raise Unfit(f"the {what} of its experts come from {_made(node)}, not from a topk", "route")
-    top = node.args[0]
-    assert isinstance(top, fx.Node)
-    nodes |= {node, top}
-    return top
 
 
 # ** before and behind **
 
 
-def read_norm(h: fx.Node, readers: set[fx.Node]) -> tuple[Before, frozenset[fx.Node]] | None:
+def read_norm(h: fx.Node, readers: Collection[fx.Node]) -> tuple[Before, frozenset[fx.Node]] | None:
     """The norm that made what experts and router read, with the calls that this takes in.
 
     readers: the calls that take it in. Linears beside them may read it too, as those of an expert

@@ -19,7 +19,7 @@ from interpreter import interpreted
 LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4": ("float32", "softmax sum", {}),
     "int8": ("float16", "chosen", {"bits": 8, "group": 0}),
-    "told": ("float16", "sigmoid", {"dense": True}),
+    "told": ("float16", "tanh", {"dense": True}),
 }
 # Of a whole decoder: passes and dtype.
 DECODERS = {"zoo": ("w4:group=32", "float16"), "mixtral": ("w4:group=32", "float32"),

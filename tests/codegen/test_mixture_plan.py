@@ -177,13 +177,13 @@ class Odd(Layers):
         found = self.call("aten.linear.default", flat, self.param("router", (COUNT, HIDDEN)))
         return self.picked(self.call("aten.softmax.int", found, 0))
 
-    def sigmoid(self, flat: fx.Node) -> tuple[fx.Node, fx.Node]:
+    def tanh(self, flat: fx.Node) -> tuple[fx.Node, fx.Node]:
         found = self.call("aten.linear.default", flat, self.param("router", (COUNT, HIDDEN)))
-        return self.picked(self.call("aten.sigmoid.default", found))
+        return self.picked(self.call("aten.tanh.default", found))
 
     def scaled(self, flat: fx.Node) -> tuple[fx.Node, fx.Node]:
         index, weight = self.route(flat)
-        return index, self.call("aten.mul.Tensor", weight, 2.5)
+        return index, self.call("aten.mul.Tensor", weight, self.param("by", (CHOSEN,)))
 
     def biased(self, flat: fx.Node) -> tuple[fx.Node, fx.Node]:
         router, bias = self.param("router", (COUNT, HIDDEN)), self.param("bias", (COUNT,))
@@ -217,7 +217,7 @@ class Odd(Layers):
 
 
 ROUTES = {
-    "axis": "goes over axis 0", "sigmoid": "chosen by aten.sigmoid.default", "biased": "a bias",
+    "axis": "goes over axis 0", "tanh": "chosen by aten.tanh.default", "biased": "a bias",
     "scaled": "from aten.mul.Tensor", "smallest": "others than the largest",
     "elsewhere": "between what experts read and their router",
     "crossed": "from different choices", "squared": "something but their sum",

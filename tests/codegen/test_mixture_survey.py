@@ -21,6 +21,10 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+CHOSEN: dict[str, Any] = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+    "first_k_dense_replace": 0,
+}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -29,9 +33,17 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {**COMMON, **TOKENS, "num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {**COMMON, **CHOSEN, "head_dim": 64, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        **COMMON, **CHOSEN, "head_dim": 64, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+        "routed_scaling_factor": 2.5,
+    },
+    "ernie4_5_moe": {
+        **COMMON, "head_dim": 64, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 128,
+        "moe_num_shared_experts": 1, "moe_layer_start_index": 0,
+    },
     "deepseek_v3": {
-        **COMMON, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 128, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0,
+        **COMMON, **CHOSEN, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1,
         "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
         "v_head_dim": 64,
     },
@@ -80,12 +92,25 @@ def test_a_block_starts_six_kernels(name: str, route: str) -> None:
         assert codes // 4 < r["bytes"] < codes // 2 < r["stored_bytes"]
 
 
-@pytest.mark.slow
-def test_a_route_that_no_kernel_knows_is_left_in_the_graph() -> None:
-    """Groups of experts, sigmoids and a bias: the kernels are told, and a sentence says why."""
-    page = surveyed("deepseek_v3")
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        ("glm4_moe", "sigmoid added sum+1e-20"),
+        ("ernie4_5_moe", "softmax added sum>1e-12"),
+        pytest.param("dots1", "sigmoid added times=2.5", marks=pytest.mark.slow),
+        pytest.param(
+            "deepseek_v3", "sigmoid added groups=2:1:two sum+1e-20 times=2.5",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_other_routers_are_part_of_the_first_launch(name: str, route: str) -> None:
+    """Sigmoids, corrections and groups of experts: the kernel chooses, behind its norm; nothing of
+    the choice is left in the graph."""
+    page = surveyed(name)
     layers = [r for r in page["fused"] if r["problem"]["routed"]]
-    assert len(layers) == 2
-    assert {r["problem"]["route"] for r in layers} == {""}
-    reasons = {r["reason"] for r in page["not_fused"] if r["predicate"] == "route"}
-    assert reasons == {"the weights of its experts come from aten.mul.Tensor, not from a topk"}
+    assert {(r["problem"]["route"], r["problem"]["norm"]) for r in layers} == {(route, True)}
+    assert {r["launches"] for r in layers} == {2}
+    assert [r for r in page["not_fused"] if r["predicate"] == "route"] == []
+    calls = {c.split("_")[0] for b in page["blocks"].values() for c in b["calls"]}
+    assert not calls & {"linear", "topk", "gather", "sigmoid", "softmax", "div", "scatter"}
