@@ -34,7 +34,7 @@ def centre(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
     if problem.smooth:
         both = both * parts["smooth"].double()
     made = {"shift": both[1].float()}
-    if not problem.rounds:
+    if not problem.made:
         short = (0, 0, 0, -problem.N % TILE_ROWS)
         rows = _products(problem, parts, both).T.float()
         made["centre"] = torch.nn.functional.pad(rows, short).contiguous()

@@ -34,7 +34,7 @@ from .fuse_unit import Part, Unit, body_of, join, stored_values
 from .mixture.plan import FusedMixture, fuse_mixtures
 from .problem import Problem
 
-BEFORE = ("rounds", "smooth", "norm")
+BEFORE = ("rounds", "mixed", "smooth", "norm")
 FEATURES = frozenset({
     *BEFORE, "residual", "out_norm", "act", "pairs", "concat", "rank", "outliers", "sparse",
     "table", "dense", "masked", "factors", "experts", "route",

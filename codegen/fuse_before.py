@@ -1,6 +1,6 @@
 """What a linear's input went through: a norm -> times a vector -> round_input -> linear.
 
-The norm is an rms_norm or a layer_norm.
+The norm is an rms_norm or a layer_norm; instead of a vector alone there may be a rotation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from .fuse_nodes import Unfit, argument, constant, is_op
 
 @dataclass(frozen=True)
 class Before:
-    """One step of what an input went through: "rounds", "smooth" or "norm"."""
+    """One step of what an input went through: "rounds", "mixed", "smooth" or "norm".
+
+    A rotation is a vector that multiplies, as smoothing is, and a mix behind it.
+    """
 
     kind: str
     node: fx.Node
@@ -44,7 +47,11 @@ def read_before(reads: fx.Node) -> list[Before]:
             return found
         found.append(Before("rounds", node, {} if scale is None else {"in_scale": scale}))
         node = node.args[0]
-    if is_op(node, "aten.mul.Tensor") and len(node.args) == 2:
+    turned = is_op(node, "llmc.rotate") and not node.kwargs.get("inverse")
+    if turned and constant(node.args[1]):
+        found.append(Before("mixed", node, {"smooth": node.args[1]}))
+        node = node.args[0]
+    elif is_op(node, "aten.mul.Tensor") and len(node.args) == 2:
         vectors = [a for a in node.args if _vector(a)]
         width = tensor_type(node).shape[-1]
         if len(vectors) == 1 and tensor_type(vectors[0]).shape[0] == width:

@@ -155,7 +155,7 @@ class Family:
             if drops and any(c.rounding is not step.node for c in self.cores):
                 why = Unfit("the rounding drops columns that nothing brings back", "columns")
             others = [u.name for u in step.node.users if u not in inside]
-            what = {"rounds": "rounding"}.get(step.kind, step.kind)
+            what = {"rounds": "rounding", "mixed": "rotation"}.get(step.kind, step.kind)
             if others and why is None:
                 names = ", ".join(sorted(others))
                 text = f"the {what} is also read by {names}, which is not fused whole"

@@ -65,8 +65,10 @@ class Unit:
             norm = kinds["norm"]
             eps = float(str(norm.kwargs["eps"]))
             out = replace(out, norm=True, centred=centred(norm), eps=eps)
-        elif "smooth" in kinds:
+        elif "smooth" in kinds or "mixed" in kinds:
             out = replace(out, smooth=True)
+        if "mixed" in kinds:
+            out = replace(out, mixed=True)
         behind = self.gate or self.act
         if behind is not None:
             pairs = "gate" if self.gate is not None else ""
@@ -296,6 +298,8 @@ def join(
         smooth = out.pop("smooth")
         for role in {"gain", "shift"} & set(out):
             out[role] = out[role] * smooth.to(out[role].dtype)
+    if problem.mixed and "smooth" in out:  # signs are stored as bytes
+        out["smooth"] = out["smooth"].to(torch.promote_types(torch.float32, out["smooth"].dtype))
     for role, dtype in (("zero", torch.uint8), ("columns", torch.int64)):
         if role in out:
             out[role] = out[role].to(dtype)

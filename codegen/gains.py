@@ -30,7 +30,7 @@ def in_range(
     Raises:
         ModelError: a weight that 2**k takes out of its dtype's range.
     """
-    if problem.x_dtype != "fp16" or not problem.norm or problem.rounds:
+    if problem.x_dtype != "fp16" or not problem.norm or problem.made:
         return parts, ""
     top = float(parts["gain"].abs().max()) if parts["gain"].numel() else 0.0
     power = 2.0 ** math.ceil(math.log2(top)) if top > 1 and math.isfinite(top) else 1.0

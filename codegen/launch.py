@@ -155,6 +155,8 @@ def _workspace(
         size, count = workspace.made_sizes(problem, config, M)
         found["made"] = torch.empty(size, dtype=DTYPES[problem.x_dtype], device=device)
         found["makers"] = counters("makers", count, device)
+        if problem.mixed_twice:
+            found["between"] = torch.empty(M, problem.K, device=device)
     return found
 
 

@@ -60,6 +60,8 @@ def apart(
     def then(x: torch.Tensor, sides: Tensors) -> torch.Tensor:
         made = x.new_empty(x.shape)
         given = {**start.joined({**kept, **sides}), "x": x.reshape(M, -1), "y": made}
+        if alone.mixed_twice:
+            given["between"] = torch.empty(M, problem.K, device=x.device)
         start.launch_row(MADE_INPUT, alone, config, M, given, grid=(1, M))
         return run(made, few(sides))
 

@@ -13,6 +13,7 @@ import torch
 from ..compiler.ir import packing
 from ..compiler.ir.ops.compressed import dequantize
 from ..compiler.ir.ops.lookup import lookup
+from ..compiler.ir.ops.rotation import mix
 from ..compiler.ir.ops.rounding import FLOATS, round_input
 from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, rms_norm
 from ..compiler.ir.ops.sparse import csr_linear
@@ -52,6 +53,8 @@ def linear(
         x = normed(problem, parts, x)
     if problem.smooth:
         x = x * parts["smooth"].to(dtype)
+    if problem.mixed:
+        x = mix(x)
     if problem.outliers:
         apart = x[..., parts["columns"]] @ parts["column_weights"].to(dtype).T
         kept = torch.ones(problem.K, dtype=dtype).index_fill(0, parts["columns"].cpu(), 0.0)

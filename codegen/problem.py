@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .mixing import mixing
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -46,8 +48,9 @@ class Problem:
             is stored. table: "matrix" or "row" where it is stored, once or per row.
         bitmap: kept values are marked by one bit per weight; kept is their number, where known.
         sparse: entries beside the codes, in compressed rows. outliers: columns kept apart, dense.
-        smooth: x is multiplied by a stored vector. rounds: the grid that the kernel itself puts
-            its input on, in the words of ``rounded``.
+        smooth: x is multiplied by a stored vector. mixed: its channels are mixed behind that, as
+            `llmc.rotate` mixes them. rounds: the grid that the kernel itself puts its input on, in
+            the words of ``rounded``.
         act: activation of the result, by the names of `llmc.activation`; "" for none.
         pairs: "gate" joins rows i and i + N/2 to act(gate) · up; "" for none.
         eps: of the norm.
@@ -84,6 +87,7 @@ class Problem:
     sparse: bool = False
     outliers: int = 0
     smooth: bool = False
+    mixed: bool = False
     rounds: str = ""
     act: str = ""
     pairs: str = ""
@@ -143,7 +147,13 @@ class Problem:
     @property
     def made(self) -> bool:
         """Whether x becomes another before it is multiplied by weights of floats."""
-        return bool(self.rounds)
+        return bool(self.rounds) or self.mixed
+
+    @property
+    def mixed_twice(self) -> bool:
+        """Whether mixing takes a second turn, over rows that are left in between."""
+        found = mixing(self.K) if self.mixed else None
+        return found is not None and found.rest > 1
 
     @property
     def centred_before(self) -> bool:
@@ -190,13 +200,13 @@ adds, where it adds something; in_scale, static; bias [N]; out_gain [outputs]; r
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (
     "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "centred",
-    "rank", "sparse", "outliers", "smooth", "rounds", "act", "pairs", "out_norm", "routed", "route",
-    "spans",
+    "rank", "sparse", "outliers", "smooth", "mixed", "rounds", "act", "pairs", "out_norm", "routed",
+    "route", "spans",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Problem)}
 
 # What lies around a weight, by where: in front of the product, beside it, behind it, around many.
-BEFORE = ("norm", "centred", "eps", "smooth")
+BEFORE = ("norm", "centred", "eps", "smooth", "mixed")
 BESIDE = ("rank", "spans")
 BEHIND = ("bias", "residual", "act", "pairs", "out_norm", "out_eps")
 EXPERTS = ("experts", "chosen", "routed", "route")

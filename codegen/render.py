@@ -19,6 +19,7 @@ from ..compiler.ir.errors import UsageError
 from . import spans
 from .grids import Made, terms
 from .literals import integer_bytes, integer_words
+from .mixing import mixing
 from .mixture.choice import Choice, read_choice
 from .problem import BEFORE, Problem
 from .row import Argument, KernelRow
@@ -58,7 +59,9 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         raise UsageError("; ".join(str(r) for r in misfits), where=f"kernel row {row.name}")
     made: dict[str, Any] = {}
     if makes(row, problem):  # then the rest reads it as it is
-        made = terms(problem.rounds)
+        made = terms(problem.rounds) if problem.rounds else {"static": False, "limited": False}
+        mixed = mixing(problem.K) if problem.mixed else None
+        made["mixing"] = mixed.terms() if mixed else {}
         made |= {n: getattr(problem, n) for n in ("norm", "centred", "smooth")}
     plain = problem.without(*BEFORE, "rounds") if made else problem
     return {
@@ -113,6 +116,7 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     # Limits differ from layer to layer and are no part of the code; a group is.
     rounds = re.sub(r"=[.\d]+e?[-+\d]*$", "", problem.rounds or problem.rounded * problem.limited)
     flags += [re.sub(r"\W", "_", rounds)] if rounds else []
+    flags += [f"mixed{problem.K}"] if problem.mixed else []
     flags += ["out_norm"] if problem.out_norm else []
     flags += [f"rank{problem.rank}"] if problem.rank else []
     flags += ["spans"] if problem.spans else []

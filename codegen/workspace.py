@@ -94,6 +94,8 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
         columns, _ = _tiles(problem, config, M)
         beside = 0 if problem.made else problem.norm + problem.centred
         values += columns * config.split * (config.BN + beside) * M
+    if problem.mixed_twice:
+        values += problem.K * M
     if problem.out_norm:
         values += (problem.outputs + _tiles(problem, config, M)[0]) * M
     return 8 * values

@@ -61,6 +61,7 @@ MADE = (
     Argument("in_scale", "[groups]", ("fp32",), "static", dtype="fp32"),
     Argument("limit", "[1]", ("fp32",), "limited", dtype="fp32"),
     Argument("made", "[M, K]", FLOATS, "made"),
+    Argument("between", "[M, K]", ("fp32",), "mixed_twice", dtype="fp32"),
     Argument("makers", "[2 * tiles of tokens]", ("i32",), "made", dtype="i32"),
 )
 UNROUTED: dict[str, tuple[object, ...]] = {"routed": ("",), "route": ("",)}
@@ -104,6 +105,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "x_dtype": FLOATS,
     "scale_dtype": ("fp16", "bf16"),
     **dict.fromkeys(("asym", "bias", "residual", "norm", "centred", "smooth"), (False, True)),
+    "mixed": (False, True),
     "out_norm": (False, True),
     "act": ACTS,
     "pairs": ("", "gate"),

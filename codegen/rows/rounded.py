@@ -80,7 +80,7 @@ _MADE = (
 def choices(rounds: tuple[str, ...], **more: tuple[object, ...]) -> dict[str, tuple[object, ...]]:
     """What rows with rounded inputs serve beside what all do."""
     beside = {"asym": (False,), "rank": (0,), "sparse": (False,), "spans": ("",)}
-    return {**CHOICES, **UNROUTED, **beside, "rounds": rounds, **more}
+    return {**CHOICES, **UNROUTED, **beside, "mixed": (False,), "rounds": rounds, **more}
 
 
 _X = Argument("x", "[M, K]", FLOATS, strided=True)

@@ -30,6 +30,7 @@ from llmc.codegen.render import makes
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.ops.rounding import round_input, scale_of
+from llmc.compiler.ir.ops.rotation import mix
 from llmc.compiler.ir.ops.semantic import activation, rms_norm
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
@@ -172,6 +173,8 @@ def _read(
     size, own = _unsettled(p, parts, x) if p.centred else (h.abs(), torch.zeros_like(h))
     if p.outliers:
         h, size, own = (t.index_fill(-1, parts["columns"], 0.0) for t in (h, size, own))
+    if p.mixed:
+        return _mixed(p, h, own, u)
     slack = 1.01 * u * (p.norm + p.smooth)
     # Beside relative rounding, what lies below the least normal fp16; 1/rms multiplies it later.
     least = torch.full_like(x[:, :1], 2.0**-25 * (p.x_dtype == "fp16") * (p.norm or p.smooth))
@@ -205,9 +208,19 @@ def _read(
     return exact.abs(), off
 
 
+def _mixed(
+    p: Problem, h: torch.Tensor, own: torch.Tensor, u: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Size and error of h mixed, in sums of fp32 or of twice the digits of bf16, then rounded."""
+    spread = mix(torch.eye(p.K, dtype=torch.float64)).abs()
+    exact, reach = mix(h).abs(), h.abs() @ spread
+    off = own @ spread + ((p.K + 32) * _SUM + 2.0**-15) * reach
+    return exact, off + 1.01 * u * (exact + off) + 2.0**-25 * (p.x_dtype == "fp16")
+
+
 def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     plain = replace(p, weights="dense", m=0, bitmap=False, rank=0, outliers=0, rounds="", act="",
-                    pairs="", norm=False, centred=False, smooth=False, bias=False,
+                    pairs="", norm=False, centred=False, smooth=False, mixed=False, bias=False,
                     out_norm=False)  # fmt: skip
     none = {**parts, "values": torch.zeros(p.N, p.K, dtype=torch.float64)}
     return meaning.linear(plain, none, torch.eye(p.K, dtype=torch.float64)).T

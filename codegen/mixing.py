@@ -1,0 +1,70 @@
+"""How a kernel mixes the channels of a row as `llmc.rotate` does, and which widths it can.
+
+n = odd · 2**k channels are rows of ``wide`` neighbours. A tile of such rows is multiplied by the
+Hadamard matrix of ``wide`` from the right and by one of ``deep`` on its diagonal from the left, so
+each run of deep · wide channels is mixed in registers; what is left, ``rest`` runs, is mixed by one
+more product of a matrix [rest, rest], Hartley of the odd factor times Hadamard of what remains.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+SIDE = 64  # of the largest matrix in registers
+LEAST = 16  # of the smallest that a matrix instruction takes
+MOST = 1 << 16  # channels of a row
+
+
+class Mixing(NamedTuple):
+    """One width in the terms of a template; ``odd`` is the odd factor of ``rest``."""
+
+    width: int
+    wide: int
+    deep: int
+    rest: int
+    odd: int
+
+    @property
+    def tile(self) -> int:
+        """Rows of ``wide`` channels of a tile, whole runs."""
+        return max(LEAST, self.deep)
+
+    def terms(self) -> dict[str, Any]:
+        """All of it as plain numbers."""
+        run = self.wide * self.deep
+        columns = min(run, max(LEAST, 2048 // padded(self.rest)))
+        return {
+            **self._asdict(), "tile": self.tile, "run": run, "side": padded(self.rest),
+            "columns": columns, "unit": self.width**-0.5,
+        }  # fmt: skip
+
+
+def padded(count: int) -> int:
+    """The least side of a matrix instruction that holds ``count``."""
+    return max(LEAST, 1 << (count - 1).bit_length())
+
+
+def mixing(width: int) -> Mixing | None:
+    """How a kernel mixes ``width`` channels; None where it cannot."""
+    power = width & -width
+    wide = min(power, SIDE)
+    deep = min(power // max(wide, 1), SIDE)
+    if not wide or wide < LEAST or width > MOST or width // (wide * deep) > SIDE:
+        return None
+    return Mixing(width, wide, deep, width // (wide * deep), width // power)
+
+
+EXPECTED = f"at most {MOST}, a multiple of {LEAST} whose odd factor is at most {SIDE}"
+"""What a width must be, in words."""
+
+
+def unfit(problem: Any) -> list[tuple[str, str]]:
+    """Fields of a problem that mixes what it reads which are not what kernels need, with what is."""
+    found: list[tuple[str, str]] = []
+    if problem.mixed and mixing(problem.K) is None:
+        found.append(("K", f"{EXPECTED} where x is mixed"))
+    if problem.mixed and problem.rounds:
+        found.append(("rounds", "none where x is mixed"))
+    if problem.mixed and problem.experts:
+        found.append(("mixed", "False among experts"))
+    return found
