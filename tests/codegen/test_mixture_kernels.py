@@ -18,6 +18,7 @@ from interpreter import interpreted
 from llmc.codegen import meaning
 from llmc.codegen.kernels import row
 from llmc.codegen.mixture import fit, routing
+from llmc.codegen.mixture.choice import choose, read_choice
 from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.samples import random_parts
 
@@ -62,6 +63,17 @@ class Layer:
             up["router"] = up["router"] / 4
         return up, down
 
+    def clear(self, products: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """Whether each token chooses the same where products are a bit off, any way of eight."""
+        choice, correction = read_choice(self.kind), self.parts[0].get("correction")
+        assert choice is not None
+        index = choose(choice, products, self.k, correction)[0]
+        same = torch.ones(len(products), dtype=torch.bool)
+        for _ in range(8):
+            off = torch.randint(0, 2, products.shape, generator=g) * 0.1 - 0.05
+            same &= (choose(choice, products + off, self.k, correction)[0] == index).all(-1)
+        return same
+
     def inputs(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """x and what else a call brings; where the kernel chooses, tokens whose choice is clear."""
         g = torch.Generator().manual_seed(7)
@@ -69,10 +81,10 @@ class Layer:
         x = torch.randn(64 * self.T if up.route else self.T, self.H, generator=g).to(dtype)
         sides = {}
         if up.route:
-            parts = {n: t.double() for n, t in self.parts[0].items() if n in ("gain", "router")}
+            parts = wide(self.parts[0])
             h = meaning.normed(up, parts, x.double()) if up.norm else x.double()
-            best = (h @ parts["router"].T).sort(-1, descending=True).values[:, : self.k + 1]
-            x = x[-best.diff(dim=-1).amax(-1) > 0.1][: 1 if self.how == "alike" else self.T]
+            x = x[self.clear(h @ parts["router"].T, g)][: 1 if self.how == "alike" else self.T]
+            assert len(x) == (1 if self.how == "alike" else self.T)
             x = x.expand(self.T, -1).contiguous() if self.how == "alike" else x
         else:
             index = torch.rand(self.T, self.E, generator=g).argsort(-1)[:, : self.k]
@@ -96,7 +108,13 @@ LAYERS = {
     "nf4": Layer("w4_lut", 3, k=1, more={"weights": "table", "levels": "nf", "group": 64}),
     "dense": Layer("w16", 3, more={**DENSE, "x_dtype": "bf16"}),
     "dense 2:4": Layer("w16_24", 3, how="told", more={**DENSE, "n": 2, "m": 4}),
-    "many": Layer("w4a16", routing.MOST // 2 + 3),
+    "sigmoids of groups": Layer("w4a16", 5, E=8, kind=(
+        "sigmoid added groups=4:2:two sum+1e-20 times=2.5")),
+    "corrected, in bf16": Layer("w4a16", 3, E=5, kind="softmax added sum>1e-12", more={
+        "x_dtype": "bf16", "scale_dtype": "bf16"}),
+    "the largest of three groups": Layer("w4a16", 17, E=12, k=3, H=192, norm=False, kind=(
+        "softmax groups=3:2:max times=0.5"), more={"x_dtype": "fp32"}),
+    "many": Layer("w4a16", routing.MOST // 2 + 3, E=8, kind="sigmoid added sum>9.0"),
 }  # fmt: skip
 
 
