@@ -49,6 +49,14 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("columns", {"outliers": 32}, 16),
     ("groups of 16", {"group": 16, "asym": True}, 1),
     ("experts", {**_EXPERTS, **_GATES, "norm": True, "eps": 1e-6, "route": "softmax sum"}, 1),
+    (
+        "experts of groups",
+        {
+            **_EXPERTS, **_GATES, "norm": True, "eps": 1e-6, "experts": 64, "chosen": 8,
+            "route": "sigmoid added groups=8:4:two sum+1e-20 times=2.5",
+        },
+        1,
+    ),
     ("experts told", {**_EXPERTS, **_GATES}, 1),
     ("experts summed", {**_EXPERTS, "routed": "down", "residual": True}, 1),
 )
@@ -60,6 +68,7 @@ _SOME = {
     "joined": ("factors",),
     "joined gate": ("factors",),
     "experts": ("w4a16",),
+    "experts of groups": ("w4a16",),
     "experts told": ("w8a16",),
     "experts summed": ("w4a16",),
 }

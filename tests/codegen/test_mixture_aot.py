@@ -16,7 +16,7 @@ from llmc.codegen.variants import SHARED, TARGETS, variants
     ("name", "what", "slots"),
     [
         ("w4a16", "experts", 4.2), ("w4a16", "experts summed", 3.0),
-        ("w8a16", "experts told", 3.9),
+        ("w4a16", "experts of groups", 4.2), ("w8a16", "experts told", 3.9),
     ],
 )  # fmt: skip
 def test_no_variant_of_experts_spills(name: str, what: str, slots: float, target: str) -> None:
