@@ -2,8 +2,8 @@
 
 They follow from the row's own data: a problem that it is made for, the same with a zero point, with
 every side input, behind a layer norm, with a norm of its result, joined in pairs, beside a product
-of low rank and beside sparse entries, joined with factors kept apart, each as far as the row serves
-it, at one token and at a tile of sixteen.
+of low rank and beside sparse entries, joined with factors kept apart, with an input that it puts on a
+grid, each as far as the row serves it, at one token and at a tile of sixteen.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("entries", {"sparse": True}, 1),
     ("columns", {"outliers": 32}, 16),
     ("groups of 16", {"group": 16, "asym": True}, 1),
+    ("rounded", {"rounds": "int8 token", "norm": True, "eps": 1e-6}, 1),
     ("experts", {**_EXPERTS, **_GATES, "norm": True, "eps": 1e-6, "route": "softmax sum"}, 1),
     (
         "experts of groups",
@@ -64,6 +65,7 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
 _SOME = {
     "layer norm": ("w4a16", "w8a8", "round_int8"),
     "norm behind": ("w4a16",),
+    "rounded": ("w16", "w4_float"),
     "groups of 16": ("w4a16", "w3a16", "w2a16"),
     "joined": ("factors",),
     "joined gate": ("factors",),
@@ -124,7 +126,7 @@ def _own(row: KernelRow, forced: dict[str, Any]) -> Iterator[dict[str, Any]]:
     tables = [v for v in row.choices.get("table", ()) if v]
     kinds = [{}, *({"levels": v} for v in levels), *({"table": v} for v in tables)]
     ranks: list[dict[str, Any]] = [{"rank": 64}, {"rank": SIZE // 4}]
-    beside: list[dict[str, Any]] = [{}, {"outliers": 32}, *ranks]
+    beside: list[dict[str, Any]] = [{}, {"outliers": 32}, *ranks, {"rounds": "int8 token"}]
     for kind, more in itertools.product(kinds, beside):
         table = bool(kind)
         values = {**forced, **kind, **more}
