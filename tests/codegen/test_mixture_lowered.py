@@ -23,7 +23,10 @@ LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # Of a whole decoder: passes and dtype.
 DECODERS = {"zoo": ("w4:group=32", "float16"), "mixtral": ("w4:group=32", "float32"),
-            "qwen3_moe": ("w8:group=row", "float16")}  # fmt: skip
+            "qwen3_moe": ("w8:group=row", "float16"), "glm4_moe": ("w4:group=32", "float32"),
+            "ernie4_5_moe": ("w4:group=32", "float32"),
+            "deepseek_v3": ("w4:group=32", "float16")}  # fmt: skip
+FAST = ("qwen3_moe", "glm4_moe")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +36,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(cache: Path) -> dict[str, Any]:
-    """What a child process found of the layers and of one decoder."""
-    found: dict[str, Any] = interpreted(__file__, cache, *LAYERS, "qwen3_moe")
+    """What a child process found of the layers and of two decoders."""
+    found: dict[str, Any] = interpreted(__file__, cache, *LAYERS, *FAST)
     return found
 
 
@@ -51,13 +54,15 @@ def test_a_layer_computes_what_its_reference_does(name: str, answers: dict[str, 
     assert found["op is one call"]
 
 
-def test_a_decoder_computes_what_its_reference_does(answers: dict[str, Any]) -> None:
-    """A prompt, then token by token through a cache."""
-    check(answers["qwen3_moe"])
+@pytest.mark.parametrize("name", FAST)
+def test_a_decoder_computes_what_its_reference_does(name: str, answers: dict[str, Any]) -> None:
+    """A prompt, then token by token through a cache; glm4_moe adds to its scores for the choice,
+    multiplies weights by a factor and has a shared expert."""
+    check(answers[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(DECODERS) - {"qwen3_moe"}))
+@pytest.mark.parametrize("name", sorted(set(DECODERS) - set(FAST)))
 def test_other_decoders_compute_what_their_references_do(name: str, cache: Path) -> None:
     check(interpreted(__file__, cache, name)[name])
 
@@ -116,13 +121,33 @@ def _program(name: str) -> Any:
         "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64,
         "max_position_embeddings": 64, "head_dim": 16, "num_experts_per_tok": 2,
     }  # fmt: skip
+    glm = {
+        "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 64,
+        "first_k_dense_replace": 0, "routed_scaling_factor": 1.5,
+    }  # fmt: skip
     more = {
         "mixtral": {"num_local_experts": 4},
         "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    }
+        "glm4_moe": glm | {"n_group": 1, "topk_group": 1},
+        "deepseek_v3": glm | {
+            "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+            "num_key_value_heads": 4,
+        },
+        "ernie4_5_moe": {
+            "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64,
+            "moe_num_shared_experts": 1, "moe_layer_start_index": 0,
+        },
+    }  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **sizes, **more[name])
-    return llmc.capture(AutoModelForCausalLM.from_config(config).eval())
+    config = AutoConfig.for_model(name, **sizes | more[name])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for at, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        if "correction" in at:  # which a new model has at zero
+            tensor.data.uniform_(-0.5, 0.5)
+        if at.endswith("mlp.gate.weight"):
+            tensor.data.normal_()
+    return llmc.capture(model)
 
 
 def _decoder(name: str) -> dict[str, Any]:
