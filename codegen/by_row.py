@@ -9,6 +9,8 @@ import torch
 from ..compiler.ir import packing
 from .problem import Parts, Problem
 
+# Parts that have rows in each of their planes.
+BY_PLANE = ("signs", "factors")
 # Parts with a row of their own for each output feature.
 _BY_ROW = ("codes", "scale", "zero", "meta", "bitmap", "left", "column_weights", "bias")
 
@@ -19,7 +21,7 @@ def order_rows(problem: Problem, parts: Parts) -> tuple[Problem, Parts]:
 
     N grows to whole blocks of 16; rows that fill up repeat the last one and are never stored.
     """
-    if not problem.pairs:
+    if not problem.pairs or problem.out_mixed:  # which mixes rows in their own order
         return problem, parts
     rows = problem.N // (problem.experts or 1)
     half = rows // 2
@@ -36,6 +38,9 @@ def take_rows(problem: Problem, parts: Parts, order: torch.Tensor) -> tuple[Prob
     for name in _BY_ROW:
         if name in parts:
             moved[name] = parts[name][order.to(parts[name].device)]
+    for name in BY_PLANE:
+        if name in parts:
+            moved[name] = parts[name][:, order.to(parts[name].device)]
     if "table" in parts and len(parts["table"]) == problem.N:
         moved["table"] = parts["table"][order.to(parts["table"].device)]
     if "values" in parts and not problem.bitmap:

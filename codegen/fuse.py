@@ -37,7 +37,7 @@ from .problem import Problem
 BEFORE = ("rounds", "mixed", "smooth", "norm")
 FEATURES = frozenset({
     *BEFORE, "residual", "out_norm", "act", "pairs", "concat", "rank", "outliers", "sparse",
-    "table", "dense", "masked", "factors", "experts", "route",
+    "table", "dense", "masked", "factors", "signs", "experts", "route",
     "spans",
 })  # fmt: skip
 """What a target may ask for; what it does not name is never looked for, nor refused. ``dense`` are

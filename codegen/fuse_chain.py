@@ -159,6 +159,8 @@ def _values(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
             raise Unfit(f"the decoded weight {node.name} is read {len(node.users)} times",
                         "one_reader")  # fmt: skip
         return _coded(node, parts)
+    if is_op(node, "llmc.sum_signs"):
+        return _signed(node, parts)
     if node.op != "get_attr" and not all(row_of(c).name in MOVES for c in calls_of(node)):
         raise Unfit(f"its weight is made by {row_of(node).name}, not decoded from codes", "decoded")
     parts["values"] = node
@@ -199,6 +201,17 @@ def _coded(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
             raise Unfit(f"zero points {zero.name} need not be whole numbers", "whole_zero")
         parts["zero"] = zero
     return facts | {"asym": zero is not None}
+
+
+def _signed(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
+    if len(node.users) != 1:
+        raise Unfit(f"the decoded weight {node.name} is read {len(node.users)} times", "one_reader")
+    parts["signs"], parts["factors"] = node.args  # type: ignore[assignment]
+    planes, rows = tensor_type(parts["signs"]).shape[:2]
+    return {
+        "N": int(rows), "bits": int(planes), "group": int(str(node.kwargs["group"])),
+        "weights": "signs", "scale_dtype": dtype_name(tensor_type(parts["factors"]).dtype),
+    }  # fmt: skip
 
 
 # ** beside the weight **

@@ -12,6 +12,7 @@ from torch import fx
 from ..compiler.ir.graph import Program
 from ..compiler.ir.ops import row_of
 from ..compiler.ir.ops.fused import Ref, Step, inputs_of, write
+from .by_row import BY_PLANE
 from .fuse_before import Before, centred, grid_words
 from .fuse_chain import Core
 from .fuse_nodes import argument
@@ -324,4 +325,4 @@ def _joined(role: str, given: list[torch.Tensor | None], sections: tuple[int, ..
             ends.append(ends[-1] + int(t[-1]))
         moved = [t[:-1] + end for t, end in zip(tensors, ends, strict=False)]
         return torch.cat([*moved, like.new_tensor(ends[-1:])])
-    return torch.cat(tensors)
+    return torch.cat(tensors, 1 if role in BY_PLANE else 0)

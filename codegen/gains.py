@@ -53,7 +53,8 @@ def in_range(
 
 def scaled(problem: Problem) -> list[str]:
     """The parts that the normed input is multiplied with, one of each product."""
-    weight = {"int": "scale", "dense": "values", "factors": "left"}.get(problem.weights, "table")
+    weight = {"int": "scale", "dense": "values", "factors": "left",
+              "signs": "factors"}.get(problem.weights, "table")
     if problem.weights == "table" and problem.scale_dtype:
         weight = "scale"
     beside = {"router": problem.route, "left": problem.rank and problem.weights != "factors",
@@ -76,7 +77,8 @@ def round_scales(
     Raises:
         ModelError: scales too small or too large for it, so that more than their last bit is lost.
     """
-    wide = parts.get("scale")
+    role = "factors" if problem.weights == "signs" else "scale"
+    wide = parts.get(role)
     if wide is None or wide.dtype != torch.float32:
         return parts, ""
     dtype = DTYPES[problem.scale_dtype]
@@ -86,4 +88,4 @@ def round_scales(
     if bool(((scale.float() - wide).abs() > wide.abs() * torch.finfo(dtype).eps).any()):
         raise ModelError(f"expected decoded scales that {problem.scale_dtype} can hold, found some "
                          f"from {float(wide.abs().min()):.3g}")  # fmt: skip
-    return {**parts, "scale": scale}, f"decoded scales in {problem.scale_dtype}"
+    return {**parts, role: scale}, f"decoded scales in {problem.scale_dtype}"

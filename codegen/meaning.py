@@ -12,7 +12,7 @@ import torch
 
 from ..compiler.ir import packing
 from ..compiler.ir.ops.compressed import dequantize
-from ..compiler.ir.ops.lookup import lookup
+from ..compiler.ir.ops.lookup import lookup, sum_signs
 from ..compiler.ir.ops.rotation import mix
 from ..compiler.ir.ops.rounding import FLOATS, round_input
 from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, rms_norm
@@ -30,6 +30,9 @@ def weight(problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64) -
     elif problem.weights == "table":
         scale, table = parts.get("scale"), parts.get("table")
         values = lookup(parts["codes"], scale, table, levels=problem.levels, **how)
+    elif problem.weights == "signs":
+        how = {"group": group, "columns": problem.columns, "dtype": dtype}
+        values = sum_signs(parts["signs"], parts["factors"], **how)
     elif problem.weights == "dense":
         values = parts["values"].to(dtype)
     else:
@@ -69,6 +72,9 @@ def linear(
     if problem.sparse:
         values = parts["csr_values"].to(dtype)
         y = csr_linear(y, x, values, parts["csr_index"], parts["csr_starts"])
+    if problem.out_mixed:
+        mixed = [mix(part) for part in y.split(problem.out_sections, -1)]
+        y = torch.cat(mixed, -1) / parts["out_turn"].to(dtype)
     if problem.bias:
         y = y + parts["bias"].to(dtype)
     if problem.pairs == "gate":

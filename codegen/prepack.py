@@ -18,6 +18,7 @@ from ..compiler.ir.errors import ModelError, UsageError
 from . import spans
 from .by_row import order_rows
 from .centre import centre
+from .ending import units_of
 from .grids import parse
 from .problem import DTYPES, PARTS, Parts, Problem
 from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
@@ -64,7 +65,7 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
     # What is read as it is stored is put in order only where sums over its rows are made of it.
     left = {"values"} if row.as_stored and not problem.centred else set[str]()
     ordered, moved = order_rows(problem, {n: t for n, t in given.items() if n not in left})
-    if problem.pairs and "bias" in moved:
+    if problem.pairs and not problem.out_mixed and "bias" in moved:
         sides["bias"] = pad(moved["bias"][:, None], TILE_ROWS, 1)[:, 0].contiguous()
     tensors = row.pack(row, *((problem, given) if row.as_stored else (ordered, moved)))
     if problem.rank and problem.weights != "factors":
@@ -73,6 +74,10 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
         tensors |= entries(ordered, moved)
     if problem.centred:
         tensors |= centre(ordered, moved)
+    if problem.out_mixed:
+        expect("out_turn", given.get("out_turn"), (problem.N,))
+        turn = given["out_turn"].double()
+        tensors["turn"] = (units_of(problem).to(turn) / turn).float().contiguous()
     if problem.rounds:
         tensors |= in_grid(problem, given)
     if problem.route:
@@ -90,7 +95,7 @@ def check_parts(problem: Problem, parts: Parts) -> None:
     if unknown:
         raise ModelError(f"expected parts among {list(PARTS)}, found {unknown}")
     N, G = problem.N, problem.groups
-    if problem.scale_dtype:
+    if problem.scale_dtype and problem.weights != "signs":
         expect("scale", parts.get("scale"), (N, G))
         if parts["scale"].dtype != DTYPES.get(problem.scale_dtype):
             raise ModelError(f"expected {DTYPES.get(problem.scale_dtype)} scales, found "

@@ -43,7 +43,8 @@ class Problem:
         rounded: the grid that x is on already, e.g. "int8 token"; "" where it is on none.
         rank: of the product beside the codes; 0 where there is none.
         weights: "int" (codes on a uniform grid), "table" (codes are indices of levels), "dense"
-            (floats) or "factors" (no W at all: only left · right).
+            (floats), "signs" (a sum of ``bits`` planes of ±1, a factor of each per group) or
+            "factors" (no W at all: only left · right).
         levels: name of the fixed levels of a table (see compiler/ir/levels.py), "" where the table
             is stored. table: "matrix" or "row" where it is stored, once or per row.
         bitmap: kept values are marked by one bit per weight; kept is their number, where known.
@@ -56,6 +57,8 @@ class Problem:
         eps: of the norm.
         out_norm: whether rows of the result, behind its activation, are divided by their rms and
             multiplied by a stored gain before the residual is added; out_eps: of that norm.
+        out_mixed: widths of sections of rows of the product whose channels are mixed back, as
+            `llmc.rotate` does inversely, before a bias is added; "" where none are.
         experts: how many experts' weights the rows stack, N / experts each; 0 where it is one
             linear. chosen: experts of a token. routed: "up" multiplies each token by the rows of
             each expert that it chose, and gives a row per token and expert; "down" takes such rows,
@@ -95,6 +98,7 @@ class Problem:
     kept: int = 0
     out_norm: bool = False
     out_eps: float = 0.0
+    out_mixed: str = ""
     experts: int = 0
     chosen: int = 0
     routed: str = ""
@@ -156,6 +160,16 @@ class Problem:
         return found is not None and found.rest > 1
 
     @property
+    def out_sections(self) -> tuple[int, ...]:
+        """Widths of what is mixed back."""
+        return tuple(map(int, self.out_mixed.split()))
+
+    @property
+    def gathered(self) -> bool:
+        """Whether whole rows of the product are left for the programs that come last."""
+        return self.out_norm or bool(self.out_mixed)
+
+    @property
     def centred_before(self) -> bool:
         """Whether the mean is taken away before the product; else behind it, by what rows make of
         gain and shift."""
@@ -186,29 +200,31 @@ def read_spans(text: str) -> tuple[tuple[int, int], ...]:
 
 
 PARTS = (
-    "codes", "scale", "zero", "table", "meta", "bitmap", "values", "left", "right", "csr_values",
-    "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift", "smooth", "in_scale",
-    "bias", "out_gain", "router", "correction",
+    "codes", "signs", "factors", "scale", "zero", "table", "meta", "bitmap", "values", "left",
+    "right", "csr_values", "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift",
+    "smooth", "in_scale", "bias", "out_gain", "out_turn", "router", "correction",
 )  # fmt: skip
-"""Roles of the canonical tensors of a problem: codes int32 [N, words]; scale [N, G]; zero uint8
-[N, G]; table [1 or N, 2**bits]; meta int32, positions of n:m; bitmap int32 [N, words]; values dense
-[N, columns], or flat [nnz] under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`;
-columns int64 [c] and column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm
-adds, where it adds something; in_scale, static; bias [N]; out_gain [outputs]; router
-[experts, K]; correction [experts], what scores are added to."""
+"""Roles of the canonical tensors of a problem: codes int32 [N, words]; signs int32 [bits, N, words]
+and factors [bits, N, G], planes of a sum; scale [N, G]; zero uint8 [N, G]; table [1 or N, 2**bits];
+meta int32, positions of n:m; bitmap int32 [N, words]; values dense [N, columns], or flat [nnz]
+under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`; columns int64 [c] and
+column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm adds, where it adds
+something; in_scale, static; bias [N]; out_gain [outputs]; out_turn [N],
+what a result that is mixed back is divided by; router [experts, K]; correction
+[experts], what scores are added to."""
 
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (
     "weights", "levels", "table", "bitmap", "asym", "bias", "residual", "norm", "centred",
     "rank", "sparse", "outliers", "smooth", "mixed", "rounds", "act", "pairs", "out_norm", "routed",
-    "route", "spans",
+    "route", "spans", "out_mixed",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Problem)}
 
 # What lies around a weight, by where: in front of the product, beside it, behind it, around many.
 BEFORE = ("norm", "centred", "eps", "smooth", "mixed")
 BESIDE = ("rank", "spans")
-BEHIND = ("bias", "residual", "act", "pairs", "out_norm", "out_eps")
+BEHIND = ("bias", "residual", "act", "pairs", "out_norm", "out_eps", "out_mixed")
 EXPERTS = ("experts", "chosen", "routed", "route")
 
 

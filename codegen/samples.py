@@ -31,7 +31,12 @@ def random_parts(
     parts: dict[str, torch.Tensor] = {}
     if p.weights in ("int", "table"):
         parts["codes"] = packing.pack(_codes(p, g), p.bits)
-    if p.scale_dtype:
+    if p.weights == "signs":
+        bits = torch.randint(0, 2, (p.bits, p.N, p.K), **how)
+        parts["signs"] = packing.pack(bits, 1)
+        factors = (torch.rand(p.bits, p.N, p.groups, **how) * 0.75 + 0.25) * 0.1
+        parts["factors"] = factors.to(DTYPES[p.scale_dtype])
+    elif p.scale_dtype:
         scale = (torch.rand(p.N, p.groups, **how) * 0.75 + 0.25) * 0.3 / _top(p)
         parts["scale"] = scale.to(DTYPES[p.scale_dtype])
     if p.asym:
@@ -63,6 +68,9 @@ def random_parts(
     if p.outliers:
         parts["columns"] = torch.randperm(p.K, **how)[: p.outliers].sort().values
         parts["column_weights"] = torch.randn(p.N, p.outliers, **how).to(dtype)
+    if p.out_mixed:
+        signs = torch.randint(0, 2, (p.N,), **how) * 2 - 1
+        parts["out_turn"] = signs * (torch.rand(p.N, **how) + 0.5)
     for name in [n for n, has in (("gain", p.norm), ("smooth", p.smooth)) if has]:
         parts[name] = (torch.rand(p.K, **how) + 0.5) / (loud(p) if name == "gain" else 1.0)
     if p.centred:

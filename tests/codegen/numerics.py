@@ -276,6 +276,8 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             at = column * p.n // p.m if p.m else column
             q[:, at] = _other_codes(p, q[:, at])
             value = packing.pack(q, p.bits)
+        case "signs":
+            value = ~value
         case "zero":
             value ^= 1 << (p.bits - 1)
         case "meta":
@@ -286,7 +288,7 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             value = packing.pack(packing.unpack(value, 1, p.K).to(torch.int64).flip(1), 1)
         case "left" if p.spans:
             value += value != 0
-        case "scale" | "in_scale" | "gain" | "smooth" | "out_gain":
+        case "scale" | "factors" | "in_scale" | "gain" | "smooth" | "out_gain":
             value *= 4
         case "right" if value.dim() == 2:
             value[:, column] += 1

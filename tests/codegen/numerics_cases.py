@@ -77,7 +77,8 @@ def sane(p: Problem) -> bool:
         p.weights not in ("int", "table") or p.bits <= 8,
         p.weights not in ("dense", "factors") or (p.bits >= 16 and not p.asym),
         not table or not p.asym,
-        p.weights != "int" or bool(p.scale_dtype),
+        p.weights not in ("int", "signs") or bool(p.scale_dtype),
+        p.weights != "signs" or p.bits <= 5,
         p.weights not in ("dense", "factors") or not p.group or bool(p.scale_dtype),
         p.weights != "factors" or p.rank > 0,
         p.rank < min(p.N, p.K) or not p.rank,
@@ -211,7 +212,9 @@ def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]])
 def parts_named(p: Problem) -> list[str]:
     """The canonical parts that a problem has, in the order of `PARTS`."""
     has = {
-        "codes": p.weights in ("int", "table"), "scale": bool(p.scale_dtype), "zero": p.asym,
+        "codes": p.weights in ("int", "table"), "zero": p.asym,
+        "scale": bool(p.scale_dtype) and p.weights != "signs",
+        **dict.fromkeys(("signs", "factors"), p.weights == "signs"),
         "table": bool(p.table), "meta": p.m > 0, "bitmap": p.bitmap, "values": p.weights == "dense",
         "left": p.rank > 0, "right": p.rank > 0, "columns": p.outliers > 0, "gain": p.norm,
         "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": "static" in p.rounds,

@@ -62,7 +62,7 @@ def test_what_is_just_inside_is_served(group: int) -> None:
 
 def test_when_no_row_serves_all_say_why() -> None:
     """Each row contributes at least one misfit."""
-    chosen, why = choose(dataclasses.replace(DENSE, bits=5))
+    chosen, why = choose(dataclasses.replace(DENSE, bits=7))
     assert chosen is None
     assert {m.row for m in why} == {r.name for r in ROWS}
 

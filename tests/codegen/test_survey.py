@@ -49,6 +49,10 @@ def told(text: str, target: str = "triton", tokens: int = 1, **how: Any) -> dict
         "w4:group=128,a8:kind=e4m3",
         "zeroquant_fp",
         "prune24,a8,kv8",
+        "w6",
+        "w5",
+        "bcq",
+        "binary",
     ],
 )
 def test_a_decode_step_starts_six_kernels_per_block(text: str) -> None:

@@ -228,6 +228,52 @@ FACTS += [
 TILED["w6a16"] = grid(W6)
 TILED["w5a16"] = grid(W5)
 
+# ** sums of signs **
+SIGNS: Fields = {"weights": "signs", "bits": 3}
+ONE: Fields = {"weights": "table", "levels": "binary", "bits": 1}
+family("w_signs", SIGNS, [
+    case("w_signs", 1, 33, 96, "signs", **SIGNS, group=32),
+    case("w_signs", 3, 70, 300, "factors", **SIGNS | {"bits": 2}, group=64),
+    case("w_signs", 9, 33, 300, "factors", **SIGNS | {"bits": 5}, group=128, x_dtype="bf16"),
+    case("w_signs", 3, 64, 520, "signs", **SIGNS | {"bits": 4}, group=256, scale_dtype="bf16"),
+    case("w_signs", 2, 1, 130, "signs", **SIGNS, group=0, x_dtype="fp32", stride="padded"),
+    case("w_signs", 2, 34, 300, "signs", **SIGNS, **ALL_SIDES, **GATE, smooth=True),
+    case("w_signs", 2, 66, 100, "factors", **SIGNS | {"bits": 1}, group=0, x_dtype="bf16"),
+], {"K": 96, "bits": 1, "group": 32})  # fmt: skip
+family("w1_binary", ONE, [
+    case("w1_binary", 1, 33, 96, **ONE, group=32),
+    case("w1_binary", 3, 70, 300, "scale", **ONE, group=64, x_dtype="bf16"),
+    case("w1_binary", 2, 1, 130, **ONE, group=0, scale_dtype="", stride="halves"),
+    case("w1_binary", 2, 34, 520, **ONE, group=256, **ALL_SIDES, **GATE),
+    case("w1_binary", 2, 34, 100, "scale", **ONE, group=128, x_dtype="fp32", smooth=True),
+], {"K": 96, "group": 32})  # fmt: skip
+MISSES += [
+    ("w_signs", SIGNS, {"bits": 6}, "bits"),
+    ("w_signs", SIGNS, {"group": 16}, "group"),
+    ("w_signs", SIGNS, {"group": 384}, "group"),
+    ("w_signs", SIGNS, {"asym": True}, "asym"),
+    ("w_signs", SIGNS, {"scale_dtype": ""}, "scale_dtype"),
+    ("w_signs", SIGNS, {"weights": "int"}, "weights"),
+    ("w_signs", SIGNS, {"m": 4, "n": 2, "group": 64}, "m"),
+    ("w1_binary", ONE, {"levels": "ternary"}, "levels"),
+    ("w1_binary", ONE, {"bits": 2}, "bits"),
+    ("w1_binary", ONE, {"group": 48}, "group"),
+]
+FACTS += [
+    ("w_signs", SIGNS, TileConfig(8, 64), "sm_80", 5.5, 0),
+    ("w_signs", SIGNS | {"bits": 2, "x_dtype": "bf16"}, TileConfig(16, 64), "sm_90", 4.2, 0),
+    ("w1_binary", ONE, TileConfig(8, 64), "sm_80", 2.4, 0),
+    ("w1_binary", ONE | {"group": 0}, TileConfig(16, 128), "sm_90", 2.2, 0),
+]
+TILED["w_signs"] = [
+    {**SIGNS, "bits": b, "group": g, "x_dtype": x, **(ALL_SIDES if sides else {})}
+    for b, g, x, sides in [
+        (5, 32, "fp16", True), (3, 32, "bf16", False), (3, 128, "fp16", True),
+        (2, 128, "bf16", True), (1, 32, "fp16", True), (1, 0, "fp32", True),
+    ]
+]  # fmt: skip
+TILED["w1_binary"] = grid(ONE, zeros=False)
+
 # ** 2:4 sparse weights of 16 and 8 bits **
 D24: Fields = {"weights": "dense", "scale_dtype": "", "n": 2, "m": 4}
 I24: Fields = {"bits": 8, "n": 2, "m": 4, "group": 64}
