@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..compiler.ir.ops.pairs import USUAL, wide_values
 from ..compiler.ir.ops.rounding import FLOATS, grid_top
 
 
@@ -64,27 +65,37 @@ class Made(tuple[str, ...]):
     """Choices of `rounds`: none, or any grid of a token's own, or whose scales are stored."""
 
     def __new__(cls) -> Made:
-        known = f"int2 to int8 or {' or '.join(FLOATS)}"
+        known = f"int2 to int8 or {' or '.join(FLOATS)} or pairs4 or pairs8"
         return super().__new__(cls, ("", f"{known}, per token or static"))
 
     def __contains__(self, words: object) -> bool:
         grid = parse(str(words))
         if grid is None:
             return words == ""
-        if grid.kind not in ("int", *FLOATS) or not 2 <= grid.bits <= 8:
+        widths = (4, 8) if grid.kind == "pairs" else range(2, 9)
+        if grid.kind not in ("int", "pairs", *FLOATS) or grid.bits not in widths:
             return False
-        return grid.per == "static" or (grid.per == "token" and grid.group in (0, *GROUPS))
+        groups = (0,) if grid.kind == "pairs" else (0, *GROUPS)
+        return grid.per == "static" or (grid.per == "token" and grid.group in groups)
 
 
 def terms(words: str) -> dict[str, Any]:
-    """The grid that ``words`` name in the terms of a template; mantissa 0 for integers."""
+    """The grid that ``words`` name in the terms of a template; mantissa 0 for integers.
+
+    Of pairs: wide, the least and the largest outlier, with the bits of their mantissas.
+    """
     grid = parse(words)
     assert grid is not None
     _, exponent, mantissa = FLOATS.get(grid.kind, (0, 0, 0))
+    wide: dict[str, Any] = {}
+    if grid.kind == "pairs":
+        values = wide_values(grid.bits)
+        digits = 1 if grid.bits == 4 else 3
+        wide = {"least": float(values[1]), "most": float(values[-1]), "mantissa": digits}
     return {
         "top": grid_top(grid.kind, grid.bits), "mantissa": mantissa,
         "lowest": 2 - (1 << exponent >> 1), "group": grid.group, "power": grid.power,
-        "static": grid.per == "static", "limited": grid.limit > 0,
+        "static": grid.per == "static", "limited": grid.limit > 0, "wide": wide, "usual": USUAL,
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.render import makes
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
-from llmc.compiler.ir.ops.rounding import round_input, scale_of
+from llmc.compiler.ir.ops.rounding import _dynamic, round_input, scale_of
 from llmc.compiler.ir.ops.rotation import mix
 from llmc.compiler.ir.ops.semantic import activation, rms_norm
 
@@ -198,6 +198,8 @@ def _read(
             continue  # such a token is on no grid
         top = torch.stack([part.abs().amax() for part in h[t].split(group)])
         unit = scale_of(top, grid.kind, grid.bits, grid.power)
+        if grid.kind == "pairs":
+            unit = _dynamic(h[t : t + 1], grid.kind, grid.bits, "token", grid.power)
         unit = parts["in_scale"] if grid.per == "static" else unit
         step = slack * h[t].abs() + own[t]
         unit, kind, bits = unit.double().reshape(-1), grid.kind, grid.bits

@@ -49,6 +49,10 @@ CASES = [
     _case("w4_float", 1, FP4, "e4m3 token", "codes", **NORM),
     _case("w4_float", 5, FP4, "e4m3 token power", "gain", **NORM, smooth=True, x_dtype="fp32"),
     _case("w4_float", 3, FP4, "e2m1 token group=16", smooth=True, x_dtype="fp32"),
+    _case("w16", 3, DENSE, "pairs4 token", "gain", **NORM, smooth=True, x_dtype="fp32"),
+    _case("w16", 2, DENSE, "pairs8 token power", "values", **NORM, x_dtype="fp32"),
+    _case("w4a16", 5, INT4, "pairs4 static", "in_scale", **CENTRED, x_dtype="fp32"),
+    _case("w8a16", 17, INT8, "pairs8 static group=16", "in_scale"),
     _case("w4a16", 3, INT4, "int8 token group=64", "scale", **NORM, bias=True),
     _case("w4a16", 2, {**INT4, "asym": True, "rank": 4}, "int8 token", "right", **NORM),
     _case("w4a16", 2, {**INT4, "sparse": True}, "e4m3 token", "csr_values", **NORM, x_dtype="fp32"),
@@ -81,14 +85,14 @@ FIELDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_any_grid_of_tokens_own_is_served_and_others_are_refused_by_field(name: str) -> None:
     """Few bits and small floats, per token or stored; not of all tokens, nor of groups that no
-    power of two counts, nor of pairs, nor with columns apart, nor among experts."""
+    power of two counts, nor with columns apart, nor among experts."""
     base = Problem(**{"K": 256, **FIELDS[name]})
     kinds = ("int2", "int8", "e4m3", "e5m2", "e2m1")
     tails = ("token", "token power", "static", "static group=48", "token group=64 limit=1.5")
-    for words in map(" ".join, product(kinds, tails)):
+    for words in ("pairs4 token", "pairs8 static group=16", *map(" ".join, product(kinds, tails))):
         assert not row(name).misfits(replace(base, rounds=words))
     for words in ("int9 token", "int8 tensor", "int8 token group=48", "int8 token group=2048",
-                  "pairs8 token", "int8", "int8 token odd"):  # fmt: skip
+                  "pairs8 token group=64", "pairs5 token", "int8", "int8 token odd"):  # fmt: skip
         assert [m.field for m in row(name).misfits(replace(base, rounds=words))] == ["rounds"]
     apart = replace(base, rounds="int8 token", outliers=3)
     assert "outliers" in [m.field for m in row(name).misfits(apart)]
