@@ -145,7 +145,7 @@ def compile_attention(
         "k_ptr": codes, "v_ptr": codes, "k_scale_ptr": scales, "k_low_ptr": "*fp16",
         "v_scale_ptr": "*fp16", "v_low_ptr": "*fp16", "q_pos_ptr": "*i64", "k_pos_ptr": "*i64",
         "valid_ptr": "*u8", "start_ptr": "*i32", "part_ptr": "*fp32", "count_ptr": "*i32",
-        **dict.fromkeys(own, f"*{problem.x_dtype}"),
+        "slopes_ptr": "*fp32", **dict.fromkeys(own, f"*{problem.x_dtype}"),
     }  # fmt: skip
     return compile_source(
         render(row, problem), types, sizes(problem, config), target, warps=config.warps,

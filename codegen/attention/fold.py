@@ -19,7 +19,7 @@ from ...compiler.ir.graph import Program, info, tensor_type
 from ...compiler.ir.ops import row_of
 from ...compiler.ir.refusal import Refusal
 from ..fuse_nodes import argument
-from .problem import COS, GAIN
+from .problem import COS, GAIN, SLOPES
 
 MAKER = "lower"
 _VIEWS = frozenset({
@@ -69,7 +69,7 @@ def fold_inputs(program: Program) -> list[Refusal]:
     )  # fmt: skip
     attending = [
         node for node in program.calls("llmc.cached_attention")
-        if all(a is None for a in node.args[COS:])
+        if all(a is None for a in node.args[COS:SLOPES])
     ]  # fmt: skip
     for predicate, fold in folds:
         for node in attending:

@@ -30,19 +30,21 @@ def attend(
     held: Held,
     q_pos: torch.Tensor,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     *,
     scale: float,
     config: SplitConfig | None = None,
 ) -> torch.Tensor:
     """softmax(cap(q·kᵀ·scale), over allowed keys)·v of q [B, H, S, D] over ``held``, [B, S, H, E].
 
-    ``q_pos`` is int [B, S]. UsageError where the tensors are not what the problem says;
-    ResourceError when there is neither a CUDA device nor the interpreter.
+    ``q_pos`` is int [B, S]. Scores have ``slopes`` fp32 [H] times how far a key is ahead added.
+    UsageError where the tensors are not what the problem says; ResourceError when there is neither
+    a CUDA device nor the interpreter.
     """
     why = unavailable()
     if why:
         raise ResourceError(f"cannot launch {row.name}: {why}")
-    _check(row, problem, q, held, q_pos)
+    _check(row, problem, q, held, q_pos, slopes)
     batch, heads, queries, _ = q.shape
     y = q.new_empty(batch, queries, heads, problem.E)
     if not y.numel():
@@ -60,7 +62,7 @@ def attend(
     given: dict[str, Any] = {
         "q_ptr": q, "q_pos_ptr": q_pos.contiguous(), "k_pos_ptr": held.pos,
         "valid_ptr": None if held.valid is None else held.valid.view(torch.uint8),
-        "sinks_ptr": sinks, "y_ptr": y, "part_ptr": found,
+        "sinks_ptr": sinks, "slopes_ptr": slopes, "y_ptr": y, "part_ptr": found,
         "count_ptr": counters("runs", grid[0] * blocks, q.device), "scale": float(scale),
         "start_ptr": held.counter,
         "END": held.tokens, "K_DUE": held.keys.due, "V_DUE": held.values.due,
@@ -121,8 +123,9 @@ def _side(name: str, problem: AttentionProblem, side: HeldSide) -> dict[str, Any
 
 
 def _check(
-    row: AttentionRow, problem: AttentionProblem, q: torch.Tensor, held: Held, q_pos: torch.Tensor
-) -> None:
+    row: AttentionRow, problem: AttentionProblem, q: torch.Tensor, held: Held, q_pos: torch.Tensor,
+    slopes: torch.Tensor | None,
+) -> None:  # fmt: skip
     where = f"kernel row {row.name}"
     batch, queries = q.shape[0], q.shape[2]
     expected = {
@@ -137,6 +140,9 @@ def _check(
         raise UsageError(f"expected q in {problem.x_dtype}, found {q.dtype}", where=where)
     if queries > problem.queries:
         raise UsageError(f"expected at most {problem.queries} queries, found {queries}",
+                         where=where)  # fmt: skip
+    if problem.slopes != (slopes is not None):
+        raise UsageError(f"expected slopes={slopes is not None}, found {problem.slopes}",
                          where=where)  # fmt: skip
     if problem.valid != (held.valid is not None):
         raise UsageError(f"expected valid={held.valid is not None}, found {problem.valid}",

@@ -17,12 +17,12 @@ from ...compiler.ir.refusal import Refusal
 from ..problem import dtype_name
 from .fold import fold_inputs
 from .launch import attend
-from .problem import BIAS, COS, GAIN, QUERIES, SINKS, UP, AttentionProblem
+from .problem import BIAS, COS, GAIN, QUERIES, SINKS, SLOPES, UP, AttentionProblem
 from .row import AttentionRow
 from .rows import choose
 from .write import CODED, Gains, write
 
-_GAIN = GAIN - COS
+_GAIN, _SLOPES = GAIN - COS, SLOPES - COS
 PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
 
 
@@ -88,7 +88,8 @@ class CachedAttention:
         )  # fmt: skip
         if held.padded:
             problem = _changed(problem, "valid")
-        return attend(self.row, problem, ready_q, held, pos, sinks, scale=scale)
+        slopes = rest[_SLOPES] if problem.slopes else None
+        return attend(self.row, problem, ready_q, held, pos, sinks, slopes, scale=scale)
 
 
 @functools.lru_cache(1024)
@@ -134,7 +135,7 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
     kind = tensor_type(q)
     scheme = program.caches.get(str(node.kwargs["state"]))
     cache = PLAIN if scheme is None else scheme.kind
-    places = (BIAS, SINKS, COS, UP, GAIN)
+    places = (BIAS, SINKS, COS, UP, GAIN, SLOPES)
     given = {i: len(node.args) > i and node.args[i] is not None for i in places}
     how, rotate = node.kwargs, bool(node.kwargs.get("rotate", False))
     kept: dict[str, Any] = {}
@@ -146,10 +147,10 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
         x_dtype=dtype_name(kind.dtype), cache=cache, causal=bool(how.get("causal", True)),
         window=_number(how.get("window")), dilation=_number(how.get("dilation", 1)),
         first=_number(how.get("first")), softcap=float(str(how.get("softcap") or 0.0)),
-        bias=given[BIAS], sinks=given[SINKS], turned=given[COS] and not rotate,
-        latent=given[UP], norm=str(how.get("norm", "")), gains=given[GAIN],
-        eps=float(str(how.get("eps", 0.0))), offset=float(str(how.get("offset", 0.0))),
-        **_turn(node, rotate), **kept,
+        bias=given[BIAS], sinks=given[SINKS], slopes=given[SLOPES],
+        turned=given[COS] and not rotate, latent=given[UP], gains=given[GAIN],
+        norm=str(how.get("norm", "")), eps=float(str(how.get("eps", 0.0))),
+        offset=float(str(how.get("offset", 0.0))), **_turn(node, rotate), **kept,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 # Queries of one step that a decode kernel takes; more are a prompt, which torch's SDPA does better.
 QUERIES = 16
 # Places of `llmc.cached_attention`'s optional tensors.
-BIAS, SINKS, COS, UP, GAIN = 5, 6, 7, 9, 11
+BIAS, SINKS, COS, UP, GAIN, SLOPES = 5, 6, 7, 9, 11, 13
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class AttentionProblem:
         bits, group, residual, keys: as in ``CacheScheme``; keys "" where cache is "kv", "group"
             where a scale serves ``group`` tokens of a channel.
         causal, window, dilation, first, softcap: as in ``llmc.attention``; 0 where there is none.
-        sinks, valid, bias: whether these tensors are given.
+        sinks, slopes, valid, bias: whether these tensors are given.
         norm: what queries and new keys are normed over first: "head", each head by itself, "row",
             all heads of a token, "behind", each head after its rotation, or "", nothing. gains: by
             a vector too, each channel times ``offset`` and its own. eps: beside the mean square.
@@ -50,6 +50,7 @@ class AttentionProblem:
     first: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    slopes: bool = False
     valid: bool = False
     bias: bool = False
     norm: str = ""

@@ -29,7 +29,7 @@ def render(row: AttentionRow, problem: AttentionProblem, *, interpret: bool = Fa
     values: dict[str, object] = {
         n: getattr(problem, n)
         for n in ("bits", "cache", "causal", "counted", "dilation", "first", "keys", "sinks",
-                  "softcap", "valid", "window", "x_dtype")
+                  "slopes", "softcap", "valid", "window", "x_dtype")
     }  # fmt: skip
     return render_stated(
         row.template,
@@ -101,6 +101,6 @@ def _name(row: AttentionRow, problem: AttentionProblem) -> str:
     parts += [f"w{problem.window}"] if problem.window else []
     parts += [f"d{problem.dilation}"] if problem.dilation > 1 else []
     parts += [f"f{problem.first}"] if problem.first else []
-    flags = ("softcap", "sinks", "valid", "counted")
+    flags = ("softcap", "sinks", "slopes", "valid", "counted")
     return "_".join([*parts, *(f for f in flags if getattr(problem, f)),
                      *([] if problem.causal else ["both"])])  # fmt: skip

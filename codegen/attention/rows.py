@@ -22,7 +22,7 @@ _REQUIRES = (
     # Three products of tf32 for one of fp32 leave no registers for more.
     Requirement("D", "Eq(wide, 0) | (D + E <= 256)", "at most 256 together with E, in fp32"),
 )
-_SIDES = "xb*B*S*heads*(D + E) + 8*B*(T + S) + B*T*valid + xb*heads*sinks"
+_SIDES = "xb*B*S*heads*(D + E) + 8*B*(T + S) + B*T*valid + (xb*sinks + 4*slopes)*heads"
 _NEW = "xb*B*kv_heads*S*(D + E)"
 _FITS = ("(BM < 64) | (BT <= 32)", "Eq(wide, 0) | (BT <= 32)", "Eq(wide, 0) | (BM * BT <= 512)")
 

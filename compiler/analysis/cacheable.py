@@ -8,6 +8,7 @@ from torch import fx
 
 from ..ir.graph import Program, info, tensor_type
 from ..ir.refusal import Refusal
+from .slopes import makers, slopes_of
 from .tokenwise import prove_tokenwise
 
 _BY = "cache"
@@ -15,7 +16,7 @@ _BY = "cache"
 
 def cache_refusals(program: Program) -> list[Refusal]:
     """Why ``program`` cannot have a KV cache; empty when it can."""
-    out = list(prove_tokenwise(program))
+    out = list(prove_tokenwise(program, makers(program)))
     seen = False
     for node in program.calls("llmc.attention"):
         seen = True
@@ -37,11 +38,9 @@ def _attention_refusal(node: fx.Node) -> tuple[str, str] | None:
     q_pos, k_pos = argument(node, 3, "q_pos"), argument(node, 4, "k_pos")
     if not node.kwargs.get("causal", True):
         return "causal", "attention that is not causal reads tokens that are still to come"
-    if argument(node, 6, "bias") is not None:
-        return (
-            "no_bias",
-            "a bias on the scores is laid out for all keys at once",
-        )
+    slopes = None if argument(node, 6, "bias") is None else slopes_of(node)
+    if isinstance(slopes, str):
+        return "no_bias", f"a bias on the scores is laid out for all keys at once: {slopes}"
     if k_pos is not q_pos:
         return "own_keys", "keys and queries have positions of their own, as in cross-attention"
     lengths = [tensor_type(node.args[i]).shape[2] for i in (0, 1)]  # type: ignore[arg-type]

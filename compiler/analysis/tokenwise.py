@@ -7,7 +7,7 @@ cache, and calibration on batches of other lengths than the captured one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import fx
 
@@ -48,11 +48,13 @@ def _dim(a: Axis) -> Dim:
     return shape[a.axis]
 
 
-def _attention(node: fx.Node, name: str, outs: list[Axis]) -> tuple[str, str] | None:
+def _attention(
+    node: fx.Node, name: str, outs: list[Axis], without: Collection[fx.Node]
+) -> tuple[str, str] | None:
     """Attention is token-wise in q by its definition; only q's length may reach its result."""
     place = _BIAS[name]
     bias = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
-    if isinstance(bias, fx.Node) and _axes(bias):
+    if isinstance(bias, fx.Node) and bias not in without and _axes(bias):
         return "bias_free_of_sequence", f"{name} adds a bias that depends on the sequence"
     query = node.args[0]
     if not isinstance(query, fx.Node) or [a.axis for a in _axes(query)] != [2]:
@@ -62,7 +64,7 @@ def _attention(node: fx.Node, name: str, outs: list[Axis]) -> tuple[str, str] | 
     return None
 
 
-def _check(node: fx.Node) -> tuple[str, str] | None:
+def _check(node: fx.Node, without: Collection[fx.Node]) -> tuple[str, str] | None:
     """(predicate, reason) why a call is not token-wise, or None."""
     name = op_name(node)
     if isinstance(info(node).type, SymType):
@@ -72,7 +74,7 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
     if not ins and not outs:
         return None
     if name in ATTENTION:
-        return _attention(node, name, outs)
+        return _attention(node, name, outs, without)
     for part in range(parts_of(node)):
         if sum(a.part == part for a in outs) > 1:
             return "one_sequence_axis", f"{name} pairs tokens with tokens in one value"
@@ -113,16 +115,17 @@ def _check(node: fx.Node) -> tuple[str, str] | None:
     return None
 
 
-def prove_tokenwise(program: Program) -> list[Refusal]:
+def prove_tokenwise(program: Program, without: Collection[fx.Node] = ()) -> list[Refusal]:
     """Culprits that stand in the way of token-wise execution; an empty list is the proof.
 
-    Every refusal names one node and the failing condition.
+    Every refusal names one node and the failing condition. Calls ``without`` are those that will
+    be taken away.
     """
     out = []
     for node in program.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or node in without:
             continue
-        found = _check(node)
+        found = _check(node, without)
         if found is not None:
             out.append(Refusal("tokenwise", node.name, found[1], found[0], info(node).path))
     return out

@@ -14,7 +14,7 @@ import torch
 
 from ..ir.graph import Program
 from ..ir.ops.attention import allowed, attention
-from ..ir.ops.heads import Before, ready, turn_of
+from ..ir.ops.heads import Before, ready, sloped, turn_of
 from .rows import Step
 
 # Queries of a window that are attended at once: together they read what each of them may.
@@ -85,6 +85,7 @@ class Attend:
         k_up_bias: torch.Tensor | None = None,
         q_gain: torch.Tensor | None = None,
         k_gain: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
         *,
         scale: float,
         causal: bool = True,
@@ -102,6 +103,7 @@ class Attend:
         if k_up is not None:
             how["up"] = (k_up, k_up_bias)
         keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **how)
+        bias = bias if slopes is None else sloped(slopes, q_pos, k_pos)
         if softcap is not None or sinks is not None or bias is not None or not causal:
             return attention(
                 q, keys, values, q_pos, k_pos, valid, bias, sinks,

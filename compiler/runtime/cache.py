@@ -15,11 +15,13 @@ from torch import fx
 from ..analysis.cacheable import argument, cache_refusals
 from ..analysis.latents import latent_of
 from ..analysis.rotation import Rotation, rotation_of
+from ..analysis.slopes import Slopes, slopes_of
 from ..ir.caches import PLAIN, CacheScheme
 from ..ir.dims import BATCH, PAST, SEQ
 from ..ir.errors import ModelError
 from ..ir.graph import Info, Program, State, tensor_type
 from ..ir.held import Held, HeldSide, Write
+from ..ir.ops.heads import SLOPES
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
 from .rows import Rows, Step
@@ -57,6 +59,9 @@ def add_cache(program: Program) -> Program:
             k, rest = _latent(out, node, attrs)
         elif scheme is not None and scheme.turned:
             k, rest = _before_rotation(node, attrs)
+        found = slopes_of(node)
+        if isinstance(found, Slopes):
+            rest = (*rest, *[None] * (SLOPES - 7 - len(rest)), _slopes(out, node, found))
         cached = out.emit(
             "llmc.cached_attention", q, k, v, q_pos, argument(node, 5, "k_valid"), None,
             argument(node, 7, "sinks"), *rest, before=node, made_by=_BY, like=node, state=name,
@@ -100,6 +105,17 @@ def _latent(
         return kept, (None, None, found.weight, found.bias)
     attrs["interleaved"] = found.turn.interleaved
     return kept, (found.turn.cos, found.turn.sin, found.weight, found.bias)
+
+
+def _slopes(program: Program, node: fx.Node, found: Slopes) -> fx.Node:
+    """The slopes [H] of a bias that each key has by its position."""
+    value, axis = found.param, found.axis
+    for at in reversed(range(tensor_type(value).rank)):
+        if at != axis:
+            value = program.emit(
+                "aten.select.int", value, at, 0, before=node, made_by=_BY, like=node
+            )
+    return value
 
 
 def _positions(program: Program) -> fx.Node:

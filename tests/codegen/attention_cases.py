@@ -32,6 +32,7 @@ class Case:
     softcap: float = 0.0
     causal: bool = True
     sinks: bool = False
+    slopes: bool = False
     padded: bool = False
 
     @property
@@ -62,6 +63,12 @@ CASES = [
     Case(4, 2, 16, 16, 40, softcap=3.0),
     Case(4, 2, 16, 16, 40, S=2, sinks=True, splits=1),
     Case(4, 2, 16, 16, 40, S=2, sinks=True, softcap=3.0, window=8),
+    # a bias by distance
+    Case(4, 2, 16, 16, 40, S=3, slopes=True),
+    Case(6, 2, 20, 12, 37, S=2, B=2, slopes=True, padded=True, window=20),
+    Case(4, 1, 16, 16, 40, dtype="fp16", slopes=True, softcap=3.0, sinks=True, splits=3),
+    Case(4, 2, 16, 16, 40, S=2, cache="int8", keys="channel", slopes=True, dtype="fp16"),
+    Case(2, 1, 32, 32, 70, S=2, bits=4, slopes=True, **KIVI),  # type: ignore[arg-type]
     # dtypes
     Case(4, 2, 16, 16, 40, dtype="fp16"),
     Case(4, 2, 16, 16, 40, S=2, dtype="bf16", sinks=True),
@@ -105,7 +112,7 @@ def random_cases(count: int, seed: int = 0) -> list[Case]:
             g.choice(["token", "channel"]), g.choice([1, 2, 3, 5]),
             g.choice([1, 3, 9, 40]) if windowed else 0, g.choice([1, 2]) if windowed else 1,
             g.choice([0, 2]) if windowed else 0, g.choice([0.0, 0.0, 5.0]), g.random() < 0.85,
-            g.random() < 0.3, g.random() < 0.3,
+            g.random() < 0.3, g.random() < 0.3, g.random() < 0.3,
         ))  # fmt: skip
     return made
 
@@ -127,8 +134,8 @@ def answer(case: Case) -> dict[str, Any]:
     )
 
     def launch() -> Any:
-        return attend(row, problem, step.q, step.held, step.pos, step.sinks, scale=step.scale,
-                      config=config)  # fmt: skip
+        return attend(row, problem, step.q, step.held, step.pos, step.sinks, step.slopes,
+                      scale=step.scale, config=config)  # fmt: skip
 
     exact, bound = step.oracle()
     y = launch()
@@ -173,6 +180,9 @@ class Step:
         self.state: Any = cache.states["kv0"]
         self.scale = case.D**-0.5
         self.sinks = torch.randn(case.H, generator=g).to(self.dtype) if case.sinks else None
+        # Halves of each other, as models have them, the least 2**-4.
+        heads = torch.arange(case.H)
+        self.slopes = 2.0 ** -(1 + heads % 4).float() if case.slopes else None
         if case.T > case.S:
             self.state.append(*self._tokens(case.T - case.S, 0))
         k, v, self.pos, valid = self._tokens(case.S, case.T - case.S)
@@ -184,7 +194,7 @@ class Step:
             bits=16 if scheme is None else case.bits, group=case.group, residual=case.residual,
             keys="" if scheme is None else "group" if kivi else case.keys, causal=case.causal,
             window=case.window, dilation=case.dilation, first=case.first, softcap=case.softcap,
-            sinks=case.sinks, valid=self.held.padded,
+            sinks=case.sinks, slopes=case.slopes, valid=self.held.padded,
         )  # fmt: skip
 
     def _rows(self, tokens: int, heads: int, width: int) -> Any:
@@ -230,11 +240,14 @@ class Step:
         """
 
         from llmc.compiler.ir.ops.attention import attention
+        from llmc.compiler.ir.ops.heads import sloped
 
         case, held = self.case, self.held
         keys, values = self.kept()
         valid = None if held.valid is None else held.valid[:, : case.T]
-        args = (self.pos, held.pos[:, : case.T], valid, None,
+        k_pos = held.pos[:, : case.T]
+        slopes = None if self.slopes is None else self.slopes.double()
+        args = (self.pos, k_pos, valid, sloped(slopes, self.pos, k_pos),
                 None if self.sinks is None else self.sinks.double())  # fmt: skip
         how: dict[str, Any] = {
             "scale": self.scale, "causal": case.causal, "window": case.window or None,
@@ -249,6 +262,7 @@ class Step:
         # Codes meet fp16 whatever the model's dtype, queries by their largest number.
         inner = 0.0 if case.cache == "kv" else max(wide, 2.0**-11) if case.dtype != "fp32" else wide
         moved = scores[..., None] * ((case.D + 8) * wide + 4 * inner) + 8 * wide * case.softcap
+        moved = moved + 4 * wide * case.T * case.slopes
         share = 2 * moved + (case.T + 32) * 2 * wide + 2 * u + 4 * inner
         return exact, sizes * share + 2 * u * exact.abs() + 1e-9
 

@@ -29,6 +29,7 @@ MAIN = [
     ("sm_90", INT8, "bf16", 7.2),
     ("sm_80", FP8, "bf16", 7.2),
     ("sm_90", KIVI, "bf16", 9.5),
+    ("sm_90", {**KV, **COUNTED, "slopes": True}, "bf16", 4.0),
     pytest.param("sm_90", {**INT8, **COUNTED}, "bf16", 7.2, marks=pytest.mark.slow),
     pytest.param("sm_90", {**FP8, **COUNTED}, "fp16", 7.2, marks=pytest.mark.slow),
     pytest.param("sm_80", KV, "fp16", 4.0, marks=pytest.mark.slow),

@@ -75,7 +75,7 @@ CASES = [
 ]
 # Models whose tokens are made on both targets, and those that go step by step by a recorded one.
 SAID = ("qwen3",)
-SLOW = ("olmo2", "gemma3_text", "olmoe", "opt", "gptj", "hunyuan_v1_dense")
+SLOW = ("olmo2", "gemma3_text", "olmoe", "opt", "gptj", "hunyuan_v1_dense", "bloom")
 
 
 @pytest.fixture(scope="module")

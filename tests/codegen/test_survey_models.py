@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**GROUPED, "head_dim": 64},
     "gemma2": {**GROUPED, "head_dim": 64},
     "glm4": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
+    "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 512},
     "hunyuan_v1_dense": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
 }  # fmt: skip
 # What a norm of queries and keys goes over.
@@ -57,7 +58,7 @@ def surveyed(name: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
     "name",
     [*("qwen3", "olmo2", "gemma2"), *(pytest.param(n, marks=pytest.mark.slow)
                                       for n in ("opt", "gptj", "gemma3_text", "glm4",
-                                                "hunyuan_v1_dense"))],
+                                                "hunyuan_v1_dense", "bloom"))],
 )  # fmt: skip
 def test_a_block_starts_six_kernels(name: str) -> None:
     """Norms, scales and rotations of queries and keys are in the two launches of attention; norms

@@ -46,6 +46,32 @@ def test_a_norm_goes_over_a_head_or_over_all_of_a_token(
     torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-13)
 
 
+def test_a_norm_behind_reads_what_is_rotated() -> None:
+    """Rounded as a call of its own, all channels of a head together."""
+    x, gain = randn(1, H, S, D).half(), randn(D).half()
+    cos, sin = randn(1, 1, S, 4).float(), randn(1, 1, S, 4).float() + 1
+    how: dict[str, Any] = {"eps": 1e-5, "offset": 1.0}
+    found = ready(x, gain, cos, sin, norm="behind", rotate=True, **how)
+    turned = ready(x, None, cos, sin, rotate=True)
+    assert torch.equal(found, ready(turned, gain, None, None, norm="head", **how))
+    other = ready(x, gain, cos, sin, norm="head", rotate=True, **how)
+    assert float((other - found).abs().max()) > 0.1
+
+
+def test_slopes_are_added_by_distance() -> None:
+    """softmax(q·kᵀ·scale + slope · (key - query)), entry by entry, whatever comes first."""
+    q, k, v, slopes = randn(1, H, S, D), randn(1, H, S, D), randn(1, H, S, 3), randn(H)
+    pos = torch.arange(7, 7 + S)[None]
+    found = cached_attention(
+        q, k, v, pos, *(None,) * 9, slopes, scale=0.4, state=Memory()
+    )  # fmt: skip
+    for h in range(H):
+        for s in range(S):
+            logits = torch.stack([q[0, h, s] @ k[0, h, t] * 0.4 - slopes[h] * (s - t)
+                                  for t in range(s + 1)])  # fmt: skip
+            torch.testing.assert_close(found[0, s, h], logits.softmax(0) @ v[0, h, : s + 1])
+
+
 def test_a_norm_is_rounded_before_the_rotation() -> None:
     """As where it is a call of its own, in the dtype of what it reads."""
     x, gain = randn(1, H, S, D).half(), randn(D).half()
@@ -109,7 +135,7 @@ def vector(width: int) -> TensorType:
 @pytest.mark.parametrize(
     ("more", "attrs", "words"),
     [
-        ((), {"norm": "token"}, "expected a norm of '', 'head', 'row', found 'token'"),
+        ((), {"norm": "token"}, "expected a norm of '', 'head', 'row', 'behind', found"),
         ((None,) * 4 + (vector(D), None), {}, "expected a norm beside gains of queries"),
         ((None,) * 4 + (vector(D), vector(5)), {"norm": "head"}, "expected gains \\[6\\] of keys"),
         ((None,) * 4 + (vector(D),), {"norm": "row"}, "expected gains \\[24\\] of queries"),
@@ -120,6 +146,9 @@ def vector(width: int) -> TensorType:
             "as they are read",
         ),
         ((None, COS), {"rotate": True}, "expected cosines and sines"),
+        ((), {"norm": "behind"}, "expected a rotation that a norm is behind"),
+        ((None,) * 6 + (vector(KV),), {}, "expected slopes of 4 heads"),
+        ((None,) * 6 + (COS,), {}, "expected slopes \\[H\\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -136,7 +165,9 @@ def test_an_unknown_norm_is_refused_when_it_runs_too() -> None:
         ready(randn(1, H, S, D), None, None, None, norm="token")
 
 
-@pytest.mark.parametrize(("norm", "widths"), [("head", (D, D)), ("row", (H * D, KV * D))])
+@pytest.mark.parametrize(
+    ("norm", "widths"), [("head", (D, D)), ("behind", (D, D)), ("row", (H * D, KV * D))]
+)
 def test_shapes_without_values_and_ties(norm: str, widths: tuple[int, int]) -> None:
     """The fake kernel takes gains; no channel of a normed head may be cut on its own."""
     gains = [vector(w) for w in widths]
@@ -157,5 +188,7 @@ def test_shapes_without_values_and_ties(norm: str, widths: tuple[int, int]) -> N
     mixed = {axis for t in ties if t.kind == "mix" for axis in t.ins}
     assert {(0, 3), (1, 3), (GAINS[0], 0), (GAINS[1], 0)} <= mixed
     assert ((0, 1) in mixed) == (norm == "row")
+    sloped = op.ties(out, X, K, V, POS, *rest, None, None, vector(H), state="kv0", scale=1.0)
+    assert [t.outs for t in sloped if (13, 0) in t.ins] == [(2,)]
     plain = op.ties(out, X, K, V, POS, *rest, state="kv0", scale=1.0, rotate=True)
     assert not {axis for t in plain if t.kind == "mix" for axis in t.ins} & {(0, 3), (1, 3)}

@@ -10,7 +10,7 @@ from ..dims import Dim, divide, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
-from .heads import Before, check_norm, norm_ties, ready, turn_of
+from .heads import SLOPES, Before, check_norm, norm_ties, ready, sloped, turn_of
 
 _SCHEMA_TAIL = (
     "float scale, bool causal=True, int? window=None, float? softcap=None, int dilation=1, "
@@ -161,7 +161,11 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
 def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                   **attrs: Any) -> TensorType:  # fmt: skip
     """As plain attention; with ``k_up`` [KV·D, R] the keys come as latents [B, 1, S, R]."""
-    cos, sin, up, bias, *gains = [*rest, *[None] * 10][4:10]
+    _, _, added, _, cos, sin, up, bias, *gains, slopes = [*rest, *[None] * 11][:11]
+    if slopes is not None and (added is not None or slopes.rank != 1):
+        raise ModelError(f"expected slopes [H] and no bias beside them, found {slopes} and {added}")
+    if slopes is not None and not same(slopes.shape[0], q.shape[1]):
+        raise ModelError(f"expected slopes of {q.shape[1]} heads, found {slopes}")
     rotate = attrs.pop("rotate", False)
     if rotate and None in (cos, sin):
         raise ModelError("expected cosines and sines of what is to be rotated, found none")
@@ -189,8 +193,8 @@ def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
 
 def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                  **attrs: Any) -> list[Tie]:  # fmt: skip
-    given = [*rest, *[None] * 10][:10]
-    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains = given
+    given = [*rest, *[None] * 11][:11]
+    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains, slopes = given
     core = _core_ties(q, k if up is None else v)
     if up is not None:
         # What makes keys of latents mixes all their channels when they are read.
@@ -206,6 +210,7 @@ def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *
         *_token_ties(4, k_valid, None),
         *_score_ties(5, out, bias),
         *([Tie("same", ((6, 0),), (2,))] if sinks is not None else []),
+        *([Tie("same", ((SLOPES, 0),), (2,))] if slopes is not None else []),
         *norm_ties(str(attrs.get("norm", "")), gains),
     ]
 
@@ -294,6 +299,7 @@ def cached_attention(
     k_up_bias: torch.Tensor | None = None,
     q_gain: torch.Tensor | None = None,
     k_gain: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -317,6 +323,8 @@ def cached_attention(
     with q_gain [H·D] and k_gain [KV·D]; "behind" each head as "head", but after its rotation.
     With k_up [KV·D, R] ``k`` is a latent [B, 1, S, R]: the state keeps it so, and keys are
     k_up · latent + k_up_bias when they are read.
+    With slopes [H] a score has its head's slope times how far its key is ahead of its query added,
+    behind the soft cap (ALiBi, arXiv 2108.12409 §3); then there is no ``bias``.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
@@ -326,6 +334,7 @@ def cached_attention(
     if k_up is not None:
         made["up"] = (k_up, k_up_bias)
     keys, values, k_pos, valid = state.append(k, v, q_pos, k_valid, **made)
+    bias = bias if slopes is None else sloped(slopes, q_pos, k_pos)
     return attention(
         q, keys, values, q_pos, k_pos, valid, bias, sinks,
         scale=scale, causal=causal, window=window, softcap=softcap, dilation=dilation, first=first,
@@ -336,7 +345,8 @@ llmc_op(
     "cached_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
     f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, Tensor? k_up=None, "
-    f"Tensor? k_up_bias=None, Tensor? q_gain=None, Tensor? k_gain=None, *, {_SCHEMA_TAIL}, "
+    f"Tensor? k_up_bias=None, Tensor? q_gain=None, Tensor? k_gain=None, "
+    f"Tensor? slopes=None, *, {_SCHEMA_TAIL}, "
     'bool interleaved=False, bool rotate=False, str norm="", float eps=0.0, float offset=0.0, '
     "str state) -> Tensor",
     _cached_infer,

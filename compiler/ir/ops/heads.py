@@ -17,6 +17,8 @@ from .semantic import rms_norm, rope
 NORMS = ("", "head", "row", "behind")
 # Places of the gains of queries and of keys among the arguments of ``llmc.cached_attention``.
 GAINS = (11, 12)
+# Place of the slopes of a bias by distance.
+SLOPES = 13
 
 
 class Before(TypedDict, total=False):
@@ -66,6 +68,20 @@ def rotated(
     width = cos.shape[-1]
     turned = rope(x[..., :width], cos, sin, interleaved=interleaved)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
+
+
+def sloped(
+    slopes: torch.Tensor | None, q_pos: torch.Tensor, k_pos: torch.Tensor
+) -> torch.Tensor | None:
+    """The bias [B, H, S, T] of slopes [H]: of how far each key is ahead of its query.
+
+    q_pos [B, S] and k_pos [B, T] are integers; fp32, or fp64 where the slopes are.
+    """
+    if slopes is None:
+        return None
+    wide = slopes if slopes.dtype == torch.float64 else slopes.float()
+    ahead = (k_pos[:, None, :] - q_pos[:, :, None]).to(wide.dtype)
+    return wide[:, None, None] * ahead[:, None]
 
 
 def turn_of(
