@@ -29,8 +29,8 @@ from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.render import makes
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
-from llmc.compiler.ir.ops.rounding import _dynamic, round_input, scale_of
 from llmc.compiler.ir.ops.rotation import mix
+from llmc.compiler.ir.ops.rounding import _dynamic, round_input, scale_of
 from llmc.compiler.ir.ops.semantic import activation, rms_norm
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
@@ -128,6 +128,8 @@ def exact_and_bound(
     if p.bias:
         beside = beside + parts["bias"].double().abs()
     err = sums * _SUM * (reach + beside) + once + off @ spread.T
+    if p.out_mixed:
+        err = _mixed_back(p, parts, x, err, u * (case.tile is None and case.M > FEW))
     y, err = _after(p, parts, x, err)
     if p.out_norm:
         # For many tokens norm and sum are calls of their own, and what each reads is rounded.
@@ -220,9 +222,25 @@ def _mixed(
     return exact, off + 1.01 * u * (exact + off) + 2.0**-25 * (p.x_dtype == "fp16")
 
 
+def _mixed_back(
+    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, err: torch.Tensor, between: float
+) -> torch.Tensor:
+    """The error of what is mixed back, given that of the product; between: roundings of both where
+    calls of their own follow it."""
+    plain = replace(p, out_mixed="", bias=False, act="", pairs="")
+    y = meaning.linear(plain, parts, x).abs()
+    err = err + 1.01 * between * (y + err)
+    slack = (max(p.out_sections) + 32) * _SUM + 2.0**-15
+    spreads = [mix(torch.eye(n, dtype=torch.float64)).abs() for n in p.out_sections]
+    spread = torch.block_diag(*spreads) / parts["out_turn"].double().abs()
+    bias = parts["bias"].double().abs() if p.bias else 0.0
+    reach = y @ spread
+    return err @ spread + slack * reach + (4 * _SUM + 2.02 * between) * (reach + bias)
+
+
 def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     plain = replace(p, weights="dense", m=0, bitmap=False, rank=0, outliers=0, rounds="", act="",
-                    pairs="", norm=False, centred=False, smooth=False, mixed=False, bias=False,
+                    pairs="", norm=False, centred=False, smooth=False, mixed=False, out_mixed="", bias=False,
                     out_norm=False)  # fmt: skip
     none = {**parts, "values": torch.zeros(p.N, p.K, dtype=torch.float64)}
     return meaning.linear(plain, none, torch.eye(p.K, dtype=torch.float64)).T
@@ -290,7 +308,7 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             value = packing.pack(packing.unpack(value, 1, p.K).to(torch.int64).flip(1), 1)
         case "left" if p.spans:
             value += value != 0
-        case "scale" | "factors" | "in_scale" | "gain" | "smooth" | "out_gain":
+        case "out_turn" | "scale" | "factors" | "in_scale" | "gain" | "smooth" | "out_gain":
             value *= 4
         case "right" if value.dim() == 2:
             value[:, column] += 1
