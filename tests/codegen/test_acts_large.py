@@ -26,7 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "w4 rank": {"group": 64, "rank": 20, "residual": True, "smooth": True},
     "w4 2:4": {"group": 32, "n": 2, "m": 4, "asym": True},
     "w8": {"bits": 8, "group": 132},
+    "w6": {"bits": 6, "group": 64, "asym": True},
     "nf4": {"weights": "table", "levels": "nf", "group": 64},
+    "signs": {"weights": "signs", "bits": 3, "group": 64, "N": 44, "act": "silu", "pairs": "gate"},
 }  # fmt: skip
 BARE: dict[str, Any] = {
     "levels": "", "n": 0, "m": 0, "bias": False, "rank": 0, "act": "", "pairs": "",
@@ -190,9 +192,13 @@ def _answer(name: str) -> dict[str, Any]:
     def ratio(found: Any) -> float:
         return float(((found.double() - exact).abs() / bound).max())
 
-    q = packing.unpack(parts["codes"], problem.bits, problem.columns).to(torch.int64)
-    q[0] = q[0] ^ (1 << (problem.bits - 1))
-    spoiled = prepack(row, problem, **{**parts, "codes": packing.pack(q, problem.bits)})
+    if problem.weights == "signs":
+        other = {"signs": torch.cat([~parts["signs"][:1], parts["signs"][1:]])}
+    else:
+        q = packing.unpack(parts["codes"], problem.bits, problem.columns).to(torch.int64)
+        q[0] = q[0] ^ (1 << (problem.bits - 1))
+        other = {"codes": packing.pack(q, problem.bits)}
+    spoiled = prepack(row, problem, **{**parts, **other})
     return {
         "row": row.name, "kernels": kernels, "fewer": counted, "gained": problem.gained,
         "weight": float(off), "ratio": ratio(y),

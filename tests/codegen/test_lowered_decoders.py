@@ -24,6 +24,8 @@ CASES = {
     "svd:rank=4": ("float16", ["factors"] * 4),
     "kv8": ("float16", ["w16"] * 4),
     "spqr": ("float16", ["w3a16"] * 4),
+    "w6:group=32": ("float16", ["w6a16"] * 4),
+    "bcq": ("float16", ["w_signs"] * 4),
 }
 # Layer norms, attention and MLP side by side; up alone, then its activation.
 OTHERS: dict[str, dict[str, Any]] = {
