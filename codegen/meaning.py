@@ -111,7 +111,8 @@ def mixture(
 
 def chosen(problem: Problem, parts: Parts, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index and weight [T, k] of what experts read, h [T, K]."""
-    products, choice = h @ parts["router"].to(h.dtype).T, read_choice(problem.route)
+    wide = torch.promote_types(h.dtype, torch.float32) if problem.wide_router else h.dtype
+    products, choice = h.to(wide) @ parts["router"].to(wide).T, read_choice(problem.route)
     assert choice is not None
     return choose(choice, products, problem.chosen, parts.get("correction"))
 

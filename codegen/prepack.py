@@ -82,7 +82,8 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
         tensors |= in_grid(problem, given)
     if problem.route:
         expect("router", given.get("router"), (problem.experts, problem.K))
-        tensors["router"] = given["router"].contiguous()
+        router = given["router"].float() if problem.wide_router else given["router"]
+        tensors["router"] = router.contiguous()
     if problem.corrected:
         expect("correction", given.get("correction"), (problem.experts,))
         tensors["correction"] = given["correction"].float().contiguous()

@@ -144,6 +144,16 @@ class Problem:
         return self.norm or self.smooth
 
     @property
+    def wide_router(self) -> bool:
+        """Whether the router is kept in fp32, whatever x is in."""
+        return self.route.endswith(" wide")
+
+    @property
+    def near_router(self) -> bool:
+        """Whether there is a router that is in x's dtype."""
+        return bool(self.route) and not self.wide_router
+
+    @property
     def corrected(self) -> bool:
         """Whether experts are chosen by scores to which a stored vector is added."""
         return " added" in self.route

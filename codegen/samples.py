@@ -85,7 +85,8 @@ def random_parts(
         parts["in_scale"] = torch.full((groups,), unit, device=g.device)
         parts["in_scale"][1:] *= torch.rand(groups - 1, **how) + 0.5
     if p.route:
-        parts["router"] = torch.randn(p.experts, p.K, **how).to(dtype)
+        router = torch.randn(p.experts, p.K, **how)
+        parts["router"] = router if p.wide_router else router.to(dtype)
     if p.corrected:
         parts["correction"] = torch.rand(p.experts, **how) - 0.5
     if p.bias:

@@ -1,7 +1,7 @@
 """How a token chooses its experts, as data, and as the words of `Problem.route`.
 
     softmax sum
-    sigmoid added groups=8:4:two sum+1e-20 times=2.5
+    sigmoid added groups=8:4:two sum+1e-20 times=2.5 wide
 
 Each expert has a score: a softmax over the products with the router, or the sigmoid of its own.
 What a token chooses by are the scores, where ``added`` beside a stored number of each expert, and
@@ -31,6 +31,7 @@ class Choice:
         sum: whether weights are divided by the sum of those of the token, plus ``eps``, or by
             ``least`` where that is larger.
         times: what weights are multiplied by in the end.
+        wide: whether x is multiplied by a router in fp32, whatever x is in.
     """
 
     score: str = ""
@@ -42,12 +43,13 @@ class Choice:
     eps: float = 0.0
     least: float = 0.0
     times: float = 1.0
+    wide: bool = False
 
     @property
     def plain(self) -> bool:
         """A softmax of which the largest are weights, divided by their sum or not: the largest
         products are chosen, so only those need be exponentials."""
-        return self in (Choice("softmax"), Choice("softmax", sum=True))
+        return self == Choice("softmax", sum=self.sum, wide=self.wide)
 
     def __str__(self) -> str:
         words = [self.score, *(["added"] if self.added else [])]
@@ -55,6 +57,7 @@ class Choice:
         more = f"+{self.eps!r}" if self.eps else f">{self.least!r}" if self.least else ""
         words += [f"sum{more}"] if self.sum else []
         words += [f"times={self.times!r}"] if self.times != 1.0 else []
+        words += ["wide"] if self.wide else []
         return " ".join(words)
 
 
@@ -62,6 +65,7 @@ _WORDS = re.compile(
     r"(?P<score>softmax|sigmoid)(?P<added> added)?"
     r"(?: groups=(?P<groups>\d+):(?P<kept>\d+):(?P<by>max|two))?"
     r"(?P<sum> sum(?:\+(?P<eps>[^ ]+)|>(?P<least>[^ ]+))?)?(?: times=(?P<times>[^ ]+))?"
+    r"(?P<wide> wide)?"
 )
 
 
@@ -82,6 +86,7 @@ def read_choice(text: str) -> Choice | None:
     made = Choice(
         found["score"], bool(found["added"]), int(found["groups"] or 0), int(found["kept"] or 0),
         found["by"] or "", bool(found["sum"]), eps, least, times,
+        bool(found["wide"]),
     )  # fmt: skip
     numbers = all(map(math.isfinite, (eps, least, times))) and min(eps, least) >= 0
     return made if numbers and str(made) == text else None

@@ -85,7 +85,8 @@ def around(problem: Problem, M: int) -> int:
     width = 4 if problem.x_dtype == "fp32" else 2
     pairs = M * problem.chosen
     if problem.routed == "up":
-        router = problem.experts * problem.K if problem.route else 0
-        return width * (M * problem.K + router + pairs * problem.outputs)
+        router = problem.experts * problem.K * (4 if problem.wide_router else width)
+        router = router + 4 * problem.experts * problem.corrected if problem.route else 0
+        return width * (M * problem.K + pairs * problem.outputs) + router
     sums = 8 * pairs * problem.outputs  # in fp32, written once and read once
     return width * (pairs * problem.K + M * problem.outputs * (1 + problem.residual)) + sums

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ...compiler.ir.graph import info, tensor_type
@@ -32,21 +33,21 @@ class Route:
     """A router that a kernel can be.
 
     Attributes:
-        kind: as `Problem.route`. linear: the product with the router. correction: what is added to
-            scores for the choice. nodes: all calls from there to index and weight.
+        kind: as `Problem.route`. linear: the product with the router. router: that, as it is kept.
+            correction: what is added to scores for the choice. nodes: all calls from there to index
+            and weight.
     """
 
     kind: str
     linear: fx.Node
+    router: fx.Node
     nodes: frozenset[fx.Node]
     correction: fx.Node | None = None
 
     @property
     def parts(self) -> dict[str, fx.Node]:
         """By role, the node whose value that part is."""
-        weight = self.linear.args[1]
-        assert isinstance(weight, fx.Node)
-        found = {"router": weight}
+        found = {"router": self.router}
         return found if self.correction is None else found | {"correction": self.correction}
 
 
@@ -91,6 +92,7 @@ def read_route(experts: fx.Node, count: int) -> Route:
     else:
         given, how["score"] = _scored(wanted, nodes)
     linear = _product(given, h, count, nodes)
+    router, how["wide"] = _router(linear, h)  # type: ignore[arg-type]
     nodes |= {linear} | calls_of(linear.args[1])  # type: ignore[arg-type]
     chosen = int(tensor_type(index).shape[-1])
     choice = Choice(**how)
@@ -101,7 +103,7 @@ def read_route(experts: fx.Node, count: int) -> Route:
         if others:
             raise Unfit(f"{node.name} of its router is also read by {', '.join(others)}",
                         "one_reader")  # fmt: skip
-    return Route(str(choice), linear, frozenset(nodes), correction)
+    return Route(str(choice), linear, router, frozenset(nodes), correction)
 
 
 def _product(linear: fx.Node, h: object, count: int, nodes: set[fx.Node]) -> fx.Node:
@@ -118,6 +120,19 @@ def _product(linear: fx.Node, h: object, count: int, nodes: set[fx.Node]) -> fx.
     if rows != count:
         raise odd(f"its router chooses among {rows}, and there are {count} experts")
     return linear
+
+
+def _router(linear: fx.Node, h: fx.Node) -> tuple[fx.Node, bool]:
+    """The router as kernels keep it, and whether that is wider than what experts read: products of
+    numbers of 16 bits are the same in fp32, but for those of a router that was kept in fp32."""
+    made = linear.args[1]
+    assert isinstance(made, fx.Node)
+    stored = _uncast(made, set())
+    like, wide = tensor_type(h).dtype, tensor_type(linear).dtype
+    if wide == torch.float32 and like in (torch.float16, torch.bfloat16):
+        near = tensor_type(stored).dtype == like
+        return (stored, False) if near else (made, True)
+    return made, False
 
 
 def _made(node: object) -> str:

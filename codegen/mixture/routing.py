@@ -71,6 +71,7 @@ def choose(
 
     tensors: the packed router, and correction where there is one.
     """
+    h = h.float() if problem.wide_router else h
     products, choice = (h @ tensors["router"].to(h.dtype).T).float(), read_choice(problem.route)
     assert choice is not None
     return choices.choose(choice, products, problem.chosen, tensors.get("correction"))

@@ -47,7 +47,8 @@ NORMED = (
 # the order of experts, where each pair lies among them, where each expert's begin, and the weight
 # of each pair.
 ROUTED = (
-    Argument("router", "[experts, K]", FLOATS, "route"),
+    Argument("router", "[experts, K]", FLOATS, "near_router"),
+    Argument("router", "[experts, K]", ("fp32",), "wide_router", dtype="fp32"),
     Argument("correction", "[experts]", FLOATS, "corrected", dtype="fp32"),
     Argument("order", "[M*chosen]", ("i32",), "routed", dtype="i32"),
     Argument("where", "[M*chosen]", ("i32",), "routed", dtype="i32"),

@@ -114,7 +114,9 @@ LAYERS = {
         "x_dtype": "bf16", "scale_dtype": "bf16"}),
     "the largest of three groups": Layer("w4a16", 17, E=12, k=3, H=192, norm=False, kind=(
         "softmax groups=3:2:max times=0.5"), more={"x_dtype": "fp32"}),
-    "many": Layer("w4a16", routing.MOST // 2 + 3, E=8, kind="sigmoid added sum>9.0"),
+    "router in fp32": Layer("w4a16", 3, norm=False, kind="softmax sum wide", more={
+        "x_dtype": "bf16", "scale_dtype": "bf16"}),
+    "many": Layer("w4a16", routing.MOST // 2 + 3, E=8, kind="sigmoid added sum>9.0 wide"),
 }  # fmt: skip
 
 
@@ -175,7 +177,8 @@ def slipped(layer: Layer, h: torch.Tensor, router: torch.Tensor) -> float:
     and none like another."""
     sums = layer.problems[0].K * 2.0**-24 * (h.abs() @ router.abs().T)
     rounded = 6 * ROUNDOFF[layer.problems[0].x_dtype] * (h.square() @ router.square().T).sqrt()
-    return 2 * float((sums + rounded).amax()) + 2.0**-18
+    exact = layer.problems[0].wide_router and not layer.norm  # nothing is rounded
+    return 2 * float((sums if exact else sums + rounded).amax()) + 2.0**-18
 
 
 def bound(layer: Layer, x: torch.Tensor, sides: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -42,7 +42,7 @@ def value(program: Program) -> torch.Tensor:
 
 CHOICES = st.builds(
     Choice, score=st.sampled_from(["softmax", "sigmoid"]), added=st.booleans(),
-    times=st.sampled_from([1.0, 2.5, 1e-3, 16.0]), sum=st.booleans(),
+    times=st.sampled_from([1.0, 2.5, 1e-3, 16.0]), sum=st.booleans(), wide=st.booleans(),
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_words_say_a_choice(
     eps, least = whole if choice.sum else (0.0, 0.0)
     choice = replace(choice, groups=count, kept=kept, by=by, eps=eps, least=least)
     assert read_choice(str(choice)) == choice
-    done = [choice.added, count, choice.sum, choice.times != 1]
+    done = [choice.added, count, choice.sum, choice.times != 1, choice.wide]
     assert len(str(choice).split()) == 1 + sum(map(bool, done))
 
 
@@ -143,22 +143,28 @@ def test_a_route_is_read_by_what_it_does(words: str) -> None:
     torch.testing.assert_close(oracle(one, up, down, x, x), before, rtol=1e-12, atol=1e-12)
 
 
-def test_scores_in_another_dtype_are_read_through_casts() -> None:
-    """A router in fp32 of a layer in fp64: what is cast before it and behind it comes in too."""
-    m = Layers(torch.float64)
+@pytest.mark.parametrize(("stored", "wide"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_a_router_in_fp32_is_read_through_casts(stored: torch.dtype, wide: bool) -> None:
+    """Of a layer in bf16: what is cast before it and behind it comes in too. A router in bf16 that
+    is only cast is kept as it is; one in fp32 is not rounded."""
+    m = Layers(torch.bfloat16)
     h = m.input("h", HIDDEN)
     flat = m.flat(m.normed(h))
-    narrow = m.call("aten.to.dtype", flat, torch.float32)
-    router = m.call("aten.to.dtype", m.param("router", (COUNT, HIDDEN)), torch.float32)
-    scores = m.call("aten.sigmoid.default", m.call("aten.linear.default", narrow, router))
+    cast = m.call("aten.to.dtype", flat, torch.float32)
+    values = torch.randn(COUNT, HIDDEN, generator=m.generator).to(stored)
+    router = m.param("router", values, keep=wide)
+    router = router if wide else m.call("aten.to.dtype", router, torch.float32)
+    scores = m.call("aten.sigmoid.default", m.call("aten.linear.default", cast, router))
     top = m.call("aten.topk.default", scores, CHOSEN)
     weight, index = (m.call("operator.getitem", top, i) for i in (0, 1))
-    y = m.experts(flat, index, m.call("aten.to.dtype", weight, torch.float64))
+    y = m.experts(flat, index, m.call("aten.to.dtype", weight, torch.bfloat16))
     program = m.output(m.call("aten.add.Tensor", h, m.back(y, h)))
-    before = value(program)
+    x = hidden(torch.bfloat16, HIDDEN)
+    before = run(program, {"h": x})
     (one,) = fused(program).mixtures
-    assert (one.up.route, one.up.norm) == ("sigmoid", True)
-    assert torch.equal(value(program), before)
+    assert (one.up.route, one.up.norm) == ("sigmoid wide" if wide else "sigmoid", True)
+    assert torch.equal(run(program, {"h": x}), before)
+    assert one.canonical(program)[0]["router"].dtype == stored
 
 
 class Near(Layers):
