@@ -49,6 +49,21 @@ def test_a_layer_computes_what_its_reference_does(name: str, tokens: int) -> Non
     assert made.resident_bytes == {placed.fused.node: placed.resident}
 
 
+@pytest.mark.parametrize(
+    "route", ["sigmoid added groups=2:1:two sum+1e-20 times=2.5", "softmax added sum>1e-12"]
+)
+def test_any_route_is_told(route: str) -> None:
+    """The graph's own calls choose: nothing of a route is asked of the CPU, nor refused."""
+    program = layer(kind=route)
+    x = torch.randn(1, 7, HIDDEN, generator=torch.Generator().manual_seed(0))
+    made = lower(program, "cpu")
+    (placed,) = made.mixtures
+    want = run(program, {"h": x})
+    assert (placed.fused.up.route, len(placed.fused.told)) == ("", 2)
+    assert (value(made, x) - want).norm() / (want - x).norm() < 0.02
+    assert [r.predicate for r in made.refused] == ["decoded"]
+
+
 def test_experts_that_no_token_chose_are_not_touched() -> None:
     """Their packed tensors may hold anything."""
     made = lower(layer(), "cpu")
