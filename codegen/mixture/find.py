@@ -15,7 +15,8 @@ from ..fuse_chain import DENSE, calls_of, read_weight
 from ..fuse_find import needs
 from ..fuse_nodes import Unfit, argument, constant, is_op, is_sum, only_user, refusal
 from ..problem import Problem, dtype_name
-from .route import FLAT, Route, read_norm, read_route, sizes_of
+from .groups import FLAT
+from .route import Route, read_norm, read_route, sizes_of
 
 EXPERTS = "llmc.experts"
 

@@ -26,7 +26,7 @@ from ..fuse_sums import turn
 from ..fuse_unit import Part, join, spell, stored_values
 from ..problem import Problem
 from .find import EXPERTS, Mixture, Side, read_mixture
-from .route import FLAT
+from .groups import FLAT
 
 
 @dataclass(frozen=True)

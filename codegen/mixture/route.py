@@ -178,8 +178,8 @@ def _total(values: object, total: object, nodes: set[fx.Node]) -> dict[str, Any]
     for word, ops in _BEHIND.items():
         if isinstance(total, fx.Node) and any(is_op(total, op) for op in ops):
             number = argument(total, 1, "min")
-            rest = total.args[2:] or set(total.kwargs) - {"min"}
-            if rest or not _number(number) or number <= 0:
+            more = bool(total.args[2:]) or bool(set(total.kwargs) - {"min"})
+            if more or not _number(number) or number <= 0:
                 raise odd("the weights of its experts are divided by something but their sum")
             nodes.add(total)
             how[word], total = float(number), total.args[0]
