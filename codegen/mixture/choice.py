@@ -5,7 +5,8 @@
 
 Each expert has a score: a softmax over the products with the router, or the sigmoid of its own.
 What a token chooses by are the scores, where ``added`` beside a stored number of each expert, and
-where there are groups only in those that are best. What it weighs by are the scores alone.
+where there are groups only in those that are best. What it weighs by are the scores alone. Of equal
+scores, as sigmoids of large products are, kernels choose the first, and torch whichever it finds.
 """
 
 from __future__ import annotations

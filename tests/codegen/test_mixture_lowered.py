@@ -19,6 +19,7 @@ from interpreter import interpreted
 LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4": ("float32", "softmax sum", {}),
     "int8": ("float16", "chosen", {"bits": 8, "group": 0}),
+    "groups": ("float32", "sigmoid added groups=2:1:two sum+1e-20 times=2.5", {}),
     "told": ("float16", "tanh", {"dense": True}),
 }
 # Of a whole decoder: passes and dtype.
