@@ -18,6 +18,7 @@ from ..compiler.ir.graph import Program, tensor_type
 from ..compiler.ir.ops import row_of
 from .fuse_before import grid_words
 from .fuse_nodes import LINEAR, Unfit, argument, constant, is_op, is_sum, only_user
+from .fuse_turned import turned
 from .problem import Problem, dtype_name
 
 # What only moves a stored tensor's values; whatever else makes a weight would decode it for good.
@@ -112,7 +113,8 @@ def read_core(program: Program, linear: fx.Node) -> list[Core]:
     apart = _with_outliers(core)
     if apart is not None:
         found.insert(0, apart)
-    return [c for c in (_with_low_rank(found[0]),) if c is not None] + found
+    found = [c for c in (_with_low_rank(found[0]),) if c is not None] + found
+    return [c for c in map(turned, found) if c is not None] + found
 
 
 def read_weight(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
@@ -161,6 +163,8 @@ def _values(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
         return _coded(node, parts)
     if is_op(node, "llmc.sum_signs"):
         return _signed(node, parts)
+    if is_op(node, "llmc.decode_pairs"):
+        return _paired(node, parts)
     if node.op != "get_attr" and not all(row_of(c).name in MOVES for c in calls_of(node)):
         raise Unfit(f"its weight is made by {row_of(node).name}, not decoded from codes", "decoded")
     parts["values"] = node
@@ -211,6 +215,17 @@ def _signed(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
     return {
         "N": int(rows), "bits": int(planes), "group": int(str(node.kwargs["group"])),
         "weights": "signs", "scale_dtype": dtype_name(tensor_type(parts["factors"]).dtype),
+    }  # fmt: skip
+
+
+def _paired(node: fx.Node, parts: dict[str, fx.Node]) -> dict[str, Any]:
+    if len(node.users) != 1:
+        raise Unfit(f"the decoded weight {node.name} is read {len(node.users)} times", "one_reader")
+    parts["codes"], parts["scale"] = node.args  # type: ignore[assignment]
+    return {
+        "N": int(tensor_type(parts["codes"]).shape[0]), "weights": "paired",
+        **{n: int(str(node.kwargs[n])) for n in ("bits", "group")},
+        "scale_dtype": dtype_name(tensor_type(parts["scale"]).dtype),
     }  # fmt: skip
 
 

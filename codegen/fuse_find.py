@@ -12,6 +12,7 @@ from ..compiler.ir.refusal import Refusal
 from .fuse_before import read_before
 from .fuse_chain import DENSE, Core, read_core, read_factors
 from .fuse_nodes import LINEAR, MAKER, Accept, Unfit, is_op, is_sum, only_user, refusal
+from .fuse_turned import left_out
 from .fuse_unit import Unit
 from .problem import Problem
 
@@ -59,10 +60,9 @@ def find(program: Program, accept: Accept, features: Collection[str]) -> Found:
             found[linear] = _dense(read[linear][-1], accept, features)
     chosen = [found[n] for n in linears if n in found]
     served = {n.name for n in taken}
-    return (
-        [c for c in chosen if isinstance(c, Core)],
-        [c for c in chosen if isinstance(c, Refusal) and c.node not in served],
-    )
+    cores = [c for c in chosen if isinstance(c, Core)]
+    refused = [c for c in chosen if isinstance(c, Refusal) and c.node not in served]
+    return cores, refused + left_out(cores, read, accept, features)
 
 
 def _take(answer: Core | Refusal, taken: set[fx.Node]) -> None:
@@ -100,7 +100,7 @@ def needs(problem: Problem) -> list[str]:
     """Features that a target must name for a problem."""
     special: dict[str, object] = {
         "rank": problem.rank and problem.weights != "factors", "outliers": problem.outliers,
-        "rounds": problem.outliers, "sparse": problem.sparse,
+        "rounds": problem.outliers, "sparse": problem.sparse, "out_mixed": problem.out_mixed,
     }  # fmt: skip
     kind = "masked" if problem.m or problem.bitmap else "dense"
     kind = kind if problem.weights == "dense" else problem.weights

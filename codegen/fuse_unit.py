@@ -58,6 +58,7 @@ class Unit:
             out = replace(
                 out, rank=sum(c.problem.rank for c in self.cores), table=table,
                 kept=sum(c.problem.kept for c in self.cores), spans=self.spans,
+                out_mixed=" ".join(c.problem.out_mixed for c in self.cores).strip(),
             )  # fmt: skip
         kinds = {b.kind: b.node for b in self.before}
         if "rounds" in kinds:
@@ -107,6 +108,7 @@ class Unit:
         """Whether it is a dense product, with a bias or without, and nothing else."""
         first = self.cores[0]
         beside = first.problem.rank or first.problem.sparse or first.problem.bitmap
+        beside = beside or first.problem.out_mixed
         return (
             first.problem.weights == "dense" and not (beside or first.problem.m)
             and len(self.cores) == 1 and not self.before and self.root is first.result
@@ -153,7 +155,7 @@ def alike(problem: Problem) -> Problem:
     """What linears must have in common to be joined by rows."""
     return replace(
         problem, N=0, bias=False, kept=0, rank=min(problem.rank, 1),
-        table="row" if problem.table else "",
+        table="row" if problem.table else "", out_mixed="any" if problem.out_mixed else "",
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..compiler.ir.errors import ResourceError, UsageError
-from . import large, made, normed, workspace
+from . import large, made, normed, turned, workspace
 from .calls import kind
 from .counters import counters
 from .device import machine, processor_count, unavailable
@@ -74,6 +74,8 @@ def _ready(
     M, shape = x.numel() // problem.K, (*x.shape[:-1], problem.outputs)
     if problem.out_norm and config is None and M > normed.FEW:
         return normed.apart(_ready, packed, problem, x, sides)
+    if config is None and turned.goes_apart(problem, M):
+        return turned.apart(_ready, packed, problem, x, sides)
     if config is None and made.goes_before(row, problem, M):
         return made.apart(_ready, packed, problem, x, sides)
     many = config is None and large.better(row, problem, M)
@@ -111,7 +113,7 @@ def _ready(
     if row.call:
         return several
     names = [a.name for a in arguments(row, problem)]
-    shared = problem.out_norm or (shares(row) and workspace.needed(problem, tile))
+    shared = problem.gathered or (shares(row) and workspace.needed(problem, tile))
     shared |= makes(row, problem)
     first = gather(x, sides)
     looks = tuple(kind(first.get(name)) for name in names)
@@ -147,7 +149,7 @@ def _workspace(
         scratch, count = workspace.sizes(problem, config, M)
         found["scratch"] = torch.empty(scratch, device=device)
         found["counts"] = counters("counts", count, device)
-    if problem.out_norm:
+    if problem.gathered:
         whole, count = workspace.whole_sizes(problem, config, M)
         found["whole"] = torch.empty(whole, device=device)
         found["arrived"] = counters("arrived", count, device)

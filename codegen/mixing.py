@@ -59,12 +59,26 @@ EXPECTED = f"at most {MOST}, a multiple of {LEAST} whose odd factor is at most {
 
 
 def unfit(problem: Any) -> list[tuple[str, str]]:
-    """Fields of a problem that mixes what it reads which are not what kernels need, with what is."""
+    """Fields of a problem that mixes which are not what kernels need, each with what is."""
     found: list[tuple[str, str]] = []
     if problem.mixed and mixing(problem.K) is None:
         found.append(("K", f"{EXPECTED} where x is mixed"))
     if problem.mixed and problem.rounds:
         found.append(("rounds", "none where x is mixed"))
+    if problem.out_mixed:
+        found += _unfit_behind(problem)
     if problem.mixed and problem.experts:
         found.append(("mixed", "False among experts"))
+    return found
+
+
+def _unfit_behind(problem: Any) -> list[tuple[str, str]]:
+    found = []
+    if sum(problem.out_sections) != problem.N or 0 in problem.out_sections:
+        found.append(("out_mixed", f"widths of {problem.N} rows"))
+    if any(mixing(width) is None for width in problem.out_sections):
+        found.append(("out_mixed", f"widths of {EXPECTED}"))
+    beside = {"out_norm": False, "spans": "", "experts": 0}
+    found += [(n, f"{v or 'none'} where the result is mixed back") for n, v in beside.items()
+              if getattr(problem, n) != v]  # fmt: skip
     return found

@@ -43,7 +43,8 @@ class Problem:
         rounded: the grid that x is on already, e.g. "int8 token"; "" where it is on none.
         rank: of the product beside the codes; 0 where there is none.
         weights: "int" (codes on a uniform grid), "table" (codes are indices of levels), "dense"
-            (floats), "signs" (a sum of ``bits`` planes of ±1, a factor of each per group) or
+            (floats), "paired" (outlier-victim pairs), "signs" (a sum of ``bits`` planes of ±1, a
+            factor of each per group) or
             "factors" (no W at all: only left · right).
         levels: name of the fixed levels of a table (see compiler/ir/levels.py), "" where the table
             is stored. table: "matrix" or "row" where it is stored, once or per row.
@@ -172,7 +173,7 @@ class Problem:
     @property
     def out_sections(self) -> tuple[int, ...]:
         """Widths of what is mixed back."""
-        return tuple(map(int, self.out_mixed.split()))
+        return tuple(int(word) for word in self.out_mixed.split() if word.isdecimal())
 
     @property
     def gathered(self) -> bool:

@@ -16,7 +16,7 @@ import jinja2
 import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
-from . import spans
+from . import ending, spans
 from .grids import Made, terms
 from .literals import integer_bytes, integer_words
 from .mixing import mixing
@@ -30,6 +30,7 @@ _STATED = re.compile(r"\{# constants: (?P<names>[A-Za-z0-9_]+(?:, [A-Za-z0-9_]+)
 # dense columns), and what is said beside them.
 CONSTANTS: dict[str, type] = {
     **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
+    "behind": dict,
     "choice": Choice,
     "interpret": bool,
     "made": dict,
@@ -64,9 +65,13 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         made["mixing"] = mixed.terms() if mixed else {}
         made |= {n: getattr(problem, n) for n in ("norm", "centred", "smooth")}
     plain = problem.without(*BEFORE, "rounds") if made else problem
+    behind = ending.terms(problem)
+    if behind:
+        plain = plain.without("bias", "residual", "pairs")
     return {
         **{f.name: getattr(plain, f.name) for f in fields(problem)},
         "made": made,
+        "behind": behind,
         "group": problem.dense_group,
         "choice": read_choice(problem.route),
         "interpret": interpret,
@@ -104,6 +109,7 @@ def signature(row: KernelRow, problem: Problem) -> str:
     if shares(row):
         fixed += ["SPLIT", *(["RUNS", "MAKERS"] if problem.rank or problem.route else [])]
         fixed += ["HANDS"] if makes(row, problem) else []
+        fixed += ["ENDERS"] if problem.out_mixed else []
     lines = names + [f"{name}: tl.constexpr" for name in fixed]
     return "\n".join(f"    {line}," for line in lines)
 
@@ -117,6 +123,7 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     rounds = re.sub(r"=[.\d]+e?[-+\d]*$", "", problem.rounds or problem.rounded * problem.limited)
     flags += [re.sub(r"\W", "_", rounds)] if rounds else []
     flags += [f"mixed{problem.K}"] if problem.mixed else []
+    flags += ["out_mixed" + problem.out_mixed.replace(" ", "_")] if problem.out_mixed else []
     flags += ["out_norm"] if problem.out_norm else []
     flags += [f"rank{problem.rank}"] if problem.rank else []
     flags += ["spans"] if problem.spans else []

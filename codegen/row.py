@@ -270,6 +270,7 @@ def _integers(problem: Problem) -> dict[str, int]:
         if not isinstance(getattr(problem, f.name), (str, float))
     }
     flags = {"limited": int(problem.limited), "made": int(problem.made)}
+    flags["turned"] = int(bool(problem.out_mixed))
     return {**values, "group": problem.dense_group, **flags}
 
 
@@ -277,7 +278,7 @@ def _integers(problem: Problem) -> dict[str, int]:
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
     names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp", "Lp"]
-    names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited", "made"]
+    names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited", "made", "turned"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 
 

@@ -14,6 +14,7 @@ is read from memory.
 
 from __future__ import annotations
 
+from .ending import enders, terms
 from .mixture import routing
 from .prepack import Packed
 from .problem import Problem
@@ -50,7 +51,15 @@ def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> 
         columns, rows = _tiles(problem, config, M)
         hands = max(1, min(config.BM, columns * config.split, processors // rows))
         found["HANDS"] = 1 << (hands.bit_length() - 1)
-    return found
+    return found | _enders(problem, config, M, processors)
+
+
+def _enders(problem: Problem, config: TileConfig, M: int, processors: int) -> dict[str, int]:
+    """How many programs of a block of tokens mix what is mixed back."""
+    if not problem.out_mixed:
+        return {}
+    columns, rows = _tiles(problem, config, M)
+    return {"ENDERS": enders(problem, config.BM, columns, processors // rows)}
 
 
 def needed(problem: Problem, config: TileConfig) -> bool:
@@ -74,8 +83,10 @@ def sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
 
 
 def whole_sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
-    """Elements of the rows that a norm of the result reads (fp32), and of its counters (int32)."""
+    """Elements of the whole rows of a product (fp32), and of their counters (int32)."""
     columns, rows = _tiles(problem, config, M)
+    if problem.out_mixed:
+        return rows * config.BM * problem.N, 2 * rows
     part = config.BN // 2 if problem.pairs else config.BN
     return rows * columns * (part * config.BM + max(LINE, config.BM)), rows
 
@@ -94,6 +105,8 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
         columns, _ = _tiles(problem, config, M)
         beside = 0 if problem.made else problem.norm + problem.centred
         values += columns * config.split * (config.BN + beside) * M
+    if problem.out_mixed:
+        values += (3 if terms(problem)["twice"] else 2) * problem.N * M
     if problem.mixed_twice:
         values += problem.K * M
     if problem.out_norm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..ending import Sections
 from ..grids import Made
 from ..mixture.choice import Routes
 from ..problem import read_spans
@@ -35,12 +36,13 @@ class Spans(tuple[object, ...]):
         return isinstance(text, str) and (not text or bool(read_spans(text)))
 
 
-# What a norm of the result needs: its gain, whole rows in fp32 and the squares of their parts, and
-# how many programs have left theirs.
+# What needs whole rows of the result: a norm its gain and the squares of their parts, a result that
+# is mixed back what multiplies it; and how many programs have left theirs.
 NORMED = (
     Argument("out_gain", "[out]", FLOATS, "out_norm", dtype="fp32"),
-    Argument("whole", "[rows]", ("fp32",), "out_norm", dtype="fp32"),
-    Argument("arrived", "[tiles of tokens]", ("i32",), "out_norm", dtype="i32"),
+    Argument("turn", "[N]", ("fp32",), "out_mixed", dtype="fp32"),
+    Argument("whole", "[rows]", ("fp32",), "gathered", dtype="fp32"),
+    Argument("arrived", "[tiles of tokens]", ("i32",), "gathered", dtype="i32"),
 )
 
 # What experts need: the router, what its scores are added to, all pairs of a token and an expert in
@@ -95,7 +97,7 @@ SCALE = Argument("scale", "[Np/64, Gp, 64]", ("i32",), dtype="i32")
 # Bytes of everything around a weight; beside it, four per group hold scale and zero point.
 AROUND = "xb*M*K + xb*M*out*(1 + residual) + xb*N*bias + 4*K*Max(norm, smooth)"
 AROUND += " + 8*Np*centred*(1 - made) + (2*xb*M + 4*centred)*K*made"
-AROUND += " + xb*(Lp + Rp*128*ceiling(K/128)) + 4*out*out_norm"
+AROUND += " + xb*(Lp + Rp*128*ceiling(K/128)) + 4*out*out_norm + 4*N*turned"
 SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
 SPLITS = (1, 2, 4, 8)
@@ -108,6 +110,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("asym", "bias", "residual", "norm", "centred", "smooth"), (False, True)),
     "mixed": (False, True),
     "out_norm": (False, True),
+    "out_mixed": Sections(),
     "act": ACTS,
     "pairs": ("", "gate"),
     "rank": UpTo(1024),

@@ -23,6 +23,7 @@ FACTORS = KernelRow(
     step=128,
     choices={
         **CHOICES,
+        "out_mixed": ("",),
         **UNROUTED,
         "scale_dtype": ("",),
         "asym": (False,),

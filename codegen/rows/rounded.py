@@ -80,7 +80,8 @@ _MADE = (
 def choices(rounds: tuple[str, ...], **more: tuple[object, ...]) -> dict[str, tuple[object, ...]]:
     """What rows with rounded inputs serve beside what all do."""
     beside = {"asym": (False,), "rank": (0,), "sparse": (False,), "spans": ("",)}
-    return {**CHOICES, **UNROUTED, **beside, "mixed": (False,), "rounds": rounds, **more}
+    mixing = {"mixed": (False,), "out_mixed": ("",)}
+    return {**CHOICES, **UNROUTED, **beside, **mixing, "rounds": rounds, **more}
 
 
 _X = Argument("x", "[M, K]", FLOATS, strided=True)

@@ -28,7 +28,13 @@ W16 = KernelRow(
     summary="dense fp16, bf16 or fp32 weights as they were captured, for what is fused around them",
     args=linear_args(Argument("values", "[N, K]", FLOATS)),
     step=128,
-    choices={**CHOICES, "scale_dtype": ("",), "asym": (False,), "weights": ("dense",)},
+    choices={
+        **CHOICES,
+        "out_mixed": ("",),
+        "scale_dtype": ("",),
+        "asym": (False,),
+        "weights": ("dense",),
+    },
     requires=(
         Requirement("bits", "Eq(bits, 16) | Eq(bits, 32)", "16 or 32"),
         DENSE,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numerics_rows import mixed, mixed_back, normed
 
 from llmc.codegen import meaning
 from llmc.codegen.grids import parse
@@ -29,9 +30,8 @@ from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.render import makes
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
-from llmc.compiler.ir.ops.rotation import mix
 from llmc.compiler.ir.ops.rounding import _dynamic, round_input, scale_of
-from llmc.compiler.ir.ops.semantic import activation, rms_norm
+from llmc.compiler.ir.ops.semantic import activation
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
 _SUM = 2.0**-24  # unit roundoff of the fp32 sums
@@ -129,12 +129,12 @@ def exact_and_bound(
         beside = beside + parts["bias"].double().abs()
     err = sums * _SUM * (reach + beside) + once + off @ spread.T
     if p.out_mixed:
-        err = _mixed_back(p, parts, x, err, u * (case.tile is None and case.M > FEW))
+        err = mixed_back(p, parts, x, err, u * (case.tile is None and case.M > FEW))
     y, err = _after(p, parts, x, err)
     if p.out_norm:
         # For many tokens norm and sum are calls of their own, and what each reads is rounded.
         between = u * (case.tile is None and case.M > FEW)
-        y, err = _normed(p, parts, y, err + 1.01 * between * (y.abs() + err))
+        y, err = normed(p, parts, y, err + 1.01 * between * (y.abs() + err))
         err = err + 1.01 * between * (y.abs() + err)
     if side is not None:
         err = err + 2 * _SUM * (side.abs() + y.abs())
@@ -176,7 +176,7 @@ def _read(
     if p.outliers:
         h, size, own = (t.index_fill(-1, parts["columns"], 0.0) for t in (h, size, own))
     if p.mixed:
-        return _mixed(p, h, own, u)
+        return mixed(p, h, own, u)
     slack = 1.01 * u * (p.norm + p.smooth)
     # Beside relative rounding, what lies below the least normal fp16; 1/rms multiplies it later.
     least = torch.full_like(x[:, :1], 2.0**-25 * (p.x_dtype == "fp16") * (p.norm or p.smooth))
@@ -212,36 +212,10 @@ def _read(
     return exact.abs(), off
 
 
-def _mixed(
-    p: Problem, h: torch.Tensor, own: torch.Tensor, u: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Size and error of h mixed, in sums of fp32 or of twice the digits of bf16, then rounded."""
-    spread = mix(torch.eye(p.K, dtype=torch.float64)).abs()
-    exact, reach = mix(h).abs(), h.abs() @ spread
-    off = own @ spread + ((p.K + 32) * _SUM + 2.0**-15) * reach
-    return exact, off + 1.01 * u * (exact + off) + 2.0**-25 * (p.x_dtype == "fp16")
-
-
-def _mixed_back(
-    p: Problem, parts: dict[str, torch.Tensor], x: torch.Tensor, err: torch.Tensor, between: float
-) -> torch.Tensor:
-    """The error of what is mixed back, given that of the product; between: roundings of both where
-    calls of their own follow it."""
-    plain = replace(p, out_mixed="", bias=False, act="", pairs="")
-    y = meaning.linear(plain, parts, x).abs()
-    err = err + 1.01 * between * (y + err)
-    slack = (max(p.out_sections) + 32) * _SUM + 2.0**-15
-    spreads = [mix(torch.eye(n, dtype=torch.float64)).abs() for n in p.out_sections]
-    spread = torch.block_diag(*spreads) / parts["out_turn"].double().abs()
-    bias = parts["bias"].double().abs() if p.bias else 0.0
-    reach = y @ spread
-    return err @ spread + slack * reach + (4 * _SUM + 2.02 * between) * (reach + bias)
-
-
 def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
     plain = replace(p, weights="dense", m=0, bitmap=False, rank=0, outliers=0, rounds="", act="",
-                    pairs="", norm=False, centred=False, smooth=False, mixed=False, out_mixed="", bias=False,
-                    out_norm=False)  # fmt: skip
+                    pairs="", norm=False, centred=False, smooth=False, mixed=False, out_mixed="",
+                    bias=False, out_norm=False)  # fmt: skip
     none = {**parts, "values": torch.zeros(p.N, p.K, dtype=torch.float64)}
     return meaning.linear(plain, none, torch.eye(p.K, dtype=torch.float64)).T
 
@@ -268,20 +242,6 @@ def _after(
     return there * up, e_there * up.abs() + there.abs() * e_up + e_there * e_up
 
 
-def _normed(
-    p: Problem, parts: dict[str, torch.Tensor], y: torch.Tensor, err: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of y and its error, given y's: the rms moves no further than the rms of the error,
-    and is never below the root of eps."""
-    gain = parts["out_gain"].double().abs()
-    rms = (y.square().mean(-1, keepdim=True) + p.out_eps).sqrt()
-    moved = err.square().mean(-1, keepdim=True).sqrt()
-    least = (rms - moved).clamp(min=p.out_eps**0.5)
-    there = rms_norm(y, parts["out_gain"].double(), eps=p.out_eps)
-    own = (p.outputs + 16) * _SUM * there.abs()  # of the squares, and of the root
-    return there, gain * (err + y.abs() * moved / rms) / least + own
-
-
 def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The parts with one part of them changed: codes by half their range, floats beyond doubt."""
     p, out = case.problem, dict(parts)
@@ -291,6 +251,11 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
     column = int(reads.argmax())
     value = parts[case.spoil].clone()
     match case.spoil:
+        case "codes" if p.weights == "paired":
+            q = packing.unpack(value, p.bits, p.columns).to(torch.int64).unflatten(1, (-1, 2))
+            high = (q[:, column // 2] == 7).all(1, keepdim=True)  # then low, and high otherwise
+            q[:, column // 2] = torch.where(high, 9, 7)
+            value = packing.pack(q.flatten(1), p.bits)
         case "codes":
             q = packing.unpack(value, p.bits, p.columns).to(torch.int64)
             at = column * p.n // p.m if p.m else column

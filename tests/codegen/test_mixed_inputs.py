@@ -34,7 +34,7 @@ CASES = [
     _case(2, 320, smooth=True, act="silu", pairs="gate"),  # 5 runs of 64
     _case(9, 128, tile=(8, 32), **NORM),  # two tiles of tokens
     _case(17, 192, "gain", **NORM),  # a launch before
-    _case(2, 2304, tile=SPLIT, smooth=True),  # 9 runs of 256
+    _case(2, 1152, tile=SPLIT, smooth=True),  # 9 runs of 128
     _case(1, 8192, **NORM),  # two runs of 4096
     _case(2, 160, "values", "w16", bits=16, weights="dense", levels="", scale_dtype="",
           x_dtype="fp32", **NORM),
