@@ -7,7 +7,7 @@ MLP, which makes six; all are captured in one CUDA graph, as torch's are where i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -265,12 +265,13 @@ def agreements(s: Shapes) -> list[Task]:
     return [Task(f"logits {scheme}", agreement, (small, scheme), 120.0) for scheme in SCHEMES]
 
 
-TORCH = ("bf16 graph", "bf16 eager", "bf16 compiled + graph")
+COMPILED = "bf16 compiled + graph"  # by torch's own compiler, which takes its time
+FIRST = ("w4", "bf16 graph")
+WAYS = (*FIRST, *(n for n in SCHEMES if n not in FIRST), "bf16 eager")
 
 
-def steps(s: Shapes, limits: gpu_clock.Limits) -> list[Task]:
+def steps(s: Shapes, limits: gpu_clock.Limits, names: Sequence[str] = WAYS) -> list[Task]:
     """Tokens per second of every way at batch 1; none without a GPU."""
-    names = ("w4", "bf16 graph", *(n for n in (*SCHEMES, *TORCH) if n not in ("w4", "bf16 graph")))
     return [Task(f"decode {name}", timed, (name, s, limits), 90.0, (("decode", name),))
             for name in names if gpu_clock.on_gpu()]  # fmt: skip
 
@@ -279,7 +280,7 @@ def timed(name: str, s: Shapes, limits: gpu_clock.Limits) -> dict[str, Any]:
     """Microseconds of a step, tokens per second, and the share of the copy bandwidth."""
     x = first(s)
     step: Fused | Dense = Fused(s, name) if name in SCHEMES else Dense(s)
-    if name == "bf16 compiled + graph" and isinstance(step, Dense):
+    if name == COMPILED and isinstance(step, Dense):
         step.layer = torch.compile(step._layer, dynamic=False)
     with torch.no_grad():
         if name == "bf16 eager":

@@ -7,20 +7,23 @@ Where the package is not installed and nothing can be, a link makes this checkou
 
     mkdir -p .cache/site && ln -sfn "$PWD" .cache/site/llmc && export PYTHONPATH="$PWD/.cache/site"
 
-Peers are those that are installed; generation by recorded steps needs pydantic as well. Nothing is
-fetched. Times are medians of CUDA graph replays that rotate over copies of the weight
+It needs torch, triton, numpy, jinja2 and sympy; generation by recorded steps needs pydantic as well
+(with pydantic-core, annotated-types and typing-inspection), and peers are those that are installed.
+Nothing is fetched. Times are medians of CUDA graph replays that rotate over copies of the weight
 beyond three times the L2 cache, so that every call reads its weight from memory; shares are of the
 copy bandwidth and of the bf16 product measured in the same run. Without a GPU, under the
 interpreter, everything runs once and nothing is timed. Each part is a task in another process (see
 gpu_work): what fails is a row with its error. What is not timed (numerics, and the first call of
 all that will be, which compiles it) runs on many processes at once. The files are written anew
-after every few answers, and what the budget leaves out is named. Exit 4 when a result is beyond its
-bound or a kernel failed, 5 with neither a GPU nor the interpreter.
+after every few answers, what the budget leaves out is named, and what hangs beyond it is ended; the
+screen gets a short page. Exit 4 when a result is beyond its bound or a kernel failed, 5 with
+neither a GPU nor the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
@@ -29,25 +32,32 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_clock
-import gpu_decode
-import gpu_kernels
-import gpu_numerics
-import gpu_peers
-import torch
-from gpu_work import Answer, Task, Workers
+try:
+    import gpu_clock
+    import gpu_decode
+    import gpu_kernels
+    import gpu_numerics
+    import gpu_peers
+    import gpu_report
+    import torch
+    from gpu_work import Answer, Task, Workers
 
-from llmc.codegen.device import unavailable
-from llmc.codegen.tuning.choices import reason
+    from llmc.codegen.device import unavailable
+    from llmc.codegen.tuning.choices import reason
+except ModuleNotFoundError as missing:
+    package = str(missing.name).partition(".")[0]
+    hint = "link it as this file's first lines say" if package == "llmc" else "carry it there"
+    sys.exit(f"gpu_suite: expected the package {package}, found none; {hint}")
 
 SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096))
 TOKENS = (1, 16, 64, 256, 2048, 8)
 SECONDS = 530.0
+LATE = 8.0  # seconds after the budget at which the run ends itself, whatever hangs
 # Of the budget, what is left when a part begins nothing more: room for what comes after.
-ROOM = {"numerics": 0.74, "warm": 0.62, "kernels": 0.27, "decode": 0.12, "peers": 0.01}
+ROOM = {"numerics": 0.74, "warm": 0.62, "decode": 0.45, "kernels": 0.17, "peers": 0.01}
 PROCESSES = 12
-SECTIONS = ("numerics", "kernels", "decode", "peers")
-MOST = 40  # names of what was left out; the JSON has all
+SECTIONS = ("numerics", "decode", "kernels", "peers")
+TIMED = ("decode", "kernels")
 EVERY = 10.0  # seconds between two writings
 TINY = gpu_decode.Shapes(
     hidden=128, heads=4, kv_heads=2, width=32, inner=128, vocab=96, layers=1, context=8,
@@ -59,7 +69,7 @@ class Suite:
     """The parts, most important first, into ``data``, which is written as it grows."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.budget = args, gpu_clock.Budget(args.seconds)
+        self.args, self.budget = args, gpu_clock.Budget(args.seconds, gpu_clock.started())
         gpu = gpu_clock.on_gpu()
         count = min(PROCESSES, max(1, (os.cpu_count() or 2) - 2)) if gpu else 1
         self.workers = Workers(count)
@@ -79,6 +89,8 @@ class Suite:
         try:
             for name in SECTIONS:
                 if name in self.args.only:
+                    if name in TIMED and "kernels" in self.args.only and gpu_clock.on_gpu():
+                        self.warm()
                     with self.budget.section(name):
                         getattr(self, name)()
                     self.write()
@@ -122,15 +134,20 @@ class Suite:
         take([draw, *logits, *beside])
         take(given)
 
+    def warm(self) -> None:
+        """Compile on all processes, once, what is timed on one; those of whole steps are by now."""
+        if "warm" in self.budget.taken:
+            return
+        pages = (self.args.shapes, self.args.tokens, self.target)
+        with self.budget.section("warm"):
+            for answer in self.answers("warm", gpu_kernels.warm_ups(*pages), PROCESSES - 2):
+                if answer.error:  # the timing says so too, unless it works there
+                    print(f"{answer.task.label}: {answer.error}", file=sys.stderr, flush=True)
+
     def kernels(self) -> None:
-        """Compile on all processes, then time on one."""
+        """Microseconds of each."""
         self.data["kernels"] += gpu_kernels.missing(self.target)
         pages = (self.args.shapes, self.args.tokens, self.target)
-        if gpu_clock.on_gpu():
-            with self.budget.section("warm"):
-                for answer in self.answers("warm", gpu_kernels.warm_ups(*pages), PROCESSES - 2):
-                    if answer.error:  # the timing says so too, unless it works there
-                        print(f"{answer.task.label}: {answer.error}", file=sys.stderr, flush=True)
         self._alone()
         for answer in self.answers("kernels", gpu_kernels.timings(*pages, self.limits), 1):
             self.data["kernels"] += [*(answer.result or ()), *([answer.row] * bool(answer.error))]
@@ -143,8 +160,12 @@ class Suite:
             self.data["decode"].append(answer.row if answer.error else answer.result)
 
     def peers(self) -> None:
-        """Everybody else, at the same shapes."""
+        """Everybody else, at the same shapes, and the step as torch compiles it."""
         self._alone()
+        if not self.args.tiny:
+            compiled = gpu_decode.steps(gpu_decode.Shapes(), self.limits, [gpu_decode.COMPILED])
+            for answer in self.answers("peers", compiled, 1):
+                self.data["decode"].append(answer.row if answer.error else answer.result)
         tasks = [t for N, K in self.args.shapes for t in gpu_peers.tasks(N, K, self.args.tokens)]
         tasks.append(Task("liger", gpu_peers.liger, (2048, 4096), 60.0, (("peer", "liger"),)))
         for answer in self.answers("peers", tasks, 1):
@@ -166,7 +187,7 @@ class Suite:
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         for path, text in ((out, json.dumps(self.data, indent=1) + "\n"),
-                           (out.with_suffix(".md"), markdown(self.data))):  # fmt: skip
+                           (out.with_suffix(".md"), gpu_report.markdown(self.data))):  # fmt: skip
             beside = path.with_suffix(path.suffix + ".part")
             beside.write_text(text, encoding="utf-8")
             beside.replace(path)
@@ -174,70 +195,7 @@ class Suite:
     @property
     def wrong(self) -> bool:
         """Whether a result is beyond its bound, or a kernel of llmc's failed."""
-        steps = self.data["decode"]
-        off = any(r.get("relative_error", 0.0) > 0.03 or not r.get("replayed_alike", True)
-                  for r in steps)  # fmt: skip
-        failed = any("error" in r for r in (*self.data["kernels"], *steps))
-        return off or failed or bool(self.data["numerics"].get("wrong"))
-
-
-def markdown(data: dict[str, Any]) -> str:
-    """The pages as tables: kernels and peers by shape, then decode."""
-    out = [f"# {data['device']}\n\n`{data['command']}`\n"]
-    both = (*data["kernels"], *data["peers"])
-    timed = [r for r in both if r.get("us") is not None]
-    for N, K in dict.fromkeys((r["N"], r["K"]) for r in timed if "N" in r):
-        here = [r for r in timed if (r.get("N"), r.get("K")) == (N, K)]
-        tokens = sorted({r["tokens"] for r in here})
-        rows = []
-        for name in dict.fromkeys(r.get("kernel") or r["peer"] for r in here):
-            own = {r["tokens"]: r for r in here if (r.get("kernel") or r["peer"]) == name}
-            rows.append((name, *(_cell(own.get(m)) for m in tokens)))
-        head = ("µs (share of copy, of floor)", *(f"M = {m}" for m in tokens))
-        out.append(f"\n## {N} x {K}\n\n{_table(head, rows)}")
-    steps = [
-        (
-            r["what"],
-            f"{r['tokens_per_s']:.0f}",
-            f"{r['us']:.0f}",
-            f"{r.get('share_of_copy', 0):.2f}",
-        )
-        for r in data["decode"]
-        if "us" in r
-    ]
-    if steps:
-        head = ("decode, batch 1", "tokens/s", "µs", "share of copy")
-        out.append(f"\n## Llama-3.1-8B shapes\n\n{_table(head, steps)}")
-    told = data["numerics"]
-    if told:
-        out.append(f"\n## Numerics\n\n{told['cases']} cases of {len(told['rows'])} kernels, "
-                   f"worst {told['worst_over_bound']:.2f} of its bound.\n")  # fmt: skip
-    steps = [r for r in data["decode"] if "relative_error" in r]
-    out += [f"\nLogits {r['what']}: off by {r['relative_error']:.1e}"
-            f"{'' if r.get('replayed_alike', True) else ', and a recorded step differs'}.\n"
-            for r in steps]  # fmt: skip
-    failed = [f"{r.get('kernel') or r.get('peer') or r.get('what')} {r.get('N', '')} "
-              f"M={r.get('tokens', '')}: {r['error']}" for r in (*both, *data["decode"])
-              if "error" in r]  # fmt: skip
-    out += [f"- {line}\n" for line in (*told.get("wrong", ()), *failed)]
-    if data["skipped"]:
-        more = len(data["skipped"]) - MOST
-        named = [*data["skipped"][:MOST], *([f"{more} more"] * (more > 0))]
-        out.append(f"\nLeft out for time: {', '.join(named)}.\n")
-    return "".join(out)
-
-
-def _cell(r: dict[str, Any] | None) -> str:
-    if r is None:
-        return ""
-    if "share_of_copy" not in r:
-        return f"{r['us']:.1f}"
-    return f"{r['us']:.1f} ({r['share_of_copy']:.2f}, {r['share_of_floor']:.2f})"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        return bool(gpu_report.problems({**self.data, "peers": []}))
 
 
 def main() -> int:
@@ -263,11 +221,14 @@ def main() -> int:
     args.tokens = [int(t) for t in args.tokens.split(",")]
     if args.tiny:
         args.shapes, args.tokens = [(70, 136)], [1, 3]
+    # A device that answers nothing, a process that cannot be killed: the files are there by then.
+    left = gpu_clock.Budget(args.seconds, gpu_clock.started()).left
+    faulthandler.dump_traceback_later(max(0.0, left) + LATE, exit=True)
     suite = Suite(args)
     suite.run()
     if args.out is None:
         print(json.dumps(suite.data, indent=1))
-    print(markdown(suite.data), file=sys.stderr)
+    print(gpu_report.brief(suite.data), file=sys.stderr, flush=True)
     return 4 if suite.wrong else 0
 
 

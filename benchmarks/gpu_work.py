@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import gpu_clock
 
 START = 60.0  # seconds beside a task's own that a process may take to import and to begin
+LEAVE = 3.0  # seconds that processes get to end by themselves
 
 
 @dataclass(frozen=True)
@@ -111,20 +112,25 @@ class Workers:
             for pipe, (process, task, end) in list(busy.items()):
                 if time.monotonic() >= end or budget.left <= 0:
                     busy.pop(pipe)
-                    _end(process)
+                    process.kill()
                     over = budget.left <= 0
                     why = "no time left" if over else f"took more than {task.limit:.0f} s"
                     yield Answer(task, error=why)
         budget.skipped += [task.label for task in waiting]
 
     def close(self, keep: int = 0) -> None:
-        """End all idle processes but ``keep``."""
-        for process, pipe in self._idle[keep:]:
+        """End all idle processes but ``keep``: told so, and killed where they do not, together."""
+        ending, self._idle[keep:] = self._idle[keep:], []
+        for _, pipe in ending:
             with contextlib.suppress(OSError):
                 pipe.send(None)
-            process.join(10)
-            _end(process)
-        del self._idle[keep:]
+        until = time.monotonic() + LEAVE
+        for process, _ in ending:
+            process.join(max(0.0, until - time.monotonic()))
+            process.kill()
+        if not keep:  # nor is one left that was busy when a run broke off
+            for process in self._context.active_children():
+                process.kill()
 
     def _start(self) -> tuple[Any, Any]:
         mine, theirs = self._context.Pipe()
@@ -137,17 +143,10 @@ class Workers:
         try:
             result, error = pipe.recv()
         except (EOFError, OSError):
-            process.join(10)
+            process.join(LEAVE)
             return Answer(task, error=f"its process ended with exit code {process.exitcode}")
         if error:
-            process.join(10)
-            _end(process)
+            process.kill()  # what it holds of the device goes with it; nobody waits for that
         else:
             self._idle.append((process, pipe))
         return Answer(task, result, error)
-
-
-def _end(process: Any) -> None:
-    if process.is_alive():
-        process.kill()
-        process.join(10)

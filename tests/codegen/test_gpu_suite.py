@@ -106,6 +106,69 @@ def test_a_task_that_fails_takes_no_other_down(repo: Path, monkeypatch: pytest.M
     assert budget.skipped == [t.label for t in tasks]
 
 
+def test_a_run_ends_with_its_budget(repo: Path, tmp_path: Path) -> None:
+    """Imports count, and so does whatever was begun; the files tell what there was no time for."""
+    out, began = tmp_path / "gpu.json", time.monotonic()
+    done = suite(repo, "--tiny", "--seconds", "6", "--out", str(out))
+    assert time.monotonic() - began < 6 + 8 + 4
+    told = json.loads(out.read_text())
+    assert told["skipped"], done.stderr[-2000:]
+
+
+def test_what_hangs_is_ended_when_the_budget_is(repo: Path, monkeypatch: Any) -> None:
+    """No task outlives the budget, and the processes are ended together."""
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    from gpu_clock import Budget
+    from gpu_work import Task, Workers
+
+    workers, budget = Workers(2), Budget(4.0)
+    tasks = [Task(f"hangs {i}", time.sleep, (600.0,), limit=600.0) for i in range(3)]
+    errors = [answer.error for answer in workers.run(tasks, budget)]
+    workers.close()
+    assert errors == ["no time left"] * 2
+    assert budget.skipped == ["hangs 2"]
+    assert -6.0 < budget.left <= 0
+
+
+def test_what_is_no_number_is_wrong_and_a_screen_holds_all(repo: Path, monkeypatch: Any) -> None:
+    """Logits that are NaN; a page of every kernel and peer at every shape, under 12,000."""
+    monkeypatch.syspath_prepend(str(repo / "benchmarks"))
+    import gpu_report
+
+    kernels = [
+        {"kernel": f"kernel {i} of many", "N": N, "K": K, "tokens": M, "us": 12345.6,
+         "share_of_copy": 0.51, "share_of_floor": 0.52}
+        for i in range(40) for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (14336, 4096))
+        for M in (1, 16, 64, 256, 2048)
+    ]  # fmt: skip
+    steps = [{"what": "w4", "relative_error": math.nan, "replayed_alike": True},
+             {"what": "w8", "us": 1500.0, "tokens_per_s": 667.0}]  # fmt: skip
+    failed = [{"what": f"numerics {i}", "error": "e" * 300} for i in range(99)]
+    data = {
+        "device": "d", "command": "c", "torch": "t", "limits": {}, "kernels": kernels,
+        "peers": failed, "decode": steps, "seconds": {}, "skipped": [], "numerics": {},
+    }  # fmt: skip
+    assert gpu_report.problems({**data, "peers": []}) == ["logits w4 are off by nan"]
+    screen = gpu_report.brief(data)
+    assert len(screen) <= 11_000
+    assert "decode w8: 667 tokens/s, 1500 us" in screen
+    assert "- logits w4 are off by nan" in screen
+    assert screen.endswith("- and 80 more\n")
+    assert "12345.6/.52" in screen
+    assert "12345.6 (0.51, 0.52)" in gpu_report.markdown(data)
+
+
+def test_a_package_that_is_missing_is_named(repo: Path) -> None:
+    """On one line, with what to do."""
+    start = "import runpy, sys; sys.modules['llmc'] = None; sys.path.insert(0, 'benchmarks'); "
+    command = [sys.executable, "-c", start + "runpy.run_module('gpu_suite', run_name='__main__')"]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "gpu_suite: expected the package llmc, found none; link it as this file's first lines say"
+    )
+
+
 def test_bad_input(repo: Path) -> None:
     """Exit 5 with neither a GPU nor the interpreter; exit 2 for a section that is none."""
     import torch
