@@ -156,7 +156,8 @@ def compile_attention(
 def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False) -> CodeFacts:
     """Compile the write of new tokens; no loop is pipelined, so that `slots` is of all its code."""
     stored = {"int8": "*i8", "fp8": "*u8"}.get(problem.cache, f"*{problem.x_dtype}")
-    own = ("q_ptr", "q_out_ptr", "q_gain_ptr", "k_ptr", "v_ptr", "k_out_ptr", "k_gain_ptr")
+    own = ("q_ptr", "q_out_ptr", "q_gain_ptr", "k_ptr", "v_ptr", "k_out_ptr", "k_gain_ptr",
+           "k_last_ptr")  # fmt: skip
     types = {
         **dict.fromkeys(own, f"*{problem.x_dtype}"), "cos_ptr": "*fp32", "sin_ptr": "*fp32",
         "k_to_ptr": stored, "v_to_ptr": stored, "q_pos_ptr": "*i64", "pos_to_ptr": "*i64",

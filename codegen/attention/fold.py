@@ -19,9 +19,10 @@ from ...compiler.ir.graph import Program, info, tensor_type
 from ...compiler.ir.ops import row_of
 from ...compiler.ir.refusal import Refusal
 from ..fuse_nodes import argument
+from .fold_last import fold_last
+from .parts import MAKER, call, cut, give
 from .problem import COS, GAIN, SLOPES
 
-MAKER = "lower"
 _VIEWS = frozenset({
     "aten.transpose.int", "aten.permute.default", "aten.reshape.default", "aten.view.default",
     "aten.unflatten.int",
@@ -64,8 +65,8 @@ def fold_inputs(program: Program) -> list[Refusal]:
     why: dict[tuple[str, str], Refusal] = {}
     # From attention backwards; a scale is looked for on both sides of a rotation.
     folds: tuple[tuple[str, Callable[[Program, fx.Node], str | None]], ...] = (
-        ("scale", _fold_scale), ("behind", _fold_behind), ("rotation", _fold_rotation),
-        ("scale", _fold_scale), ("norm", _fold_norm),
+        ("scale", _fold_scale), ("behind", _fold_behind), ("last", fold_last),
+        ("rotation", _fold_rotation), ("scale", _fold_scale), ("norm", _fold_norm),
     )  # fmt: skip
     attending = [
         node for node in program.calls("llmc.cached_attention")
@@ -112,6 +113,8 @@ def _factor(node: fx.Node) -> float | None:
 
 
 def _fold_rotation(program: Program, node: fx.Node) -> str | None:
+    if node.kwargs.get("rotate"):
+        return None
     found = [_turned(a) for a in node.args[:2]]
     why = next((f for f in found if isinstance(f, str)), None)
     q, k = found
@@ -133,7 +136,7 @@ def _fold_rotation(program: Program, node: fx.Node) -> str | None:
             program.emit("aten.transpose.int", n, 1, 2, before=node, made_by=MAKER, like=node)
             for n in read
         ]
-    _give(node, {0: read[0], 1: read[1], COS: read[2], COS + 1: read[3]})
+    give(node, {0: read[0], 1: read[1], COS: read[2], COS + 1: read[3]})
     norm = {"norm": "behind"} if node.kwargs.get("norm") else {}
     node.kwargs = {**node.kwargs, "interleaved": q.interleaved, "rotate": True, **norm}
     return None
@@ -162,15 +165,15 @@ def _rotation(value: object) -> _Turned | str:
     parts, axis = value.args[0], value.args[1] if len(value.args) > 1 else 0
     if axis not in (3, -1) or not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return "it reads values that are joined in another way than rotated ones to the others"
-    turned, others = _call(parts[0], "llmc.rope"), _call(parts[1], "aten.slice.Tensor")
+    turned, others = call(parts[0], "llmc.rope"), call(parts[1], "aten.slice.Tensor")
     if turned is None or others is None:
         return "it reads joined values of which none is rotated"
-    first, width = _call(turned.args[0], "aten.slice.Tensor"), tensor_type(turned).shape[3]
+    first, width = call(turned.args[0], "aten.slice.Tensor"), tensor_type(turned).shape[3]
     source = others.args[0]
     if first is None or first.args[0] is not source or not isinstance(source, fx.Node):
         return "rotated channels and the others are of different values"
     ends = (0, width), (width, tensor_type(source).shape[3])
-    if not all(_cut(s, *e) for s, e in zip((first, others), ends, strict=True)):
+    if not all(cut(s, *e) for s, e in zip((first, others), ends, strict=True)):
         return "rotated channels are not the first ones, or some are missing"
     return _of_rope(turned, source, (value, turned))
 
@@ -197,14 +200,6 @@ def _rotates(value: fx.Node) -> bool:
     return False
 
 
-def _cut(node: fx.Node, start: object, stop: object) -> bool:
-    """Whether a slice takes channels ``start`` … ``stop`` - 1 of the last axis."""
-    _, axis, begin, end, *step = node.args
-    whole = end == stop or (isinstance(end, int) and isinstance(stop, int) and end >= stop)
-    last = tensor_type(node).rank - 1
-    return axis in (last, -1) and begin == start and whole and step in ([], [1])
-
-
 # ** norms **
 
 
@@ -217,6 +212,8 @@ def _fold_behind(program: Program, node: fx.Node) -> str | None:
 
 
 def _fold_norm(program: Program, node: fx.Node) -> str | None:
+    if node.kwargs.get("last"):
+        return None
     found = [_normed(a, name) for a, name in zip(node.args[:2], _SIDES, strict=True)]
     why = next((f for f in found if isinstance(f, str)), None)
     q, k = found
@@ -230,7 +227,7 @@ def _fold_norm(program: Program, node: fx.Node) -> str | None:
         return f"expected one kind, eps and offset of norms, found {q.how} and {k.how}"
     if (q.gain is None) != (k.gain is None):
         return "expected a norm with gains of queries and of keys, or of neither"
-    _give(node, {GAIN: q.gain, GAIN + 1: k.gain})
+    give(node, {GAIN: q.gain, GAIN + 1: k.gain})
     kind, eps, offset = q.how
     node.kwargs = {**node.kwargs, "norm": kind, "eps": eps, "offset": offset}
     for normed in (q, k):
@@ -290,26 +287,11 @@ def _one_sided(what: str, found: list[Any]) -> str | None:
     return f"{does[0]} are {what} and {_SIDES[does == ['queries']]} are not" if does else None
 
 
-def _call(value: object, name: str) -> fx.Node | None:
-    """The value, where it is a call of that op."""
-    if not isinstance(value, fx.Node) or value.op != "call_function":
-        return None
-    return value if row_of(value).name == name else None
-
-
 def _flips(node: fx.Node) -> bool:
     """Whether a call exchanges heads and tokens."""
-    if _call(node, "aten.transpose.int") is None or tensor_type(node).rank != 4:
+    if call(node, "aten.transpose.int") is None or tensor_type(node).rank != 4:
         return False
     return {int(str(a)) % 4 for a in node.args[1:3]} == {1, 2}
-
-
-def _give(node: fx.Node, given: dict[int, fx.Node | None]) -> None:
-    """Let a call read these as its arguments at these places."""
-    args = [*node.args, *[None] * (max(given) + 1 - len(node.args))]
-    for at, value in given.items():
-        args[at] = value
-    node.args = tuple(args)
 
 
 def _drop(program: Program, call: fx.Node) -> None:

@@ -17,12 +17,12 @@ from ...compiler.ir.refusal import Refusal
 from ..problem import dtype_name
 from .fold import fold_inputs
 from .launch import attend
-from .problem import BIAS, COS, GAIN, QUERIES, SINKS, SLOPES, UP, AttentionProblem
+from .problem import BIAS, COS, GAIN, K_LAST, QUERIES, SINKS, SLOPES, UP, AttentionProblem
 from .row import AttentionRow
 from .rows import choose
 from .write import CODED, Gains, write
 
-_GAIN, _SLOPES = GAIN - COS, SLOPES - COS
+_GAIN, _SLOPES, _LAST = GAIN - COS, SLOPES - COS, K_LAST - COS
 PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
 
 
@@ -78,12 +78,14 @@ class CachedAttention:
         # Codes are of changed keys, which are read as they are in this step: they need a place.
         ready_q = q.new_empty(q.shape) if problem.changed else q
         coded = problem.changed and problem.cache in CODED
-        ready_k = k.new_empty(k.shape) if coded else k
+        last = rest[_LAST] if problem.last else None
+        own = (batch, k.shape[1], queries, problem.D)
+        ready_k = k.new_empty(own) if coded or problem.last else k
         pos = q_pos.expand(batch, queries)
         held = state.hold(
             ready_k, v, pos, k_valid,
             lambda held, real: write(
-                problem, held, q, k, v, pos, real, turn, ready_q, ready_k, gains
+                problem, held, q, k, v, pos, real, turn, ready_q, ready_k, gains, last
             ),
         )  # fmt: skip
         if held.padded:
@@ -160,7 +162,8 @@ def _turn(node: fx.Node, rotate: bool) -> dict[str, Any]:
     cos = node.args[COS]
     assert isinstance(cos, fx.Node)
     turn = "pairs" if node.kwargs.get("interleaved", False) else "half"
-    return {"turn": turn, "rotary": int(tensor_type(cos).shape[3])}
+    where = {n: bool(node.kwargs.get(n, False)) for n in ("last", "woven")}
+    return {"turn": turn, "rotary": int(tensor_type(cos).shape[3]), **where}
 
 
 def _number(value: object) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 # Queries of one step that a decode kernel takes; more are a prompt, which torch's SDPA does better.
 QUERIES = 16
 # Places of `llmc.cached_attention`'s optional tensors.
-BIAS, SINKS, COS, UP, GAIN, SLOPES = 5, 6, 7, 9, 11, 13
+BIAS, SINKS, COS, UP, GAIN, SLOPES, K_LAST = 5, 6, 7, 9, 11, 13, 14
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class AttentionProblem:
         turn: how the channels of queries and new keys pair up that are rotated first: "half" (i and
             i + R/2), "pairs" (2i and 2i + 1) or "", not at all. rotary: R, of the first channels. A
             norm goes before, unless it is "behind".
+        last: whether the last R channels are rotated instead, of which keys have one row for all
+            heads, as a tensor of its own. woven: those of a pair lie side by side there, and half
+            of R apart once they are rotated.
         counted: how many tokens were kept is on the device, for launches that are recorded.
         turned, latent: keys are kept before their rotation, or as latents.
     """
@@ -59,6 +62,8 @@ class AttentionProblem:
     offset: float = 0.0
     turn: str = ""
     rotary: int = 0
+    last: bool = False
+    woven: bool = False
     counted: bool = False
     turned: bool = False
     latent: bool = False

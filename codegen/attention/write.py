@@ -30,14 +30,15 @@ def render_write(problem: AttentionProblem, valid: bool) -> Rendered:
     coded = problem.cache in CODED
     keys = problem.keys if coded else ""
     norm = f"{problem.norm}norm" if problem.norm else ""
-    names = ("cache_write", problem.cache, keys, norm, problem.turn, problem.x_dtype)
+    turn = ("woven" if problem.woven else problem.turn) + ("last" if problem.last else "")
+    names = ("cache_write", problem.cache, keys, norm, turn, problem.x_dtype)
     flags = ("gains" if problem.gains else "", "valid" if valid else "",
              "counted" if problem.counted else "")  # fmt: skip
     name = "_".join(n for n in (*names, *flags) if n)
     values = {
         "cache": problem.cache, "counted": problem.counted, "gains": problem.gains, "keys": keys,
-        "name": name, "norm": problem.norm, "turn": problem.turn, "valid": valid,
-        "x_dtype": problem.x_dtype,
+        "last": problem.last, "name": name, "norm": problem.norm, "turn": problem.turn,
+        "valid": valid, "woven": problem.woven, "x_dtype": problem.x_dtype,
     }  # fmt: skip
     return render_stated(TEMPLATE, "cache_write", values)
 
@@ -46,7 +47,8 @@ def bytes_written(problem: AttentionProblem, batch: int, tokens: int) -> int:
     """Bytes of one call of ``tokens`` new tokens a row: read once, and what is kept of them."""
     width = 4 if problem.x_dtype == "fp32" else 2
     kept = problem.kv_heads * (problem.D + problem.E)
-    read = width * (kept + (2 * problem.heads * problem.D if problem.changed else 0))
+    spared = (problem.kv_heads - 1) * problem.rotary if problem.last else 0
+    read = width * (kept - spared + (2 * problem.heads * problem.D if problem.changed else 0))
     stored = kept * (1 if problem.cache in CODED else width)
     angles = 8 * problem.rotary if problem.turn else 0
     scales = 2 * problem.kv_heads * (1 + (problem.keys == "token")) if problem.keys else 0
@@ -59,15 +61,17 @@ def write(
     problem: AttentionProblem, held: Held, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     q_pos: torch.Tensor, real: torch.Tensor | None, turn: Turn | None,
     q_out: torch.Tensor, k_out: torch.Tensor, gains: Gains = (None, None),
+    k_last: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write k [B, KV, S, D] and v [B, KV, S, E] with positions int [B, S] into ``held``'s buffers.
 
     ``real`` bool [B, S] says which are no padding, None for all. ``turn``: cosines and sines that
-    broadcast to [B, 1, S, R]. ``gains``: of the norm of queries and of keys. Where the problem has
+    broadcast to [B, 1, S, R]. ``gains``: of the norm of queries and of keys. ``k_last`` [B, 1, S,
+    R] are the last channels of keys of all heads, where these are rotated. Where the problem has
     a norm or a rotation, queries as they are read go to ``q_out`` [B, H, S, D], and keys to
     ``k_out`` [B, KV, S, D] where the cache keeps codes; both are contiguous.
-    ResourceError when there is neither a CUDA device nor the interpreter; UsageError where angles
-    or gains are not given as the problem says.
+    ResourceError when there is neither a CUDA device nor the interpreter; UsageError where angles,
+    gains or last channels are not given as the problem says.
     """
     why = unavailable()
     if why:
@@ -77,6 +81,8 @@ def write(
         raise UsageError("expected cosines and sines where keys are rotated, and nowhere else")
     if any((gain is None) == problem.gains for gain in gains):
         raise UsageError("expected gains where the norm has some, and nowhere else")
+    if (k_last is None) == problem.last:
+        raise UsageError("expected last channels of keys where these are rotated, and nowhere else")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     given: dict[str, Any] = {
         "q_ptr": q, "q_out_ptr": q_out, "k_ptr": k, "v_ptr": v, "k_out_ptr": k_out,
@@ -90,6 +96,10 @@ def write(
     }  # fmt: skip
     for name, x in (("q", q), ("k", k), ("v", v)):
         given |= dict(zip((f"stride_{name}{a}" for a in "bhs"), x.stride(), strict=False))
+    if k_last is not None:
+        k_last = k_last if k_last.stride(-1) == 1 else k_last.contiguous()
+        given |= {"k_last_ptr": k_last, "stride_klb": k_last.stride(0),
+                  "stride_kls": k_last.stride(2)}  # fmt: skip
     if turn is not None:
         cos, sin = (t.expand(batch, 1, new, problem.rotary) for t in turn)
         if cos.stride() != sin.stride() or cos.stride(-1) != 1:

@@ -20,7 +20,7 @@ from ..ir.errors import ModelError
 from ..ir.exits import classified, classifier_of, features, similarity, sure_enough
 from ..ir.graph import Program
 from ..ir.ops import row_of
-from ..ir.ops.heads import GAINS, Before, ready, turn_of
+from ..ir.ops.heads import GAINS, K_LAST, Before, joined, ready, turn_of
 from ..ir.refusal import Refusal
 from .cache import Cache, KVState
 from .executor import Constants, Runner
@@ -33,8 +33,8 @@ _BEFORE = ("state", *Before.__annotations__)
 
 def _kept(node: fx.Node) -> list[Any]:
     """What goes into its state: keys, values, positions, validity; what makes keys of these."""
-    args = [*node.args, *[None] * (_K_GAIN + 1)]
-    return [*args[1:5], *args[7:11], args[_K_GAIN]]
+    args = [*node.args, *[None] * (K_LAST + 1)]
+    return [*args[1:5], *args[7:11], args[_K_GAIN], args[K_LAST]]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ def _keep(
     k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, valid: torch.Tensor | None = None,
     cos: torch.Tensor | None = None, sin: torch.Tensor | None = None,
     up: torch.Tensor | None = None, up_bias: torch.Tensor | None = None,
-    gain: torch.Tensor | None = None, *, state: KVState, **before: Unpack[Before],
+    gain: torch.Tensor | None = None, k_last: torch.Tensor | None = None, *, state: KVState,
+    **before: Unpack[Before],
 ) -> None:  # fmt: skip
     """Keep keys and values of tokens that nobody attends from here."""
-    k, turn = ready(k, gain, cos, sin, **before), turn_of(cos, sin, before)
+    k, turn = ready(joined(k, k_last), gain, cos, sin, **before), turn_of(cos, sin, before)
     state.append(k, v, pos, valid, turn, None if up is None else (up, up_bias))
 
 

@@ -74,13 +74,15 @@ WRITES = [
     ("sm_80", INT8, {"norm": "row", "gains": True, "offset": 1.0}),
     ("sm_90", FP8, COUNTED),
     ("sm_90", INT8, {"norm": "behind", "gains": True, **COUNTED}),
+    ("sm_80", KV, {"last": True, "woven": True, **COUNTED}),
 ]
 
 
 @pytest.mark.parametrize(("target", "kept", "more"), WRITES)
 def test_writes_compile(target: str, kept: dict[str, Any], more: dict[str, Any]) -> None:
     """fp8 codes are made by bit operations, so that sm_80 has them too; norms spill nothing."""
-    facts = compile_write(problem_of("bf16", kept, turn="half", rotary=128, **more), target)
+    width = 64 if "last" in more else 128
+    facts = compile_write(problem_of("bf16", kept, turn="half", rotary=width, **more), target)
     assert (facts.stack, facts.local_memory, facts.matrix) == (0, 0, ())
     assert facts.registers <= 64
 

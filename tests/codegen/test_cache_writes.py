@@ -19,7 +19,10 @@ from interpreter import interpreted
 
 @dataclass(frozen=True)
 class Write:
-    """Steps of several tokens: cache, sizes, and what queries and keys go through."""
+    """Steps of several tokens: cache, sizes, and what queries and keys go through.
+
+    ``last``: how the last channels lie that are rotated, of which heads of keys share one row.
+    """
 
     cache: str = "kv"
     keys: str = "token"
@@ -32,6 +35,7 @@ class Write:
     KV: int = 1
     D: int = 32
     R: int = 24
+    last: str = ""
     padded: bool = False
     counted: bool = False
 
@@ -64,6 +68,13 @@ CASES = [
     Write("kv", turn="pairs", dtype="fp16", norm="behind", offset=1.0, padded=True),
     Write("int8", turn="half", norm="behind", dtype="fp16", counted=True),
     Write("fp8", "channel", "pairs", norm="behind", gains=False),
+    # the last channels alone rotated, keys' of all heads alike
+    Write("kv", turn="half", last="woven", H=6, KV=3, R=8),
+    Write("kv", turn="half", last="apart", D=26, R=10, KV=2, dtype="fp16", padded=True),
+    Write("kv", turn="pairs", last="apart", R=16, counted=True),
+    Write("int8", turn="half", last="woven", KV=2, R=16, dtype="fp16", counted=True),
+    Write("fp8", "channel", "pairs", last="apart", R=12, dtype="fp16"),
+    Write("kivi", "channel", "half", last="woven", KV=2, R=8),
     # of all heads of a token
     Write("kv", turn="half", norm="row", H=6, KV=3),
     Write("kv", turn="half", norm="row", dtype="fp16", counted=True),
@@ -75,7 +86,7 @@ CASES = [
 ]
 # Models whose tokens are made on both targets, and those that go step by step by a recorded one.
 SAID = ("qwen3",)
-SLOW = ("olmo2", "gemma3_text", "olmoe", "opt", "gptj", "hunyuan_v1_dense", "bloom")
+SLOW = ("olmo2", "gemma3_text", "olmoe", "opt", "gptj", "hunyuan_v1_dense", "bloom", "deepseek_v3")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +166,7 @@ def _steps(case: Write) -> dict[str, Any]:
     problem = dataclasses.replace(
         mine.problem, queries=16, turn=case.turn, rotary=case.R if case.turn else 0, valid=False,
         norm=case.norm, gains=bool(case.norm) and case.gains, eps=1e-5, offset=case.offset,
+        last=bool(case.last), woven=case.last == "woven",
     )  # fmt: skip
     row, misfits = choose(problem)
     assert row is not None, misfits
@@ -178,7 +190,11 @@ def _steps(case: Write) -> dict[str, Any]:
             gains = [torch.rand(h * case.D, generator=g).to(mine.dtype) for h in heads]
         how: dict[str, Any] = {
             "scale": 0.2, "interleaved": case.turn == "pairs", "rotate": bool(case.turn),
+            "last": problem.last, "woven": problem.woven,
         }  # fmt: skip
+        if case.last:
+            k, last = k[..., : case.D - case.R], k[:, :1, :, case.D - case.R :]
+            gains += [None, last]
         norm = {"norm": case.norm, "eps": 1e-5, "offset": case.offset} if case.norm else {}
         if case.counted:
             counter = torch.tensor([mine.state.length], dtype=torch.int32)
@@ -186,7 +202,8 @@ def _steps(case: Write) -> dict[str, Any]:
         given = (q, k, v, pos, valid, None, None, *turn, None, None)
         a = kernel(*given, *gains, state=mine.state, **how, **norm)
         b = cached_attention(*given, *gains, state=theirs.state, **how, **norm).double()
-        c = cached_attention(*given, state=plain.state, **how).double()
+        rest = gains if case.last else ()
+        c = cached_attention(*given, *rest, state=plain.state, **how).double()
         error = max(error, float((a.double() - b).norm() / b.norm()))
         unlike = max(unlike, float((c - b).norm() / b.norm()))
     pairs = list(zip(mine.state._growing(), theirs.state._growing(), strict=True))

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.ops.attention import attention, cached_attention
 from llmc.compiler.ir.ops.base import row
-from llmc.compiler.ir.ops.heads import GAINS, ready, turn_of
+from llmc.compiler.ir.ops.heads import GAINS, K_LAST, ready, turn_of
 from llmc.compiler.ir.ops.semantic import rope
 from llmc.compiler.ir.types import TensorType
 
@@ -56,6 +56,37 @@ def test_a_norm_behind_reads_what_is_rotated() -> None:
     assert torch.equal(found, ready(turned, gain, None, None, norm="head", **how))
     other = ready(x, gain, cos, sin, norm="head", rotate=True, **how)
     assert float((other - found).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("woven", "interleaved"), [(False, False), (False, True), (True, False)])
+def test_last_channels_are_those_of_all_heads(woven: bool, interleaved: bool) -> None:
+    """As joined, taken apart and rotated by calls of their own; no axis of them may be cut."""
+    q, k, v, last = randn(2, H, S, D), randn(2, KV, S, 2), randn(2, KV, S, 3), randn(2, 1, S, 4)
+    cos, sin, pos = randn(2, 1, S, 4), randn(2, 1, S, 4) + 1, torch.arange(S).expand(2, S)
+    how: dict[str, Any] = {"rotate": True, "interleaved": interleaved, "last": True, "woven": woven}
+    found = cached_attention(
+        q, k, v, pos, None, None, None, cos, sin, *(None,) * 5, last, scale=0.4, state=Memory(),
+        **how,
+    )  # fmt: skip
+    order = [0, 2, 1, 3] if woven else [0, 1, 2, 3]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return rope(x[..., order], cos, sin, interleaved=interleaved)
+
+    ready_q = torch.cat([q[..., :2], turned(q[..., 2:])], -1)
+    ready_k = torch.cat([k, turned(last).expand(-1, KV, -1, -1)], -1)
+    torch.testing.assert_close(found, attention(ready_q, ready_k, v, pos, pos, scale=0.4))
+    op, kinds = row("llmc.cached_attention"), [
+        TensorType(tuple(t.shape), t.dtype) for t in (q, k, v, pos, cos, last)
+    ]  # fmt: skip
+    given = (*kinds[:4], None, None, None, kinds[4], kinds[4], *(None,) * 5, kinds[5])
+    out = op.infer(*given, scale=0.4, state="kv0", **how)
+    assert out.shape == (2, S, H, 3)
+    assert op.ties is not None
+    ties = op.ties(out, *given, scale=0.4, state="kv0", **how)
+    mixed = {axis for t in ties if t.kind == "mix" for axis in t.ins}
+    assert {(0, 3), (1, 3), (K_LAST, 3)} <= mixed
+    assert not [t for t in ties if t.kind == "contract"]
 
 
 def test_slopes_are_added_by_distance() -> None:
@@ -148,6 +179,11 @@ def vector(width: int) -> TensorType:
         ((None, COS), {"rotate": True}, "expected cosines and sines"),
         ((), {"norm": "behind"}, "expected a rotation that a norm is behind"),
         ((None,) * 6 + (vector(KV),), {}, "expected slopes of 4 heads"),
+        ((), {"last": True}, "expected the last channels of keys where these are rotated"),
+        ((COS, COS, *(None,) * 5, K), {"rotate": True}, "where these are rotated, not else"),
+        ((COS, COS, *(None,) * 5, K), {"rotate": True, "last": True}, "last channels \\[B, 1"),
+        ((*(None,) * 7, COS), {"last": True}, "expected last channels that are rotated, and no"),
+        ((COS, COS), {"rotate": True, "woven": True}, "expected woven channels to be the last"),
         ((None,) * 6 + (COS,), {}, "expected slopes \\[H\\]"),
     ],
 )

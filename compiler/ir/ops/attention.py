@@ -10,7 +10,18 @@ from ..dims import Dim, divide, numel, same
 from ..errors import ModelError
 from ..types import TensorType
 from .base import Tie, llmc_op
-from .heads import SLOPES, Before, check_norm, norm_ties, ready, sloped, turn_of
+from .heads import (
+    K_LAST,
+    SLOPES,
+    Before,
+    check_last,
+    check_norm,
+    joined,
+    norm_ties,
+    ready,
+    sloped,
+    turn_of,
+)
 
 _SCHEMA_TAIL = (
     "float scale, bool causal=True, int? window=None, float? softcap=None, int dilation=1, "
@@ -161,7 +172,8 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
 def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                   **attrs: Any) -> TensorType:  # fmt: skip
     """As plain attention; with ``k_up`` [KV·D, R] the keys come as latents [B, 1, S, R]."""
-    _, _, added, _, cos, sin, up, bias, *gains, slopes = [*rest, *[None] * 11][:11]
+    _, _, added, _, cos, sin, up, bias, *gains, slopes, last = [*rest, *[None] * 12][:12]
+    k = check_last(k, last, cos, **attrs)
     if slopes is not None and (added is not None or slopes.rank != 1):
         raise ModelError(f"expected slopes [H] and no bias beside them, found {slopes} and {added}")
     if slopes is not None and not same(slopes.shape[0], q.shape[1]):
@@ -193,8 +205,8 @@ def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
 
 def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                  **attrs: Any) -> list[Tie]:  # fmt: skip
-    given = [*rest, *[None] * 11][:11]
-    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains, slopes = given
+    given = [*rest, *[None] * 12][:12]
+    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains, slopes, last = given
     core = _core_ties(q, k if up is None else v)
     if up is not None:
         # What makes keys of latents mixes all their channels when they are read.
@@ -204,6 +216,9 @@ def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *
     elif turned is not None:
         # Channels of a key pair up when it is read: no channel may be moved or cut on its own.
         core = [t for t in core if t.kind != "contract"]
+    if last is not None:
+        core.append(Tie("mix", ((0, 3), (1, 3), (K_LAST, 2), (K_LAST, 3))))
+        core.append(Tie("same", ((K_LAST, 0),), (0,)))
     return [
         *core,
         *_token_ties(3, q_pos, 1),
@@ -300,6 +315,7 @@ def cached_attention(
     q_gain: torch.Tensor | None = None,
     k_gain: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    k_last: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -325,9 +341,12 @@ def cached_attention(
     k_up · latent + k_up_bias when they are read.
     With slopes [H] a score has its head's slope times how far its key is ahead of its query added,
     behind the soft cap (ALiBi, arXiv 2108.12409 §3); then there is no ``bias``.
+    With k_last [B, 1, S, R] keys have these channels behind their own D - R, the same for all
+    heads, and with ``last`` the last R channels are rotated, ``woven`` ones taken apart first.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
+    k = joined(k, k_last)
     q, k = (ready(x, g, k_cos, k_sin, **before) for x, g in ((q, q_gain), (k, k_gain)))
     turn = turn_of(k_cos, k_sin, before)
     made: dict[str, Any] = {} if turn is None else {"turn": turn}
@@ -346,9 +365,9 @@ llmc_op(
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
     f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, Tensor? k_up=None, "
     f"Tensor? k_up_bias=None, Tensor? q_gain=None, Tensor? k_gain=None, "
-    f"Tensor? slopes=None, *, {_SCHEMA_TAIL}, "
+    f"Tensor? slopes=None, Tensor? k_last=None, *, {_SCHEMA_TAIL}, "
     'bool interleaved=False, bool rotate=False, str norm="", float eps=0.0, float offset=0.0, '
-    "str state) -> Tensor",
+    "bool last=False, bool woven=False, str state) -> Tensor",
     _cached_infer,
     cached_attention,
     ties=_cached_ties,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -19,6 +19,8 @@ NORMS = ("", "head", "row", "behind")
 GAINS = (11, 12)
 # Place of the slopes of a bias by distance.
 SLOPES = 13
+# Place of the last channels of keys, which all heads share.
+K_LAST = 14
 
 
 class Before(TypedDict, total=False):
@@ -26,6 +28,8 @@ class Before(TypedDict, total=False):
 
     interleaved: bool
     rotate: bool
+    last: bool
+    woven: bool
     norm: str
     eps: float
     offset: float
@@ -34,7 +38,7 @@ class Before(TypedDict, total=False):
 def ready(
     x: torch.Tensor, gain: torch.Tensor | None, cos: torch.Tensor | None,
     sin: torch.Tensor | None, *, interleaved: bool = False, rotate: bool = False, norm: str = "",
-    eps: float = 0.0, offset: float = 0.0,
+    eps: float = 0.0, offset: float = 0.0, last: bool = False, woven: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Queries or keys x [B, H, S, D] as they are read: normed where asked, then rotated.
 
@@ -51,14 +55,22 @@ def ready(
     elif norm == "row":
         row = rms_norm(x.transpose(1, 2).flatten(2), gain, eps=eps, offset=offset)
         x = row.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
-    x = rotated(x, cos, sin, interleaved) if rotate else x
+    x = rotated(x, cos, sin, interleaved, last=last, woven=woven) if rotate else x
     return rms_norm(x, gain, eps=eps, offset=offset) if norm == "behind" else x
 
 
+def joined(k: torch.Tensor, k_last: torch.Tensor | None) -> torch.Tensor:
+    """Keys [B, KV, S, D] of their own channels and the last ones [B, 1, S, R] of all heads."""
+    return k if k_last is None else torch.cat([k, k_last.expand(-1, k.shape[1], -1, -1)], -1)
+
+
 def rotated(
-    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool
-) -> torch.Tensor:
-    """``llmc.rope`` of the first R channels of x [B, H, S, D]; cos, sin [B, 1, S, R].
+    x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, interleaved: bool,
+    *, last: bool = False, woven: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """``llmc.rope`` of the first R channels of x [B, H, S, D], or the last; cos, sin [B, 1, S, R].
+
+    ``woven``: those of a pair lie side by side in x, and are taken apart first.
 
     Raises:
         ModelError: no cosines.
@@ -66,6 +78,11 @@ def rotated(
     if cos is None or sin is None:
         raise ModelError("expected cosines and sines of what is to be rotated, found none")
     width = cos.shape[-1]
+    if last:
+        stay, part = x[..., : x.shape[-1] - width], x[..., x.shape[-1] - width :]
+        if woven:
+            part = torch.cat([part[..., ::2], part[..., 1::2]], -1)
+        return torch.cat([stay, rope(part, cos, sin, interleaved=interleaved)], -1)
     turned = rope(x[..., :width], cos, sin, interleaved=interleaved)
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], -1)
 
@@ -105,6 +122,24 @@ def check_norm(heads: Sequence[TensorType], gains: Sequence[TensorType | None], 
         width = x.shape[1] * x.shape[3] if norm == "row" else x.shape[3]
         if gain.rank != 1 or not same(gain.shape[0], width):
             raise ModelError(f"expected gains [{width}] of {name}, found {gain}")
+
+
+def check_last(
+    k: TensorType, k_last: TensorType | None, cos: TensorType | None, **attrs: Any
+) -> TensorType:
+    """Keys [B, KV, S, D] of both parts; ModelError unless the last channels are all rotated."""
+    if (k_last is None) == bool(attrs.get("last", False)):
+        raise ModelError("expected the last channels of keys where these are rotated, not else")
+    if k_last is None:
+        if attrs.get("woven"):
+            raise ModelError("expected woven channels to be the last ones, found others")
+        return k
+    if attrs.get("norm") or not attrs.get("rotate") or cos is None:
+        raise ModelError("expected last channels that are rotated, and no norm")
+    fits = k_last.rank == cos.rank == k.rank == 4 and same(k_last.shape[1], 1)
+    if not fits or not same(k_last.shape[3], cos.shape[3]) or not same(k_last.shape[2], k.shape[2]):
+        raise ModelError(f"expected last channels [B, 1, S, R] of {cos}, found {k_last}")
+    return k.with_shape(*k.shape[:3], k.shape[3] + k_last.shape[3])
 
 
 def norm_ties(norm: str, gains: Sequence[TensorType | None]) -> list[Tie]:
