@@ -14,6 +14,7 @@ from llmc.compiler.ir.graph import Program
 from llmc.compiler.pipeline import recipe
 from llmc.compiler.pipeline.plan import make_plan
 from llmc.compiler.runtime.cache import add_cache
+from llmc.compiler.runtime.lowering import runner_for
 
 COMMON: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4,
@@ -50,12 +51,22 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def captured(name: str, sizes: dict[str, Any] | None = None) -> Program:
+def model(name: str) -> Any:
+    """A random model; what a new one has at zero, or too small to choose by, is not."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **(sizes or SIZES[name]))
-    return llmc.capture(AutoModelForCausalLM.from_config(config).eval())
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES[name])).eval()
+    for at, tensor in [*made.named_buffers(), *made.named_parameters()]:
+        if "correction" in at:
+            tensor.data.uniform_(-0.5, 0.5)
+        if at.endswith("mlp.gate.weight"):
+            tensor.data.normal_()
+    return made
+
+
+def captured(name: str) -> Program:
+    return llmc.capture(model(name))
 
 
 def surveyed(name: str, target: str = "triton", tokens: int = 1) -> dict[str, Any]:
@@ -114,3 +125,19 @@ def test_other_routers_are_part_of_the_first_launch(name: str, route: str) -> No
     assert [r for r in page["not_fused"] if r["predicate"] == "route"] == []
     calls = {c.split("_")[0] for b in page["blocks"].values() for c in b["calls"]}
     assert not calls & {"linear", "topk", "gather", "sigmoid", "softmax", "div", "scatter"}
+
+
+@pytest.mark.parametrize(
+    "name", ["glm4_moe", "ernie4_5_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+)
+def test_a_prompt_and_cached_steps_equal_the_model(name: str) -> None:
+    """What such a router is in the graph, before any of it is fused, against the model itself."""
+    whole = model(name)
+    tokens = torch.randint(0, 512, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = whole(tokens).logits
+    runner = runner_for(llmc.capture(whole), cached=True)
+    cache = runner.start(2, 16)
+    steps = [tokens[:, :5], *(tokens[:, i : i + 1] for i in range(5, 8))]
+    got = torch.cat([runner.forward(s, cache=cache) for s in steps], 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=4e-6 * float(want.abs().max()))
