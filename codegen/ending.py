@@ -30,7 +30,7 @@ def terms(problem: Problem) -> dict[str, Any]:
         one["tiles"] = -(-count * width // (one["tile"] * one["wide"]))
         groups.append({**one, "start": start, "count": count, "shift": shift})
         start, shift = start + count * width, shift + one["tiles"]
-    kept = {n: getattr(problem, n) for n in ("bias", "residual", "pairs", "outputs")}
+    kept = {n: getattr(problem, n) for n in ("bias", "residual", "pairs", "out_norm", "outputs")}
     twice = any(g["rest"] > 1 for g in groups)
     return {**kept, "rows": problem.N, "groups": groups, "twice": twice}
 

@@ -78,7 +78,7 @@ def _unfit_behind(problem: Any) -> list[tuple[str, str]]:
         found.append(("out_mixed", f"widths of {problem.N} rows"))
     if any(mixing(width) is None for width in problem.out_sections):
         found.append(("out_mixed", f"widths of {EXPECTED}"))
-    beside = {"out_norm": False, "spans": "", "experts": 0}
+    beside = {"spans": "", "experts": 0}
     found += [(n, f"{v or 'none'} where the result is mixed back") for n, v in beside.items()
               if getattr(problem, n) != v]  # fmt: skip
     return found

@@ -67,7 +67,7 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
     plain = problem.without(*BEFORE, "rounds") if made else problem
     behind = ending.terms(problem)
     if behind:
-        plain = plain.without("bias", "residual", "pairs")
+        plain = plain.without("bias", "residual", "pairs", "out_norm")
     return {
         **{f.name: getattr(plain, f.name) for f in fields(problem)},
         "made": made,

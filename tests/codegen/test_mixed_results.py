@@ -31,6 +31,7 @@ CASES = [
     _case(3, "64 32 32", "codes", bias=True),
     _case(2, "96 96", "bias", **GATE, bias=True),  # 3 runs of 32 each
     _case(1, "208", "out_turn", act="gelu", residual=True),
+    _case(2, "112", "out_gain", act="tanh", out_norm=True, out_eps=1e-5, residual=True, bias=True),
     _case(9, "128 16", tile=(8, 32), **NORM),  # two tiles of tokens
     _case(17, "80 80", "out_turn", **GATE, bias=True, residual=True),  # calls behind it
     _case(2, "192", tile=SPLIT, K=1040, bias=True, **NORM),
@@ -60,7 +61,6 @@ def test_mixed_results_are_what_problems_mean(at: int, found: list[dict[str, Any
         ({"out_mixed": "56 8"}, "out_mixed"),  # runs of 8
         ({"out_mixed": "64x2"}, "out_mixed"),
         ({"N": 16 * 67, "out_mixed": "1072"}, "out_mixed"),  # 67 runs
-        ({"out_norm": True}, "out_norm"),
         ({"rank": 8, "spans": "32x4 32x4"}, "spans"),
     ],
 )
