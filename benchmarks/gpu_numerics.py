@@ -108,8 +108,8 @@ def attended(drawn: Any) -> dict[str, Any]:
     config = dataclasses.replace(config, splits=drawn.splits, BT=BT)
     exact, bound = step.oracle()
     where = gpu_clock.device()
-    given = (step.q.to(where), _there(step.held, where), step.pos.to(where),
-             None if step.sinks is None else step.sinks.to(where))  # fmt: skip
+    beside = (None if t is None else t.to(where) for t in (step.sinks, step.slopes))
+    given = (step.q.to(where), _there(step.held, where), step.pos.to(where), *beside)
     both = [attend(row, step.problem, *given, scale=step.scale, config=config) for _ in "ab"]
     ratio = float(((both[0].cpu().double() - exact).abs() / bound).max())
     ratio /= LOOSE if drawn.dtype == "fp32" and where != "cpu" else 1.0
