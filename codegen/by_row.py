@@ -12,7 +12,8 @@ from .problem import Parts, Problem
 # Parts that have rows in each of their planes.
 BY_PLANE = ("signs", "factors")
 # Parts with a row of their own for each output feature.
-_BY_ROW = ("codes", "scale", "zero", "meta", "bitmap", "left", "column_weights", "bias")
+_BY_ROW = ("codes", "scale", "zero", "meta", "bitmap", "left", "column_weights", "bias",
+           "left_codes", "left_scale", "left_zero")  # fmt: skip
 
 
 def order_rows(problem: Problem, parts: Parts) -> tuple[Problem, Parts]:

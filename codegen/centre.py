@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from . import meaning
+from . import coded, meaning
 from .by_row import take_rows
 from .problem import BEFORE, BEHIND, Parts, Problem
 from .row import TILE_ROWS
@@ -43,6 +43,9 @@ def centre(problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
 
 def _products(problem: Problem, parts: Parts, vectors: torch.Tensor) -> torch.Tensor:
     """[2, N] of vectors [2, K], some rows of the weight at a time."""
+    if problem.coded:
+        left, right = coded.dense(problem, parts, vectors.dtype, ordered=True)
+        return vectors @ right.T @ left.T
     plain = problem.without(*BEFORE, *BEHIND)
     found, step = [], max(1, BLOCK // problem.K)
     for rows in torch.arange(problem.N, device=vectors.device).split(step):

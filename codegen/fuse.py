@@ -37,13 +37,13 @@ from .problem import Problem
 BEFORE = ("rounds", "mixed", "smooth", "norm")
 FEATURES = frozenset({
     *BEFORE, "residual", "out_norm", "act", "pairs", "concat", "rank", "outliers", "sparse",
-    "table", "dense", "masked", "factors", "signs", "paired", "experts", "route",
-    "spans", "out_mixed",
+    "table", "dense", "masked", "factors", "coded", "signs", "paired", "experts",
+    "route", "spans", "out_mixed",
 })  # fmt: skip
 """What a target may ask for; what it does not name is never looked for, nor refused. ``dense`` are
 weights as they were captured, ``masked`` the floats that a mask keeps; ``experts`` are mixtures of
 them, ``route`` those that a kernel chooses itself; ``spans`` keep the factors of joined linears
-apart."""
+apart, ``coded`` are factors that are codes."""
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,47 @@ def read_factors(linear: fx.Node) -> Core | None:
     return Core(linear, linear, frozenset({linear, few}), few, parts, problem)
 
 
+def read_coded_factors(linear: fx.Node) -> Core | None:
+    """The same where both factors are codes on uniform grids of one scheme.
+
+    Raises:
+        Unfit: they are of two.
+    """
+    found = _factors(linear, None)
+    if found is None or not all(is_op(factor, "llmc.dequantize") for factor in found[1:]):
+        return None
+    few, *factors = found
+    x, parts, facts = few.args[0], dict[str, fx.Node](), []
+    assert isinstance(x, fx.Node)
+    for side, factor in zip(("left", "right"), factors, strict=True):
+        own: dict[str, fx.Node] = {}
+        facts.append(_coded(factor, own))
+        parts |= {f"{side}_{role}": node for role, node in own.items()}
+    left, right = facts
+    K, rank = int(tensor_type(x).shape[-1]), right["N"]
+    # A row whose columns all have one scale is of every grouping that has no second group of them.
+    group = right["group"] if right["group"] < K else 0
+    same = left["group"] == group or (left["group"] >= rank and (not group or rank <= group))
+    wanted = ("bits", "asym", "scale_dtype")
+    if not same or any(left[name] != right[name] for name in wanted):
+        told = ["{bits} bits in groups of {group}, asym={asym}, scales in {scale_dtype}"] * 2
+        first, second = (t.format(**f) for t, f in zip(told, facts, strict=True))
+        raise Unfit(f"its factors are codes of two schemes: left has {first}; right has {second}",
+                    "one_scheme")  # fmt: skip
+    bias = argument(linear, 2, "bias")
+    if bias is not None:
+        if not constant(bias):
+            return None
+        parts["bias"] = bias
+    problem = Problem(
+        **right | {"N": left["N"], "weights": "factors", "group": group}, K=K, rank=rank,
+        x_dtype=dtype_name(tensor_type(linear).dtype), bias=bias is not None,
+        rounded=grid_words(x),
+    )  # fmt: skip
+    nodes = frozenset({linear, few}).union(*(calls_of(factor) for factor in factors))
+    return Core(linear, linear, nodes, few, parts, problem)
+
+
 def _with_outliers(core: Core) -> Core | None:
     """linear(round_input(x, …, columns), W) + linear(x[columns], apart)."""
     rounded = core.reads

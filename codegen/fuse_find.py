@@ -10,7 +10,7 @@ from torch import fx
 from ..compiler.ir.graph import Program
 from ..compiler.ir.refusal import Refusal
 from .fuse_before import read_before
-from .fuse_chain import DENSE, Core, read_core, read_factors
+from .fuse_chain import DENSE, Core, read_coded_factors, read_core, read_factors
 from .fuse_nodes import LINEAR, MAKER, Accept, Unfit, is_op, is_sum, only_user, refusal
 from .fuse_turned import left_out
 from .fuse_unit import Unit
@@ -36,8 +36,14 @@ def find(program: Program, accept: Accept, features: Collection[str]) -> Found:
             found[linear] = refusal(linear, why.reason, why.predicate)
     dense = [n for n, cores in read.items() if plain(cores[-1].problem)]
     coded = [n for n in read if n not in dense]
-    # Those with something beside them first: their sides are linears too.
-    for linear in sorted(coded, key=lambda n: len(read[n]) == 1):
+    # Those with something beside them first: their sides are linears too; then products of codes.
+    alone = [n for n in coded if len(read[n]) == 1]
+    for linear in [n for n in coded if n not in alone]:
+        if linear not in taken:
+            found[linear] = best(read[linear], accept, features)
+            _take(found[linear], taken)
+    told = _factors_of_codes(alone, accept, features, found, taken)
+    for linear in alone:
         if linear not in taken:
             found[linear] = best(read[linear], accept, features)
             _take(found[linear], taken)
@@ -62,7 +68,31 @@ def find(program: Program, accept: Accept, features: Collection[str]) -> Found:
     served = {n.name for n in taken}
     cores = [c for c in chosen if isinstance(c, Core)]
     refused = [c for c in chosen if isinstance(c, Refusal) and c.node not in served]
-    return cores, refused + left_out(cores, read, accept, features)
+    return cores, told + refused + left_out(cores, read, accept, features)
+
+
+def _factors_of_codes(
+    linears: list[fx.Node], accept: Accept, features: Collection[str],
+    found: dict[fx.Node, Core | Refusal], taken: set[fx.Node],
+) -> list[Refusal]:  # fmt: skip
+    """Find pairs of linears that are one whose weight is a product of two factors of codes; why
+    others stay two."""
+    told = []
+    for linear in linears if "coded" in features else ():
+        try:
+            core = read_coded_factors(linear) if linear not in taken else None
+        except Unfit as why:
+            told.append(refusal(linear, why.reason, why.predicate))
+            continue
+        if core is None or taken & core.nodes:
+            continue
+        if (answer := accept(core.problem)) is None:
+            found[linear] = core
+            _take(core, taken)
+        else:
+            text = f"the linear that makes its input is not fused with it: {answer}"
+            told.append(refusal(linear, text, "kernel"))
+    return told
 
 
 def _take(answer: Core | Refusal, taken: set[fx.Node]) -> None:

@@ -13,6 +13,7 @@ from ..compiler.ir.graph import Program
 from ..compiler.ir.ops import row_of
 from ..compiler.ir.ops.fused import Ref, Step, inputs_of, write
 from .by_row import BY_PLANE
+from .coded import LEFT, by_rows
 from .fuse_before import Before, centred, grid_words
 from .fuse_chain import Core
 from .fuse_nodes import argument
@@ -303,9 +304,9 @@ def join(
             out[role] = out[role] * smooth.to(out[role].dtype)
     if problem.mixed and "smooth" in out:  # signs are stored as bytes
         out["smooth"] = out["smooth"].to(torch.promote_types(torch.float32, out["smooth"].dtype))
-    for role, dtype in (("zero", torch.uint8), ("columns", torch.int64)):
-        if role in out:
-            out[role] = out[role].to(dtype)
+    for role in out:
+        if role == "columns" or role.endswith("zero"):
+            out[role] = out[role].to(torch.int64 if role == "columns" else torch.uint8)
     return out
 
 
@@ -319,6 +320,8 @@ def _joined(role: str, given: list[torch.Tensor | None], sections: tuple[int, ..
     ]
     if role == "left":
         return torch.block_diag(*tensors)
+    if role in LEFT:
+        return by_rows(tensors)
     if role == "table":
         tensors = [t.expand(n, -1) for t, n in zip(tensors, sections, strict=True)]
     if role == "csr_starts":

@@ -55,6 +55,7 @@ def scaled(problem: Problem) -> list[str]:
     """The parts that the normed input is multiplied with, one of each product."""
     weight = {"int": "scale", "dense": "values", "factors": "left",
               "signs": "factors"}.get(problem.weights, "table")
+    weight = "left_scale" if problem.coded else weight
     if problem.weights == "table" and problem.scale_dtype:
         weight = "scale"
     beside = {"router": problem.route, "left": problem.rank and problem.weights != "factors",
@@ -77,15 +78,20 @@ def round_scales(
     Raises:
         ModelError: scales too small or too large for it, so that more than their last bit is lost.
     """
-    role = "factors" if problem.weights == "signs" else "scale"
-    wide = parts.get(role)
-    if wide is None or wide.dtype != torch.float32:
-        return parts, ""
+    roles = ["factors"] if problem.weights == "signs" else ["scale", "left_scale", "right_scale"]
+    told, out = "", dict(parts)
+    for role in roles:
+        wide = parts.get(role)
+        if wide is None or wide.dtype != torch.float32 or problem.scale_dtype == "fp32":
+            continue
+        out[role], told = _rounded(problem, wide), f"decoded scales in {problem.scale_dtype}"
+    return out if told else parts, told
+
+
+def _rounded(problem: Problem, wide: torch.Tensor) -> torch.Tensor:
     dtype = DTYPES[problem.scale_dtype]
-    if dtype == torch.float32:
-        return parts, ""
     scale = wide.to(dtype)
     if bool(((scale.float() - wide).abs() > wide.abs() * torch.finfo(dtype).eps).any()):
         raise ModelError(f"expected decoded scales that {problem.scale_dtype} can hold, found some "
                          f"from {float(wide.abs().min()):.3g}")  # fmt: skip
-    return {**parts, role: scale}, f"decoded scales in {problem.scale_dtype}"
+    return scale

@@ -8,6 +8,7 @@ from .render import add_template, check_template
 from .row import KernelRow
 from .rows.bitmap import W4_BITMAP, W16_BITMAP
 from .rows.bytes import W8A16
+from .rows.coded_factors import W2_FACTORS, W3_FACTORS, W4_FACTORS, W8_FACTORS
 from .rows.factors import FACTORS
 from .rows.float8 import FP8, FP8_CODES
 from .rows.floats import W4_FLOAT, W8_FLOAT
@@ -23,6 +24,7 @@ from .rows.tables import W2_LUT, W2A16, W3_LUT, W3A16, W4_LUT
 
 # Products of codes come before those of an input that is on a grid as floats.
 ROWS: tuple[KernelRow, ...] = (
+    W4_FACTORS, W8_FACTORS, W3_FACTORS, W2_FACTORS,
     W8A8, INT8_SPLIT, W4A8, FP8,
     W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W4_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT,
     W3_LUT, W2_LUT, W3A16, W2A16, W6A16, W5A16, W1_BINARY, W_SIGNS, FACTORS, W16,

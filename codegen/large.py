@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from ..compiler.ir.ops.semantic import activation, gated
+from . import coded
 from .prepack import Packed
 from .problem import BEFORE, BEHIND, BESIDE, Problem
 from .render import shares
@@ -42,8 +43,10 @@ def least(row: KernelRow, problem: Problem) -> int:
     A tile of fewer tokens than a step has columns decodes the step once for each part of them; two
     parts are hidden behind the bytes written. Nothing is decoded where a weight is stored dense.
     """
-    if row.as_stored or problem.weights == "factors":
+    if row.as_stored or (problem.weights == "factors" and row.factor is None):
         return FEW + 1
+    if row.factor is not None:  # small tiles, behind a wait: half of a dense product at best
+        return math.ceil(DECODE)
     again = max(1.0, row.step / decode_config(row, problem).BM / 2)
     return math.ceil(DECODE * again * SHARE / (1 - SHARE))
 
@@ -69,8 +72,11 @@ def decode_config(row: KernelRow, problem: Problem) -> TileConfig:
     return replace(best, split=0)
 
 
-def workspace_bytes(problem: Problem) -> int:
-    """Bytes of the dense weight while a call lasts."""
+def workspace_bytes(problem: Problem, step: int = 128) -> int:
+    """Bytes of the dense weight while a call lasts, or of its factors; step: of the row."""
+    if problem.coded:
+        both = (coded.right(problem), *coded.lefts(problem, step))
+        return sum(workspace_bytes(one) for one in both)
     return problem.K * _columns(problem) * (4 if problem.x_dtype == "fp32" else 2)
 
 
@@ -103,14 +109,15 @@ def linear(
 ) -> torch.Tensor:
     """y [M, outputs] of x [M, K] and its sides, as `fused_linear` gives it but for roundings of
     the weight and of the sum to x's dtype before what follows them."""
-    x, factors, stored = given["x"], problem.weights == "factors", packed.row.as_stored
+    x, stored = given["x"], packed.row.as_stored
+    factors = problem.weights == "factors" and not problem.coded
     # Rows of the result are in their own order, not in that of pairs.
     own = stored or (factors and bool(problem.spans))
     if own:
         given = _in_place(problem, given)
-    if not factors:
+    if not (factors or problem.coded):
         w = packed["values"].T if stored else decode(launch, packed, problem)
-    elif not problem.spans:
+    elif factors and not problem.spans:
         w = packed["left"][: weight_problem(problem).N].to(x.dtype).T
     if problem.gained:
         gained = Problem(
@@ -121,10 +128,14 @@ def linear(
         tensors = {**given, "x": x, "y": scaled}
         launch(NORM_INPUT, gained, round_config(problem.K), M, tensors, grid=(1, M))
         x = scaled
-    few = x @ packed["right"][:, : problem.K].to(x.dtype).T if problem.rank else x
+    beside = problem.rank and not problem.coded
+    few = x @ packed["right"][:, : problem.K].to(x.dtype).T if beside else x
     x = few if factors else x
     n, residual = weight_problem(problem).N, given.get("residual")
-    if factors and problem.spans:
+    if problem.coded:
+        y = _of_codes(launch, packed, problem, x)
+        y = y + given["bias"][: y.shape[1]].to(y.dtype) if problem.bias else y
+    elif factors and problem.spans:
         y = multiplied(problem, few, packed["left"])
         y = y + given["bias"].to(y.dtype) if problem.bias else y
     elif problem.bias:
@@ -133,10 +144,10 @@ def linear(
         y, residual = torch.addmm(residual, x, w), None
     else:
         y = x @ w
-    if problem.spans and not factors:
-        beside = multiplied(problem, few, packed["left"])
-        y += beside if own or not problem.pairs else _in_pairs(beside)
-    elif problem.rank and not factors:
+    if beside and problem.spans and not factors:
+        sides = multiplied(problem, few, packed["left"])
+        y += sides if own or not problem.pairs else _in_pairs(sides)
+    elif beside and not factors:
         y.addmm_(few, given["left"][: y.shape[1]].T)
     if problem.pairs and own:
         y = gated(*y.chunk(2, -1), act=problem.act)
@@ -147,6 +158,16 @@ def linear(
     elif problem.act:
         y = activation(y, act=problem.act)
     return y if residual is None else y + residual
+
+
+def _of_codes(
+    launch: Launch, packed: Packed, problem: Problem, x: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    def alone(row: KernelRow, one: Problem, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        return decode(launch, Packed(row, one, tensors, {}), one)
+
+    whole = replace(problem, N=weight_problem(problem).N)
+    return coded.product(alone, packed.row, whole, packed.tensors, x)
 
 
 def _in_place(problem: Problem, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from ..compiler.ir.ops.rotation import mix
 from ..compiler.ir.ops.rounding import FLOATS, round_input
 from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, rms_norm
 from ..compiler.ir.ops.sparse import csr_linear
+from . import coded
 from .mixture.choice import choose, read_choice
 from .problem import Parts, Problem
 
@@ -36,7 +37,8 @@ def weight(problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64) -
     elif problem.weights == "dense":
         values = parts["values"].to(dtype)
     else:
-        return parts["left"].to(dtype) @ parts["right"].to(dtype)
+        left, right = factors(problem, parts, dtype)
+        return left @ right
     if problem.m:
         return packing.expand_nm(values, parts["meta"], problem.n, problem.m, problem.K)
     if problem.bitmap:
@@ -45,6 +47,15 @@ def weight(problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64) -
             return values * mask
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
     return values
+
+
+def factors(
+    problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """left [N, rank] and right [rank, K] in ``dtype``."""
+    if problem.coded:
+        return coded.dense(problem, parts, dtype)
+    return parts["left"].to(dtype), parts["right"].to(dtype)
 
 
 def linear(

@@ -15,7 +15,7 @@ import torch
 
 from ..compiler.ir import packing
 from ..compiler.ir.errors import ModelError, UsageError
-from . import spans
+from . import coded, spans
 from .by_row import order_rows
 from .centre import centre
 from .ending import units_of
@@ -96,12 +96,14 @@ def check_parts(problem: Problem, parts: Parts) -> None:
     if unknown:
         raise ModelError(f"expected parts among {list(PARTS)}, found {unknown}")
     N, G = problem.N, problem.groups
-    if problem.scale_dtype and problem.weights != "signs":
+    if problem.coded:
+        coded.check(problem, parts)
+    elif problem.scale_dtype and problem.weights != "signs":
         expect("scale", parts.get("scale"), (N, G))
         if parts["scale"].dtype != DTYPES.get(problem.scale_dtype):
             raise ModelError(f"expected {DTYPES.get(problem.scale_dtype)} scales, found "
                              f"{parts['scale'].dtype}")  # fmt: skip
-    if problem.asym:
+    if problem.asym and not problem.coded:
         expect("zero", parts.get("zero"), (N, G))
     elif "zero" in parts:
         raise ModelError("expected no zero points for a symmetric problem, found some")

@@ -44,8 +44,8 @@ class Problem:
         rank: of the product beside the codes; 0 where there is none.
         weights: "int" (codes on a uniform grid), "table" (codes are indices of levels), "dense"
             (floats), "paired" (outlier-victim pairs), "signs" (a sum of ``bits`` planes of ±1, a
-            factor of each per group) or
-            "factors" (no W at all: only left · right).
+            factor of each per group) or "factors" (no W at all: only left · right, which are floats
+            or, under fewer bits, codes of one scheme).
         levels: name of the fixed levels of a table (see compiler/ir/levels.py), "" where the table
             is stored. table: "matrix" or "row" where it is stored, once or per row.
         bitmap: kept values are marked by one bit per weight; kept is their number, where known.
@@ -140,6 +140,11 @@ class Problem:
         return read_spans(self.spans) if self.spans else ((self.N, self.rank),)
 
     @property
+    def coded(self) -> bool:
+        """Whether W is a product of two factors that are codes."""
+        return self.weights == "factors" and self.bits < 16
+
+    @property
     def gained(self) -> bool:
         """Whether x is multiplied by a vector as it is read."""
         return self.norm or self.smooth
@@ -214,6 +219,7 @@ PARTS = (
     "codes", "signs", "factors", "scale", "zero", "table", "meta", "bitmap", "values", "left",
     "right", "csr_values", "csr_index", "csr_starts", "columns", "column_weights", "gain", "shift",
     "smooth", "in_scale", "bias", "out_gain", "out_turn", "router", "correction",
+    "left_codes", "left_scale", "left_zero", "right_codes", "right_scale", "right_zero",
 )  # fmt: skip
 """Roles of the canonical tensors of a problem: codes int32 [N, words]; signs int32 [bits, N, words]
 and factors [bits, N, G], planes of a sum; scale [N, G]; zero uint8 [N, G]; table [1 or N, 2**bits];
@@ -222,7 +228,8 @@ under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`; columns i
 column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm adds, where it adds
 something; in_scale, static; bias [N]; out_gain [outputs]; out_turn [N],
 what a result that is mixed back is divided by; router [experts, K]; correction
-[experts], what scores are added to."""
+[experts], what scores are added to; of factors that are codes, left_* and right_*: those of left
+have the ranks of their row's own section, up to the most of any."""
 
 # What a row must name among its `choices` to serve: elsewhere it must stand at its default.
 FEATURES = (

@@ -16,7 +16,7 @@ import jinja2
 import jinja2.meta
 
 from ..compiler.ir.errors import UsageError
-from . import ending, spans
+from . import coded, ending, spans
 from .grids import Made, terms
 from .literals import integer_bytes, integer_words
 from .mixing import mixing
@@ -32,6 +32,7 @@ CONSTANTS: dict[str, type] = {
     **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
     "behind": dict,
     "choice": Choice,
+    "coded": bool,
     "interpret": bool,
     "made": dict,
     "name": str,
@@ -74,9 +75,11 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         "behind": behind,
         "group": problem.dense_group,
         "choice": read_choice(problem.route),
+        "coded": problem.coded,
+        **({"weights": "int"} if problem.coded else {}),  # of either factor
         "interpret": interpret,
         "name": variant_name(row, problem),
-        "places": spans.places(problem),
+        "places": coded.places(problem, row.step) if problem.coded else spans.places(problem),
         "ranks": spans.ranks(problem),
         "signature": signature(row, problem),
         "splits": shares(row),

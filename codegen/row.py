@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import sympy
 import torch
 
-from . import mixing
+from . import coded, mixing
 from .mixture import fit
 from .problem import DEFAULTS, FEATURES, Misfit, Parts, Problem, Requirement
 
@@ -82,6 +82,7 @@ class KernelRow:
             launches with ``config``.
         as_stored: it reads the canonical weight [N, K], rows in their own order even under
             ``pairs``, so what is as it was stays the tensor that it was.
+        factor: of two factors that are codes, the row that packs and decodes either.
     """
 
     name: str
@@ -104,6 +105,7 @@ class KernelRow:
     call: Callable[..., None] | None = None
     inner: Callable[[KernelRow, Problem, TileConfig], tuple[KernelRow, Problem]] | None = None
     as_stored: bool = False
+    factor: KernelRow | None = None
 
     def misfits(self, problem: Problem) -> list[Misfit]:
         """All reasons why this row cannot serve `problem`; empty when it can."""
@@ -126,6 +128,7 @@ class KernelRow:
             "Rp": sum(_up(rank, RANK_STEP) for _, rank in problem.sections),
             "Lp": _left(problem),
             "Tp": Np if problem.table == "row" else TILE_ROWS,
+            **(coded.sizes(problem, self.step) if problem.coded else {}),
         }
         return int(_evaluate(self.moves, values))
 
@@ -277,7 +280,7 @@ def _integers(problem: Problem) -> dict[str, int]:
 @functools.cache
 def _symbols() -> dict[str, sympy.Symbol]:
     # Every name is a symbol of ours: N and group mean something else inside sympy.
-    names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp", "Lp"]
+    names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp", "Lp", "Lg"]
     names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited", "made", "turned"]
     return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
 

@@ -10,6 +10,7 @@ from ..compiler.ir import packing
 from ..compiler.ir.levels import levels as named_levels
 from ..compiler.ir.ops.rounding import grid_top
 from ..compiler.ir.ops.sparse import csr
+from .coded import by_rows
 from .grids import parse
 from .problem import DTYPES, Problem
 
@@ -36,10 +37,10 @@ def random_parts(
         parts["signs"] = packing.pack(bits, 1)
         factors = (torch.rand(p.bits, p.N, p.groups, **how) * 0.75 + 0.25) * 0.1
         parts["factors"] = factors.to(DTYPES[p.scale_dtype])
-    elif p.scale_dtype:
+    elif p.scale_dtype and not p.coded:
         scale = (torch.rand(p.N, p.groups, **how) * 0.75 + 0.25) * 0.3 / _top(p)
         parts["scale"] = scale.to(DTYPES[p.scale_dtype])
-    if p.asym:
+    if p.asym and not p.coded:
         parts["zero"] = torch.randint(0, 1 << p.bits, (p.N, p.groups), **how).to(torch.uint8)
     if p.table:
         rows = p.N if p.table == "row" else 1
@@ -56,7 +57,9 @@ def random_parts(
         parts["bitmap"] = packing.pack(mask.to(torch.int64), 1)
         if p.weights == "dense":
             parts["values"] = parts["values"][mask]
-    if p.rank:
+    if p.coded:
+        parts |= _coded(p, g)
+    elif p.rank:
         lefts = [torch.randn(rows, rank, **how) * 0.2 for rows, rank in p.sections]
         parts["left"] = torch.block_diag(*lefts).to(dtype)
         parts["right"] = (torch.randn(p.rank, p.K, **how) * 0.1).to(dtype)
@@ -92,6 +95,25 @@ def random_parts(
     if p.bias:
         parts["bias"] = torch.randn(p.N, **how).to(dtype)
     return parts
+
+
+def _coded(p: Problem, g: torch.Generator) -> dict[str, torch.Tensor]:
+    """Both factors of codes, of left each section by itself."""
+    how: Any = {"generator": g, "device": g.device}
+    shapes = {"right": [(p.rank, p.K)], "left": list(p.sections)}
+    parts: dict[str, list[torch.Tensor]] = {}
+    for side, sizes in shapes.items():
+        for rows, columns in sizes:
+            groups = -(-columns // p.dense_group) if p.dense_group else 1
+            q = torch.randint(0, 1 << p.bits, (rows, columns), **how)
+            scale = (torch.rand(rows, groups, **how) * 0.75 + 0.25) * 0.3 / _top(p)
+            made = {"codes": packing.pack(q, p.bits), "scale": scale.to(DTYPES[p.scale_dtype])}
+            if p.asym:
+                zero = torch.randint(0, 1 << p.bits, (rows, groups), **how)
+                made["zero"] = zero.to(torch.uint8)
+            for role, tensor in made.items():
+                parts.setdefault(f"{side}_{role}", []).append(tensor)
+    return {role: by_rows(tensors) for role, tensors in parts.items()}
 
 
 def loud(problem: Problem) -> float:

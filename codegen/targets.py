@@ -328,5 +328,5 @@ def _dense(target: str, placed: Placed) -> dict[str, int]:
     if target != "triton" or not large.serves(row_named(placed.kernel), problem):
         return {}
     row = row_named(placed.kernel)
-    held = 0 if row.as_stored else large.workspace_bytes(problem)
+    held = 0 if row.as_stored else large.workspace_bytes(problem, row.step)
     return {"dense_from": large.least(row, problem), "workspace_bytes": held}

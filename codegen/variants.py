@@ -67,8 +67,8 @@ _SOME = {
     "norm behind": ("w4a16",),
     "rounded": ("w16", "w4_float"),
     "groups of 16": ("w4a16", "w3a16", "w2a16"),
-    "joined": ("factors",),
-    "joined gate": ("factors",),
+    "joined": ("factors", "w8_factors", "w3_factors", "w2_factors"),
+    "joined gate": ("factors", "w4_factors"),
     "experts": ("w4a16",),
     "experts of groups": ("w4a16",),
     "experts told": ("w8a16",),
@@ -76,6 +76,9 @@ _SOME = {
 }
 # Rows that are another's but for how a weight is decoded, with the changes that are compiled.
 _FEW = dict.fromkeys(("w6a16", "w5a16", "w_signs", "w1_binary"), ("plain",))
+
+_FEW |= dict.fromkeys(("w8_factors", "w3_factors", "w2_factors"), ("joined",))
+_FEW["w4_factors"] = ("sides", "joined gate")
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,18 @@ MOST_RUNS = 8
 LINE = 32  # fp32 numbers of a line of the cache
 
 
-def runs(problem: Problem) -> int:
+def runs(problem: Problem, config: TileConfig) -> int:
     """Runs of columns into which one row of right is cut: more make sooner what all wait for, but
     everybody adds their parts."""
     count = MOST_RUNS
-    while count > 1 and (256 * count > problem.K or ranks(problem) // JOB * count > 128):
+    while count > 1 and (256 * count > problem.K or _blocks(problem, config) * count > 128):
         count //= 2
     return count
+
+
+def _blocks(problem: Problem, config: TileConfig) -> int:
+    """Of rows of right that a program multiplies at a time: a tile of them where they are codes."""
+    return -(-ranks(problem) // config.BN) if problem.coded else ranks(problem) // JOB
 
 
 def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> dict[str, int]:
@@ -43,10 +48,10 @@ def constants(problem: Problem, config: TileConfig, M: int, processors: int) -> 
         return found | routing.constants(problem, config, M, processors)
     if problem.rank:
         columns, rows = _tiles(problem, config, M)
-        jobs = ranks(problem) // JOB * runs(problem)
+        jobs = _blocks(problem, config) * runs(problem, config)
         makers = max(1, min(jobs, columns * config.split, processors // rows))
         # One kernel for all numbers of tokens of a bucket: a power of two.
-        found |= {"RUNS": runs(problem), "MAKERS": 1 << (makers.bit_length() - 1)}
+        found |= {"RUNS": runs(problem, config), "MAKERS": 1 << (makers.bit_length() - 1)}
     if problem.made:  # a token each
         columns, rows = _tiles(problem, config, M)
         hands = max(1, min(config.BM, columns * config.split, processors // rows))
@@ -74,8 +79,9 @@ def sizes(problem: Problem, config: TileConfig, M: int) -> tuple[int, int]:
     columns, rows = _tiles(problem, config, M)
     scratch = counters = 0
     if problem.rank:
-        scratch += rows * runs(problem) * ranks(problem) * config.BM
-        counters += 2 * rows
+        sums = runs(problem, config) + problem.coded
+        scratch += rows * sums * ranks(problem) * config.BM
+        counters += (2 + problem.coded * _blocks(problem, config)) * rows
     if config.split > 1:
         scratch += columns * rows * config.split * (config.BN + 8) * config.BM
         counters += columns * rows
@@ -100,7 +106,7 @@ def moved(problem: Problem, config: TileConfig, M: int) -> int:
     """Bytes of partial sums: written once and read once."""
     values = routing.sizes(problem, config, M)[0] if problem.route else 0
     if problem.rank:
-        values += runs(problem) * ranks(problem) * M
+        values += (runs(problem, config) + problem.coded) * ranks(problem) * M
     if config.split > 1:
         columns, _ = _tiles(problem, config, M)
         beside = 0 if problem.made else problem.norm + problem.centred

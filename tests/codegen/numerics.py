@@ -110,7 +110,8 @@ def exact_and_bound(
     beside = torch.zeros_like(reach)
     spread = w
     if p.rank:
-        pair = parts["left"].double().abs() @ parts["right"].double().abs()
+        left, right = meaning.factors(p, parts)
+        pair = left.abs() @ right.abs()
         reach_pair = size @ pair.T
         once = once + 2 * u * reach_pair
         beside, spread = beside + reach_pair, spread + pair
@@ -275,6 +276,10 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             value += value != 0
         case "out_turn" | "scale" | "factors" | "in_scale" | "gain" | "smooth" | "out_gain":
             value *= 4
+        case "left_codes" | "right_codes":
+            value = ~value
+        case "left_zero" | "right_zero":
+            value ^= 1 << (p.bits - 1)
         case "right" if value.dim() == 2:
             value[:, column] += 1
         case "columns":

@@ -22,13 +22,14 @@ def case(M: int, N: int, K: int, name: str = "w4a16", **other: Any) -> Case:
 def _all() -> dict[str, dict[str, Any]]:
     import test_sides_beside
     import test_sides_centred
+    import test_sides_coded
     import test_sides_factors
     import test_sides_inputs
     import test_sides_spans
 
     modules = (
         test_sides_inputs, test_sides_beside, test_sides_centred, test_sides_factors,
-        test_sides_spans,
+        test_sides_spans, test_sides_coded,
     )  # fmt: skip
     cases = [c for module in modules for c in module.CASES]
     with tempfile.TemporaryDirectory() as folder:

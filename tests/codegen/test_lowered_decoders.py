@@ -22,6 +22,7 @@ CASES = {
     "w4:double=true,group=32,lorc:rank=4": ("float16", ["w4a16"] * 4),
     "w8:group=row": ("float16", ["w8a16"] * 4),
     "svd:rank=4": ("float16", ["factors"] * 4),
+    "svd:rank=16,w4:group=16": ("float16", ["w4_factors"] * 4),
     "kv8": ("float16", ["w16"] * 4),
     "spqr": ("float16", ["w3a16"] * 4),
     "w6:group=32": ("float16", ["w6a16"] * 4),
