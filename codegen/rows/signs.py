@@ -62,8 +62,15 @@ GROUP = Requirement(
     "Eq(Mod(group, 256), 0) | Eq(group, 32) | Eq(group, 64) | Eq(group, 128)",
     "32, 64, 128, a multiple of 256, or one factor per row",
 )
-# The sums of each plane are in registers of their own.
-SUMS = "bits * BM * BN <= 4096"
+# The sums of each plane are in registers of their own; those of small groups all at once.
+FITS = (
+    "Eq(wide, 0) | (BM * BN <= 1024)",
+    "Eq(wide, 0) | (BM * BN <= 256) | Eq(norm, 0) | (group >= 64) | Eq(group, 0)",
+    "(bits * BM * BN <= 4096) & ((BM * BN <= 2048) | Eq(norm, 0))",
+    "((bits * BM <= 48) & (bits * BM * BN <= 3072)) | (group >= 64) | Eq(group, 0)",
+    BESIDE,
+    MANY,
+)
 
 W_SIGNS = KernelRow(
     name="w_signs",
@@ -72,7 +79,11 @@ W_SIGNS = KernelRow(
     summary="sums of 1 to 5 planes of signs, a factor of each per group or per row",
     args=linear_args(CODES, FACTORS_OF),
     step=256,
-    choices={**CHOICES, **UNROUTED, "asym": (False,), "weights": ("signs",)},
+    # Three products of tf32 for each plane would fill the registers of any tile.
+    choices={
+        **CHOICES, **UNROUTED, "x_dtype": ("fp16", "bf16"), "asym": (False,),
+        "weights": ("signs",),
+    },
     requires=(
         Requirement("bits", "(bits >= 1) & (bits <= 5)", "1 to 5 planes"), DENSE, GROUP, *SHAPE,
     ),
@@ -80,7 +91,7 @@ W_SIGNS = KernelRow(
     tiles=TILES,
     stages=(3, 4, 6),
     splits=SPLITS,
-    fits=("Eq(wide, 0) | (BM * BN <= 1024)", SUMS, BESIDE, MANY),
+    fits=FITS,
     pack=_planes,
 )  # fmt: skip
 
@@ -100,6 +111,6 @@ W1_BINARY = KernelRow(
     tiles=TILES,
     stages=(3, 4, 6),
     splits=SPLITS,
-    fits=("Eq(wide, 0) | (BM * BN <= 1024)", BESIDE, MANY),
+    fits=FITS,
     pack=_binary,
 )  # fmt: skip

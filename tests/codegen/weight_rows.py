@@ -236,23 +236,24 @@ family("w_signs", SIGNS, [
     case("w_signs", 3, 70, 300, "factors", **SIGNS | {"bits": 2}, group=64),
     case("w_signs", 9, 33, 300, "factors", **SIGNS | {"bits": 5}, group=128, x_dtype="bf16"),
     case("w_signs", 3, 64, 520, "signs", **SIGNS | {"bits": 4}, group=256, scale_dtype="bf16"),
-    case("w_signs", 2, 1, 130, "signs", **SIGNS, group=0, x_dtype="fp32", stride="padded"),
+    case("w_signs", 2, 1, 130, "signs", **SIGNS, group=0, stride="padded"),
     case("w_signs", 2, 34, 300, "signs", **SIGNS, **ALL_SIDES, **GATE, smooth=True),
     case("w_signs", 2, 66, 100, "factors", **SIGNS | {"bits": 1}, group=0, x_dtype="bf16"),
-], {"K": 96, "bits": 1, "group": 32})  # fmt: skip
+], {"K": 192, "bits": 1, "group": 64})  # fmt: skip
 family("w1_binary", ONE, [
     case("w1_binary", 1, 33, 96, **ONE, group=32),
     case("w1_binary", 3, 70, 300, "scale", **ONE, group=64, x_dtype="bf16"),
     case("w1_binary", 2, 1, 130, **ONE, group=0, scale_dtype="", stride="halves"),
     case("w1_binary", 2, 34, 520, **ONE, group=256, **ALL_SIDES, **GATE),
     case("w1_binary", 2, 34, 100, "scale", **ONE, group=128, x_dtype="fp32", smooth=True),
-], {"K": 96, "group": 32})  # fmt: skip
+], {"K": 192, "group": 64})  # fmt: skip
 MISSES += [
     ("w_signs", SIGNS, {"bits": 6}, "bits"),
     ("w_signs", SIGNS, {"group": 16}, "group"),
     ("w_signs", SIGNS, {"group": 384}, "group"),
     ("w_signs", SIGNS, {"asym": True}, "asym"),
     ("w_signs", SIGNS, {"scale_dtype": ""}, "scale_dtype"),
+    ("w_signs", SIGNS, {"x_dtype": "fp32"}, "x_dtype"),
     ("w_signs", SIGNS, {"weights": "int"}, "weights"),
     ("w_signs", SIGNS, {"m": 4, "n": 2, "group": 64}, "m"),
     ("w1_binary", ONE, {"levels": "ternary"}, "levels"),
@@ -269,7 +270,8 @@ TILED["w_signs"] = [
     {**SIGNS, "bits": b, "group": g, "x_dtype": x, **(ALL_SIDES if sides else {})}
     for b, g, x, sides in [
         (5, 32, "fp16", True), (3, 32, "bf16", False), (3, 128, "fp16", True),
-        (2, 128, "bf16", True), (1, 32, "fp16", True), (1, 0, "fp32", True),
+        (2, 128, "bf16", True), (1, 32, "fp16", True), (1, 0, "bf16", True),
+        (1, 128, "bf16", False),
     ]
 ]  # fmt: skip
 TILED["w1_binary"] = grid(ONE, zeros=False)
@@ -383,3 +385,25 @@ TILED["w16"] = [
     {**D16, "x_dtype": "bf16", **ALL_SIDES}, {**D16, "x_dtype": "fp32", **ALL_SIDES},
     {**D16, "x_dtype": "fp16", "rank": 64}, {**D16, "x_dtype": "fp32", "rank": 64}, D16,
 ]  # fmt: skip
+
+# ** outlier-victim pairs **
+PAIRED: Fields = {"weights": "paired"}
+family("w4_pairs", PAIRED, [
+    case("w4_pairs", 1, 33, 96, **PAIRED, group=32),
+    case("w4_pairs", 3, 70, 300, "scale", **PAIRED, group=64, x_dtype="bf16"),
+    case("w4_pairs", 2, 34, 520, **PAIRED, group=256, **ALL_SIDES, **GATE),
+    case("w4_pairs", 2, 33, 130, **PAIRED, group=0, x_dtype="fp32", rounds="pairs4 token"),
+], {"K": 96, "group": 32})  # fmt: skip
+MISSES += [
+    ("w4_pairs", PAIRED, {"bits": 8}, "bits"),
+    ("w4_pairs", PAIRED, {"K": 131}, "K"),
+    ("w4_pairs", PAIRED, {"group": 48}, "group"),
+    ("w4_pairs", PAIRED, {"asym": True}, "asym"),
+    ("w4_pairs", PAIRED, {"scale_dtype": ""}, "scale_dtype"),
+    ("w4_pairs", PAIRED, {"m": 4, "n": 2, "group": 64}, "m"),
+]
+FACTS += [
+    ("w4_pairs", PAIRED, TileConfig(8, 64), "sm_90", 9.7, 0),
+    ("w4_pairs", PAIRED | {"x_dtype": "bf16"}, TileConfig(8, 64), "sm_80", 9.7, 0),
+]
+TILED["w4_pairs"] = grid(PAIRED, zeros=False)
