@@ -31,6 +31,7 @@ from .fuse_nodes import MAKER, Accept, path_of
 from .fuse_norms import norms_of
 from .fuse_sums import sums_of
 from .fuse_unit import Part, Unit, body_of, join, stored_values
+from .fuse_views import read_norms
 from .mixture.plan import FusedMixture, fuse_mixtures
 from .problem import Problem
 
@@ -92,6 +93,7 @@ class FusePlan:
 def fuse(program: Program, accept: Accept, features: Collection[str] = FEATURES) -> FusePlan:
     """Rewrite `program` in place; what its target does not name in `features` is left alone."""
     home = {name: s.name for s in program.segments for name in s.nodes}
+    home |= {new: home[old] for new, old in read_norms(program).items() if old in home}
     mixtures, refused = fuse_mixtures(program, accept, features, home)
     cores, found = find(program, accept, features)
     refused += found

@@ -76,3 +76,19 @@ def test_a_block_starts_six_kernels(name: str) -> None:
     ends = [p for p in (f["problem"] for f in page["fused"]) if p["residual"]]
     assert [p["out_norm"] for p in ends] == [name in BEHIND] * 4
     assert page["launches_per_block"] == 6
+
+
+@pytest.mark.slow
+def test_latent_attention_starts_six_kernels() -> None:
+    """Four products whose norms are their own, and two launches that rotate, keep and attend."""
+    sizes = {
+        **GROUPED, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
+        "first_k_dense_replace": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    page = surveyed("deepseek_v3", sizes)
+    calls = page["blocks"]["block1"]["calls"]
+    assert [c.split("_")[0] for c in calls] == [*["fused"] * 3, "cached", *["fused"] * 3]
+    assert page["not_fused"] == []
+    assert all(a["problem"]["last"] for a in page["attention"])
+    assert page["launches_per_block"] == 8
