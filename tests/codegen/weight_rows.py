@@ -385,25 +385,3 @@ TILED["w16"] = [
     {**D16, "x_dtype": "bf16", **ALL_SIDES}, {**D16, "x_dtype": "fp32", **ALL_SIDES},
     {**D16, "x_dtype": "fp16", "rank": 64}, {**D16, "x_dtype": "fp32", "rank": 64}, D16,
 ]  # fmt: skip
-
-# ** outlier-victim pairs **
-PAIRED: Fields = {"weights": "paired"}
-family("w4_pairs", PAIRED, [
-    case("w4_pairs", 1, 33, 96, **PAIRED, group=32),
-    case("w4_pairs", 3, 70, 300, "scale", **PAIRED, group=64, x_dtype="bf16"),
-    case("w4_pairs", 2, 34, 520, **PAIRED, group=256, **ALL_SIDES, **GATE),
-    case("w4_pairs", 2, 33, 130, **PAIRED, group=0, x_dtype="fp32", rounds="pairs4 token"),
-], {"K": 96, "group": 32})  # fmt: skip
-MISSES += [
-    ("w4_pairs", PAIRED, {"bits": 8}, "bits"),
-    ("w4_pairs", PAIRED, {"K": 131}, "K"),
-    ("w4_pairs", PAIRED, {"group": 48}, "group"),
-    ("w4_pairs", PAIRED, {"asym": True}, "asym"),
-    ("w4_pairs", PAIRED, {"scale_dtype": ""}, "scale_dtype"),
-    ("w4_pairs", PAIRED, {"m": 4, "n": 2, "group": 64}, "m"),
-]
-FACTS += [
-    ("w4_pairs", PAIRED, TileConfig(8, 64), "sm_90", 9.7, 0),
-    ("w4_pairs", PAIRED | {"x_dtype": "bf16"}, TileConfig(8, 64), "sm_80", 9.7, 0),
-]
-TILED["w4_pairs"] = grid(PAIRED, zeros=False)
