@@ -15,6 +15,7 @@ from .rows.floats import W4_FLOAT, W8_FLOAT
 from .rows.int4 import W4A16, W4A16_24
 from .rows.int8_products import INT8_SPLIT, W4A8, W4A8_CODES, W8A8, W8A8_CODES
 from .rows.made import MADE_INPUT
+from .rows.pairs import W4_PAIRS
 from .rows.planes import W5A16, W6A16
 from .rows.rounded import NORM_INPUT, ROUND_E4M3, ROUND_INT8
 from .rows.signs import W1_BINARY, W_SIGNS
@@ -26,8 +27,8 @@ from .rows.tables import W2_LUT, W2A16, W3_LUT, W3A16, W4_LUT
 ROWS: tuple[KernelRow, ...] = (
     W4_FACTORS, W8_FACTORS, W3_FACTORS, W2_FACTORS,
     W8A8, INT8_SPLIT, W4A8, FP8,
-    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W4_BITMAP, W8_FLOAT, W4_FLOAT, W4_LUT,
-    W3_LUT, W2_LUT, W3A16, W2A16, W6A16, W5A16, W1_BINARY, W_SIGNS, FACTORS, W16,
+    W4A16, W4A16_24, W8A16, W8A16_24, W16_24, W16_BITMAP, W4_BITMAP, W8_FLOAT, W4_FLOAT,
+    W4_PAIRS, W4_LUT, W3_LUT, W2_LUT, W3A16, W2A16, W6A16, W5A16, W1_BINARY, W_SIGNS, FACTORS, W16,
 )  # fmt: skip
 # What calls of other rows launch; never chosen for a linear.
 INNER: tuple[KernelRow, ...] = (

@@ -13,6 +13,7 @@ import torch
 from ..compiler.ir import packing
 from ..compiler.ir.ops.compressed import dequantize
 from ..compiler.ir.ops.lookup import lookup, sum_signs
+from ..compiler.ir.ops.pairs import decode_pairs
 from ..compiler.ir.ops.rotation import mix
 from ..compiler.ir.ops.rounding import FLOATS, round_input
 from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, rms_norm
@@ -31,6 +32,8 @@ def weight(problem: Problem, parts: Parts, dtype: torch.dtype = torch.float64) -
     elif problem.weights == "table":
         scale, table = parts.get("scale"), parts.get("table")
         values = lookup(parts["codes"], scale, table, levels=problem.levels, **how)
+    elif problem.weights == "paired":
+        values = decode_pairs(parts["codes"], parts["scale"], **how)
     elif problem.weights == "signs":
         how = {"group": group, "columns": problem.columns, "dtype": dtype}
         values = sum_signs(parts["signs"], parts["factors"], **how)

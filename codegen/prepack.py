@@ -107,7 +107,7 @@ def check_parts(problem: Problem, parts: Parts) -> None:
         expect("zero", parts.get("zero"), (N, G))
     elif "zero" in parts:
         raise ModelError("expected no zero points for a symmetric problem, found some")
-    if problem.weights in ("int", "table"):
+    if problem.weights in ("int", "table", "paired"):
         words = packing.packed_words(problem.columns, problem.bits)
         expect("codes", parts.get("codes"), (N, words))
     if problem.centred:

@@ -8,6 +8,7 @@ import torch
 
 from ..compiler.ir import packing
 from ..compiler.ir.levels import levels as named_levels
+from ..compiler.ir.ops.pairs import pair_codes, round_pairs
 from ..compiler.ir.ops.rounding import grid_top
 from ..compiler.ir.ops.sparse import csr
 from .coded import by_rows
@@ -32,6 +33,9 @@ def random_parts(
     parts: dict[str, torch.Tensor] = {}
     if p.weights in ("int", "table"):
         parts["codes"] = packing.pack(_codes(p, g), p.bits)
+    if p.weights == "paired":
+        values = torch.randn(p.N, p.K, **how) * _top(p) / 2
+        parts["codes"] = packing.pack(pair_codes(round_pairs(values, p.bits), p.bits), p.bits)
     if p.weights == "signs":
         bits = torch.randint(0, 2, (p.bits, p.N, p.K), **how)
         parts["signs"] = packing.pack(bits, 1)

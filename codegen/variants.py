@@ -2,8 +2,8 @@
 
 They follow from the row's own data: a problem that it is made for, the same with a zero point, with
 every side input, behind a layer norm, with a norm of its result, joined in pairs, beside a product
-of low rank and beside sparse entries, joined with factors kept apart, with an input that it puts on a
-grid, each as far as the row serves it, at one token and at a tile of sixteen.
+of low rank and beside sparse entries, joined with factors kept apart, with an input that it puts on
+a grid, each as far as the row serves it, at one token and at a tile of sixteen.
 """
 
 from __future__ import annotations
@@ -49,6 +49,16 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("columns", {"outliers": 32}, 16),
     ("groups of 16", {"group": 16, "asym": True}, 1),
     ("rounded", {"rounds": "int8 token", "norm": True, "eps": 1e-6}, 1),
+    (
+        "rotated",
+        {"norm": True, "eps": 1e-6, "mixed": True, "out_mixed": "2048 1024 1024", "bias": True},
+        1,
+    ),
+    (
+        "rotated sum",
+        {"smooth": True, "mixed": True, "out_mixed": "4096", "residual": True, "K": 14336},
+        1,
+    ),
     ("experts", {**_EXPERTS, **_GATES, "norm": True, "eps": 1e-6, "route": "softmax sum"}, 1),
     (
         "experts of groups",
@@ -66,6 +76,8 @@ _SOME = {
     "layer norm": ("w4a16", "w8a8", "round_int8"),
     "norm behind": ("w4a16",),
     "rounded": ("w16", "w4_float"),
+    "rotated": ("w2_lut",),
+    "rotated sum": ("w2_lut",),
     "groups of 16": ("w4a16", "w3a16", "w2a16"),
     "joined": ("factors", "w8_factors", "w3_factors", "w2_factors"),
     "joined gate": ("factors", "w4_factors"),
@@ -75,7 +87,7 @@ _SOME = {
     "experts summed": ("w4a16",),
 }
 # Rows that are another's but for how a weight is decoded, with the changes that are compiled.
-_FEW = dict.fromkeys(("w6a16", "w5a16", "w_signs", "w1_binary"), ("plain",))
+_FEW = dict.fromkeys(("w6a16", "w5a16", "w_signs", "w1_binary", "w4_pairs"), ("plain",))
 
 _FEW |= dict.fromkeys(("w8_factors", "w3_factors", "w2_factors"), ("joined",))
 _FEW["w4_factors"] = ("sides", "joined gate")

@@ -79,6 +79,7 @@ def sane(p: Problem) -> bool:
         not table or not p.asym,
         p.weights not in ("int", "signs") or bool(p.scale_dtype),
         p.weights != "signs" or p.bits <= 5,
+        p.weights != "paired" or bool(p.scale_dtype),
         p.weights not in ("dense", "factors") or not p.group or bool(p.scale_dtype),
         p.weights != "factors" or p.rank > 0,
         p.rank < min(p.N, p.K) or not p.rank,
@@ -212,7 +213,7 @@ def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]])
 def parts_named(p: Problem) -> list[str]:
     """The canonical parts that a problem has, in the order of `PARTS`."""
     has = {
-        "codes": p.weights in ("int", "table"), "zero": p.asym,
+        "codes": p.weights in ("int", "table", "paired"), "zero": p.asym,
         "scale": bool(p.scale_dtype) and p.weights != "signs",
         **dict.fromkeys(("signs", "factors"), p.weights == "signs"),
         "table": bool(p.table), "meta": p.m > 0, "bitmap": p.bitmap, "values": p.weights == "dense",

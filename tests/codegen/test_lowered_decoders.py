@@ -25,8 +25,11 @@ CASES = {
     "svd:rank=16,w4:group=16": ("float16", ["w4_factors"] * 4),
     "kv8": ("float16", ["w16"] * 4),
     "spqr": ("float16", ["w3a16"] * 4),
+    "quip": ("float16", ["w2_lut"] * 4),
     "w6:group=32": ("float16", ["w6a16"] * 4),
     "bcq": ("float16", ["w_signs"] * 4),
+    "a8": ("float16", ["w16"] * 4),
+    "olive": ("float16", ["w4_pairs"] * 4),
 }
 # Layer norms, attention and MLP side by side; up alone, then its activation.
 OTHERS: dict[str, dict[str, Any]] = {

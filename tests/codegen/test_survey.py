@@ -48,6 +48,7 @@ def told(text: str, target: str = "triton", tokens: int = 1, **how: Any) -> dict
         "a8:act=static",
         "w4:group=128,a8:kind=e4m3",
         "zeroquant_fp",
+        "olive",
         "prune24,a8,kv8",
         "w6",
         "w5",

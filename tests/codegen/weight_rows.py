@@ -385,3 +385,16 @@ TILED["w16"] = [
     {**D16, "x_dtype": "bf16", **ALL_SIDES}, {**D16, "x_dtype": "fp32", **ALL_SIDES},
     {**D16, "x_dtype": "fp16", "rank": 64}, {**D16, "x_dtype": "fp32", "rank": 64}, D16,
 ]  # fmt: skip
+
+PAIRED: Fields = {"weights": "paired"}
+family("w4_pairs", PAIRED, [
+    case("w4_pairs", 1, 33, 96, **PAIRED, group=32),
+    case("w4_pairs", 2, 34, 520, "scale", **PAIRED, group=256, **ALL_SIDES, **GATE),
+    case("w4_pairs", 2, 33, 130, **PAIRED, group=0, x_dtype="fp32", rounds="pairs4 token"),
+], {"K": 96, "group": 32})  # fmt: skip
+MISSES += [
+    ("w4_pairs", PAIRED, change, next(iter(change)))
+    for change in ({"bits": 8}, {"K": 131}, {"group": 48}, {"asym": True}, {"scale_dtype": ""})
+]
+FACTS.append(("w4_pairs", PAIRED, TileConfig(8, 64), "sm_90", 9.7, 0))
+TILED["w4_pairs"] = grid(PAIRED, zeros=False)
