@@ -61,7 +61,7 @@ def brief(data: dict[str, Any]) -> str:
     timed = {(_name(r), r["N"], r["K"], r["tokens"]): r for r in both if r.get("us") and "N" in r}
     shapes = list(dict.fromkeys(key[1:3] for key in timed))
     out = [f"{data['device']}, torch {data['torch']}, limits {data['limits']}\n"]
-    for tokens in BRIEF if timed else ():
+    for tokens in [pair for pair in BRIEF if any(key[3] in pair for key in timed)]:
         head = "".join(f"{f'{n >> 10}kx{k >> 10}k {m}':>12}" for n, k in shapes for m in tokens)
         out.append(f"\nus/share of floor {head}\n")
         for name in dict.fromkeys(key[0] for key in timed):

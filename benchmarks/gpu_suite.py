@@ -209,6 +209,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small shapes, for the interpreter")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    # A device that answers nothing, a process that cannot be killed: the files are there by then.
+    left = gpu_clock.Budget(args.seconds, gpu_clock.started()).left
+    faulthandler.dump_traceback_later(max(0.0, left) + LATE, exit=True)
     if why := unavailable():
         print(
             f"gpu_suite: expected a GPU or the interpreter, found neither: {why}", file=sys.stderr
@@ -221,9 +224,6 @@ def main() -> int:
     args.tokens = [int(t) for t in args.tokens.split(",")]
     if args.tiny:
         args.shapes, args.tokens = [(70, 136)], [1, 3]
-    # A device that answers nothing, a process that cannot be killed: the files are there by then.
-    left = gpu_clock.Budget(args.seconds, gpu_clock.started()).left
-    faulthandler.dump_traceback_later(max(0.0, left) + LATE, exit=True)
     suite = Suite(args)
     suite.run()
     if args.out is None:
