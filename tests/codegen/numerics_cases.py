@@ -223,7 +223,8 @@ def parts_named(p: Problem) -> list[str]:
         "router": bool(p.route),
         **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
     }  # fmt: skip
-    return [name for name in PARTS if has[name]]
+    # Parts of experts, of what is mixed back and of factors of codes have tests of their own.
+    return [name for name in PARTS if has.get(name)]
 
 
 def sample(count: int, seed: int = 0, row: str = "") -> list[Case]:
