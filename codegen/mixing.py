@@ -82,3 +82,12 @@ def _unfit_behind(problem: Any) -> list[tuple[str, str]]:
     found += [(n, f"{v or 'none'} where the result is mixed back") for n, v in beside.items()
               if getattr(problem, n) != v]  # fmt: skip
     return found
+
+
+def roomy(problem: Any, tiles: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those tiles whose warps hold what is mixed at a time: 32 rows have two, which spill it."""
+    widths = [problem.K] * problem.mixed + list(problem.out_sections)
+    found = [one for width in widths if (one := mixing(width)) is not None]
+    if all(one.tile * one.wide <= 2048 for one in found):
+        return tiles
+    return [(BM, BN) for BM, BN in tiles if BN > 32] or tiles

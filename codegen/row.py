@@ -236,6 +236,7 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
         and _holds_sections(problem, BM, BN)
         and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
     ]
+    tiles = mixing.roomy(problem, tiles)
     # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
     whole = tuple(
         TileConfig(BM, BN, stages, 2 if BN == 32 else 8 if BM * BN >= 16384 else 4)
