@@ -162,7 +162,7 @@ def compile_write(problem: AttentionProblem, target: str, *, valid: bool = False
         **dict.fromkeys(own, f"*{problem.x_dtype}"), "cos_ptr": "*fp32", "sin_ptr": "*fp32",
         "k_to_ptr": stored, "v_to_ptr": stored, "q_pos_ptr": "*i64", "pos_to_ptr": "*i64",
         "k_scale_ptr": "*fp32" if problem.keys == "channel" else "*fp16", "v_scale_ptr": "*fp16",
-        "real_ptr": "*u8", "real_to_ptr": "*u8", "start_ptr": "*i32",
+        "by_ptr": "*fp32", "real_ptr": "*u8", "real_to_ptr": "*u8", "start_ptr": "*i32",
     }  # fmt: skip
     sizes = write_sizes(problem)
     return compile_source(

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import fx
 
-from ...compiler.ir.dims import same
+from ...compiler.ir.dims import same, same_shape
 from ...compiler.ir.graph import Program, info, tensor_type
 from ...compiler.ir.ops import row_of
 from ...compiler.ir.refusal import Refusal
 from ..fuse_nodes import argument
 from .fold_last import fold_last
 from .parts import MAKER, call, cut, give
-from .problem import COS, GAIN, SLOPES
+from .problem import COS, GAIN, Q_SCALE, SLOPES
 
 _VIEWS = frozenset({
     "aten.transpose.int", "aten.permute.default", "aten.reshape.default", "aten.view.default",
@@ -65,7 +65,7 @@ def fold_inputs(program: Program) -> list[Refusal]:
     why: dict[tuple[str, str], Refusal] = {}
     # From attention backwards; a scale is looked for on both sides of a rotation.
     folds: tuple[tuple[str, Callable[[Program, fx.Node], str | None]], ...] = (
-        ("scale", _fold_scale), ("behind", _fold_behind), ("last", fold_last),
+        ("scale", _fold_scale), ("each", _fold_each), ("behind", _fold_behind), ("last", fold_last),
         ("rotation", _fold_rotation), ("scale", _fold_scale), ("norm", _fold_norm),
     )  # fmt: skip
     attending = [
@@ -96,6 +96,27 @@ def _fold_scale(program: Program, node: fx.Node) -> str | None:
         return "queries are scaled before their norm, not behind it"
     _drop(program, maker)
     node.kwargs = {**node.kwargs, "scale": float(str(node.kwargs["scale"])) * factor}
+    return None
+
+
+def _fold_each(program: Program, node: fx.Node) -> str | None:
+    """Fold a product of queries and numbers [B, 1, S, 1], one for each query."""
+    product = call(node.args[0], "aten.mul.Tensor")
+    if product is None or not all(isinstance(a, fx.Node) for a in product.args):
+        return None
+    q = tensor_type(product).shape
+    for x, by in (product.args, product.args[::-1]):
+        assert isinstance(x, fx.Node)
+        assert isinstance(by, fx.Node)
+        kind = tensor_type(by)
+        if kind.rank != 4 or not same_shape(kind.shape[1:], (1, q[2], 1)):
+            continue
+        if not same_shape(tensor_type(x).shape, q):
+            continue
+        if len(product.users) > 1:
+            return "something beside attention reads scaled queries"
+        give(node, {0: x, Q_SCALE: by})
+        return None
     return None
 
 

@@ -17,12 +17,12 @@ from ...compiler.ir.refusal import Refusal
 from ..problem import dtype_name
 from .fold import fold_inputs
 from .launch import attend
-from .problem import BIAS, COS, GAIN, K_LAST, QUERIES, SINKS, SLOPES, UP, AttentionProblem
+from .problem import BIAS, COS, GAIN, K_LAST, Q_SCALE, QUERIES, SINKS, SLOPES, UP, AttentionProblem
 from .row import AttentionRow
 from .rows import choose
 from .write import CODED, Gains, write
 
-_GAIN, _SLOPES, _LAST = GAIN - COS, SLOPES - COS, K_LAST - COS
+_GAIN, _SLOPES, _LAST, _SCALE = GAIN - COS, SLOPES - COS, K_LAST - COS, Q_SCALE - COS
 PROMPT = f"prompts of more than {QUERIES} tokens on torch's scaled_dot_product_attention"
 
 
@@ -79,13 +79,14 @@ class CachedAttention:
         ready_q = q.new_empty(q.shape) if problem.changed else q
         coded = problem.changed and problem.cache in CODED
         last = rest[_LAST] if problem.last else None
+        by = rest[_SCALE] if problem.scaled else None
         own = (batch, k.shape[1], queries, problem.D)
         ready_k = k.new_empty(own) if coded or problem.last else k
         pos = q_pos.expand(batch, queries)
         held = state.hold(
             ready_k, v, pos, k_valid,
             lambda held, real: write(
-                problem, held, q, k, v, pos, real, turn, ready_q, ready_k, gains, last
+                problem, held, q, k, v, pos, real, turn, ready_q, ready_k, gains, last, by
             ),
         )  # fmt: skip
         if held.padded:
@@ -137,7 +138,7 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
     kind = tensor_type(q)
     scheme = program.caches.get(str(node.kwargs["state"]))
     cache = PLAIN if scheme is None else scheme.kind
-    places = (BIAS, SINKS, COS, UP, GAIN, SLOPES)
+    places = (BIAS, SINKS, COS, UP, GAIN, SLOPES, Q_SCALE)
     given = {i: len(node.args) > i and node.args[i] is not None for i in places}
     how, rotate = node.kwargs, bool(node.kwargs.get("rotate", False))
     kept: dict[str, Any] = {}
@@ -150,6 +151,7 @@ def problem_of(program: Program, node: fx.Node) -> AttentionProblem:
         window=_number(how.get("window")), dilation=_number(how.get("dilation", 1)),
         first=_number(how.get("first")), softcap=float(str(how.get("softcap") or 0.0)),
         bias=given[BIAS], sinks=given[SINKS], slopes=given[SLOPES],
+        scaled=given[Q_SCALE],
         turned=given[COS] and not rotate, latent=given[UP], gains=given[GAIN],
         norm=str(how.get("norm", "")), eps=float(str(how.get("eps", 0.0))),
         offset=float(str(how.get("offset", 0.0))), **_turn(node, rotate), **kept,

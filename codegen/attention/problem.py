@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 # Queries of one step that a decode kernel takes; more are a prompt, which torch's SDPA does better.
 QUERIES = 16
 # Places of `llmc.cached_attention`'s optional tensors.
-BIAS, SINKS, COS, UP, GAIN, SLOPES, K_LAST = 5, 6, 7, 9, 11, 13, 14
+BIAS, SINKS, COS, UP, GAIN, SLOPES, K_LAST, Q_SCALE = 5, 6, 7, 9, 11, 13, 14, 15
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class AttentionProblem:
         last: whether the last R channels are rotated instead, of which keys have one row for all
             heads, as a tensor of its own. woven: those of a pair lie side by side there, and half
             of R apart once they are rotated.
+        scaled: whether queries are then multiplied by a number each.
         counted: how many tokens were kept is on the device, for launches that are recorded.
         turned, latent: keys are kept before their rotation, or as latents.
     """
@@ -64,6 +65,7 @@ class AttentionProblem:
     rotary: int = 0
     last: bool = False
     woven: bool = False
+    scaled: bool = False
     counted: bool = False
     turned: bool = False
     latent: bool = False
@@ -75,8 +77,8 @@ class AttentionProblem:
 
     @property
     def changed(self) -> bool:
-        """Whether queries and new keys are normed or rotated first."""
-        return bool(self.norm or self.turn)
+        """Whether queries or new keys are normed, rotated or scaled first."""
+        return bool(self.norm or self.turn or self.scaled)
 
     @property
     def value_group(self) -> int:

@@ -32,12 +32,14 @@ def render_write(problem: AttentionProblem, valid: bool) -> Rendered:
     norm = f"{problem.norm}norm" if problem.norm else ""
     turn = ("woven" if problem.woven else problem.turn) + ("last" if problem.last else "")
     names = ("cache_write", problem.cache, keys, norm, turn, problem.x_dtype)
-    flags = ("gains" if problem.gains else "", "valid" if valid else "",
+    flags = ("gains" if problem.gains else "", "scaled" if problem.scaled else "",
+             "valid" if valid else "",
              "counted" if problem.counted else "")  # fmt: skip
     name = "_".join(n for n in (*names, *flags) if n)
     values = {
         "cache": problem.cache, "counted": problem.counted, "gains": problem.gains, "keys": keys,
-        "last": problem.last, "name": name, "norm": problem.norm, "turn": problem.turn,
+        "last": problem.last, "name": name, "norm": problem.norm, "scaled": problem.scaled,
+        "turn": problem.turn,
         "valid": valid, "woven": problem.woven, "x_dtype": problem.x_dtype,
     }  # fmt: skip
     return render_stated(TEMPLATE, "cache_write", values)
@@ -61,13 +63,14 @@ def write(
     problem: AttentionProblem, held: Held, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     q_pos: torch.Tensor, real: torch.Tensor | None, turn: Turn | None,
     q_out: torch.Tensor, k_out: torch.Tensor, gains: Gains = (None, None),
-    k_last: torch.Tensor | None = None,
+    k_last: torch.Tensor | None = None, q_scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write k [B, KV, S, D] and v [B, KV, S, E] with positions int [B, S] into ``held``'s buffers.
 
     ``real`` bool [B, S] says which are no padding, None for all. ``turn``: cosines and sines that
     broadcast to [B, 1, S, R]. ``gains``: of the norm of queries and of keys. ``k_last`` [B, 1, S,
-    R] are the last channels of keys of all heads, where these are rotated. Where the problem has
+    R] are the last channels of keys of all heads, where these are rotated, ``q_scale`` [B, 1, S, 1]
+    what scales queries, where the problem says so. Where the problem has
     a norm or a rotation, queries as they are read go to ``q_out`` [B, H, S, D], and keys to
     ``k_out`` [B, KV, S, D] where the cache keeps codes; both are contiguous.
     ResourceError when there is neither a CUDA device nor the interpreter; UsageError where angles,
@@ -83,6 +86,8 @@ def write(
         raise UsageError("expected gains where the norm has some, and nowhere else")
     if (k_last is None) == problem.last:
         raise UsageError("expected last channels of keys where these are rotated, and nowhere else")
+    if (q_scale is None) == problem.scaled:
+        raise UsageError("expected what scales queries where they are scaled, and nowhere else")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     given: dict[str, Any] = {
         "q_ptr": q, "q_out_ptr": q_out, "k_ptr": k, "v_ptr": v, "k_out_ptr": k_out,
@@ -100,6 +105,9 @@ def write(
         k_last = k_last if k_last.stride(-1) == 1 else k_last.contiguous()
         given |= {"k_last_ptr": k_last, "stride_klb": k_last.stride(0),
                   "stride_kls": k_last.stride(2)}  # fmt: skip
+    if q_scale is not None:
+        by = q_scale.expand(batch, 1, new, 1)
+        given |= {"by_ptr": by, "stride_bb": by.stride(0), "stride_bs": by.stride(2)}
     if turn is not None:
         cos, sin = (t.expand(batch, 1, new, problem.rotary) for t in turn)
         if cos.stride() != sin.stride() or cos.stride(-1) != 1:

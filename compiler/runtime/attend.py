@@ -14,7 +14,7 @@ import torch
 
 from ..ir.graph import Program
 from ..ir.ops.attention import allowed, attention
-from ..ir.ops.heads import Before, joined, ready, sloped, turn_of
+from ..ir.ops.heads import Before, joined, ready, scaled, sloped, turn_of
 from .rows import Step
 
 # Queries of a window that are attended at once: together they read what each of them may.
@@ -87,6 +87,7 @@ class Attend:
         k_gain: torch.Tensor | None = None,
         slopes: torch.Tensor | None = None,
         k_last: torch.Tensor | None = None,
+        q_scale: torch.Tensor | None = None,
         *,
         scale: float,
         causal: bool = True,
@@ -100,6 +101,7 @@ class Attend:
         """See ``llmc.cached_attention``: q [B, H, S, D], k and v [B, KV, S, D] -> [B, S, H, D]."""
         k = joined(k, k_last)
         q, k = (ready(x, g, k_cos, k_sin, **before) for x, g in ((q, q_gain), (k, k_gain)))
+        q = scaled(q, q_scale)
         turn = turn_of(k_cos, k_sin, before)
         how: dict[str, Any] = {} if turn is None else {"turn": turn}
         if k_up is not None:

@@ -33,7 +33,7 @@ _ONE_DTYPE = {
     "aten.cat.default", "aten.index_add.default",
 }  # fmt: skip
 _KEPT_ARGUMENTS = {
-    "llmc.cached_attention": {"k_cos", "k_sin", "q_gain", "k_gain", "slopes"},
+    "llmc.cached_attention": {"k_cos", "k_sin", "q_gain", "k_gain", "slopes", "q_scale"},
 }
 
 

@@ -74,6 +74,7 @@ WRITES = [
     ("sm_80", INT8, {"norm": "row", "gains": True, "offset": 1.0}),
     ("sm_90", FP8, COUNTED),
     ("sm_90", INT8, {"norm": "behind", "gains": True, **COUNTED}),
+    ("sm_90", KV, {"scaled": True}),
     ("sm_80", KV, {"last": True, "woven": True, **COUNTED}),
 ]
 

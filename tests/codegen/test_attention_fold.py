@@ -239,6 +239,36 @@ def test_numbers_that_are_no_constants_stay() -> None:
     assert torch.equal(said(program), before)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_number_of_each_query_is_folded(first: bool, wide: bool) -> None:
+    """Behind its rotation, whichever factor it is; where heads have their own it stays."""
+    program = attending(rope=D, norm="heads")
+    node = attention_of(program)
+    q, at = node.args[0], program.node("position_ids")
+    assert isinstance(q, fx.Node)
+
+    def call(op: str, *args: Any) -> fx.Node:
+        return program.emit(op, *args, before=node, made_by="test")
+
+    by = call("aten.cos.default", call("aten.to.dtype", at, torch.float32))
+    by = call("aten.unsqueeze.default", call("aten.unsqueeze.default", by, 1), -1)
+    if wide:
+        by = call("aten.expand.default", by, [-1, H, -1, -1])
+    node.replace_input_with(q, call("aten.mul.Tensor", *((by, q) if first else (q, by))))
+    folded = program.clone()
+    refused = fold_inputs(folded)
+    (placed,) = attention_implementations(folded)[1]
+    assert placed.problem.scaled == (not wide)
+    if wide:
+        assert [r.reason for r in refused] == ["aten.mul.Tensor makes what it reads, no rotation"]
+    else:
+        assert refused == []
+        assert placed.problem.turn == "half"
+        assert not list(folded.calls("llmc.rope"))
+    assert torch.equal(said(folded), said(program))
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -36,6 +36,7 @@ class Write:
     D: int = 32
     R: int = 24
     last: str = ""
+    scaled: bool = False
     padded: bool = False
     counted: bool = False
 
@@ -75,6 +76,10 @@ CASES = [
     Write("int8", turn="half", last="woven", KV=2, R=16, dtype="fp16", counted=True),
     Write("fp8", "channel", "pairs", last="apart", R=12, dtype="fp16"),
     Write("kivi", "channel", "half", last="woven", KV=2, R=8),
+    # queries times a number each
+    Write("kv", turn="half", scaled=True, dtype="fp16", padded=True),
+    Write("int8", turn="pairs", norm="head", scaled=True, counted=True),
+    Write("kv", scaled=True),
     # of all heads of a token
     Write("kv", turn="half", norm="row", H=6, KV=3),
     Write("kv", turn="half", norm="row", dtype="fp16", counted=True),
@@ -166,7 +171,7 @@ def _steps(case: Write) -> dict[str, Any]:
     problem = dataclasses.replace(
         mine.problem, queries=16, turn=case.turn, rotary=case.R if case.turn else 0, valid=False,
         norm=case.norm, gains=bool(case.norm) and case.gains, eps=1e-5, offset=case.offset,
-        last=bool(case.last), woven=case.last == "woven",
+        last=bool(case.last), woven=case.last == "woven", scaled=case.scaled,
     )  # fmt: skip
     row, misfits = choose(problem)
     assert row is not None, misfits
@@ -200,9 +205,11 @@ def _steps(case: Write) -> dict[str, Any]:
             counter = torch.tensor([mine.state.length], dtype=torch.int32)
             mine.state.step = rows.Step(counter=counter)
         given = (q, k, v, pos, valid, None, None, *turn, None, None)
+        if case.scaled:
+            gains += [*(None,) * (4 - len(gains)), 1 + torch.rand(1, 1, count, 1, generator=g)]
         a = kernel(*given, *gains, state=mine.state, **how, **norm)
         b = cached_attention(*given, *gains, state=theirs.state, **how, **norm).double()
-        rest = gains if case.last else ()
+        rest = gains if case.last or (case.scaled and not case.norm) else ()
         c = cached_attention(*given, *rest, state=plain.state, **how).double()
         error = max(error, float((a.double() - b).norm() / b.norm()))
         unlike = max(unlike, float((c - b).norm() / b.norm()))

@@ -89,6 +89,15 @@ def test_last_channels_are_those_of_all_heads(woven: bool, interleaved: bool) ->
     assert not [t for t in ties if t.kind == "contract"]
 
 
+def test_queries_are_scaled_once_they_are_rotated() -> None:
+    q, k, v, by = randn(2, H, S, D), randn(2, KV, S, D), randn(2, KV, S, 3), randn(2, 1, S, 1)
+    cos, sin, pos = randn(2, 1, S, D), randn(2, 1, S, D) + 1, torch.arange(S).expand(2, S)
+    given = (q, k, v, pos, None, None, None, cos, sin, *(None,) * 6, by)
+    found = cached_attention(*given, scale=0.4, state=Memory(), rotate=True)
+    want = attention(rope(q, cos, sin) * by, rope(k, cos, sin), v, pos, pos, scale=0.4)
+    torch.testing.assert_close(found, want)
+
+
 def test_slopes_are_added_by_distance() -> None:
     """softmax(q·kᵀ·scale + slope · (key - query)), entry by entry, whatever comes first."""
     q, k, v, slopes = randn(1, H, S, D), randn(1, H, S, D), randn(1, H, S, 3), randn(H)
@@ -179,6 +188,7 @@ def vector(width: int) -> TensorType:
         ((None, COS), {"rotate": True}, "expected cosines and sines"),
         ((), {"norm": "behind"}, "expected a rotation that a norm is behind"),
         ((None,) * 6 + (vector(KV),), {}, "expected slopes of 4 heads"),
+        ((None,) * 8 + (COS,), {}, "expected numbers \\[B, 1, S, 1\\] that scale queries"),
         ((), {"last": True}, "expected the last channels of keys where these are rotated"),
         ((COS, COS, *(None,) * 5, K), {"rotate": True}, "where these are rotated, not else"),
         ((COS, COS, *(None,) * 5, K), {"rotate": True, "last": True}, "last channels \\[B, 1"),

@@ -12,6 +12,7 @@ from ..types import TensorType
 from .base import Tie, llmc_op
 from .heads import (
     K_LAST,
+    Q_SCALE,
     SLOPES,
     Before,
     check_last,
@@ -19,6 +20,7 @@ from .heads import (
     joined,
     norm_ties,
     ready,
+    scaled,
     sloped,
     turn_of,
 )
@@ -172,7 +174,9 @@ def _ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: A
 def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                   **attrs: Any) -> TensorType:  # fmt: skip
     """As plain attention; with ``k_up`` [KV·D, R] the keys come as latents [B, 1, S, R]."""
-    _, _, added, _, cos, sin, up, bias, *gains, slopes, last = [*rest, *[None] * 12][:12]
+    _, _, added, _, cos, sin, up, bias, *gains, slopes, last, by = [*rest, *[None] * 13][:13]
+    if by is not None and not (by.rank == 4 and same(by.shape[1], 1) and same(by.shape[3], 1)):
+        raise ModelError(f"expected numbers [B, 1, S, 1] that scale queries, found {by}")
     k = check_last(k, last, cos, **attrs)
     if slopes is not None and (added is not None or slopes.rank != 1):
         raise ModelError(f"expected slopes [H] and no bias beside them, found {slopes} and {added}")
@@ -205,8 +209,8 @@ def _cached_infer(q: TensorType, k: TensorType, v: TensorType, *rest: Any,
 
 def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *rest: Any,
                  **attrs: Any) -> list[Tie]:  # fmt: skip
-    given = [*rest, *[None] * 12][:12]
-    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains, slopes, last = given
+    given = [*rest, *[None] * 13][:13]
+    q_pos, k_valid, bias, sinks, turned, _, up, up_bias, *gains, slopes, last, by = given
     core = _core_ties(q, k if up is None else v)
     if up is not None:
         # What makes keys of latents mixes all their channels when they are read.
@@ -226,6 +230,7 @@ def _cached_ties(out: TensorType, q: TensorType, k: TensorType, v: TensorType, *
         *_score_ties(5, out, bias),
         *([Tie("same", ((6, 0),), (2,))] if sinks is not None else []),
         *([Tie("same", ((SLOPES, 0),), (2,))] if slopes is not None else []),
+        *([Tie("same", ((Q_SCALE, 2),), (1,))] if by is not None else []),
         *norm_ties(str(attrs.get("norm", "")), gains),
     ]
 
@@ -316,6 +321,7 @@ def cached_attention(
     k_gain: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     k_last: torch.Tensor | None = None,
+    q_scale: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -343,11 +349,13 @@ def cached_attention(
     behind the soft cap (ALiBi, arXiv 2108.12409 §3); then there is no ``bias``.
     With k_last [B, 1, S, R] keys have these channels behind their own D - R, the same for all
     heads, and with ``last`` the last R channels are rotated, ``woven`` ones taken apart first.
+    With q_scale [B, 1, S, 1] queries are multiplied by it once they are normed and rotated.
     """
     if isinstance(state, str):
         raise ModelError(f"expected the executor to resolve state {state!r}, found a bare call")
     k = joined(k, k_last)
     q, k = (ready(x, g, k_cos, k_sin, **before) for x, g in ((q, q_gain), (k, k_gain)))
+    q = scaled(q, q_scale)
     turn = turn_of(k_cos, k_sin, before)
     made: dict[str, Any] = {} if turn is None else {"turn": turn}
     if k_up is not None:
@@ -365,7 +373,7 @@ llmc_op(
     "(Tensor q, Tensor k, Tensor v, Tensor q_pos, Tensor? k_valid=None, Tensor? bias=None, "
     f"Tensor? sinks=None, Tensor? k_cos=None, Tensor? k_sin=None, Tensor? k_up=None, "
     f"Tensor? k_up_bias=None, Tensor? q_gain=None, Tensor? k_gain=None, "
-    f"Tensor? slopes=None, Tensor? k_last=None, *, {_SCHEMA_TAIL}, "
+    f"Tensor? slopes=None, Tensor? k_last=None, Tensor? q_scale=None, *, {_SCHEMA_TAIL}, "
     'bool interleaved=False, bool rotate=False, str norm="", float eps=0.0, float offset=0.0, '
     "bool last=False, bool woven=False, str state) -> Tensor",
     _cached_infer,

@@ -21,6 +21,8 @@ GAINS = (11, 12)
 SLOPES = 13
 # Place of the last channels of keys, which all heads share.
 K_LAST = 14
+# Place of what queries are multiplied by, a number each.
+Q_SCALE = 15
 
 
 class Before(TypedDict, total=False):
@@ -57,6 +59,11 @@ def ready(
         x = row.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
     x = rotated(x, cos, sin, interleaved, last=last, woven=woven) if rotate else x
     return rms_norm(x, gain, eps=eps, offset=offset) if norm == "behind" else x
+
+
+def scaled(q: torch.Tensor, by: torch.Tensor | None) -> torch.Tensor:
+    """Queries [B, H, S, D] times a number each, [B, 1, S, 1], in their own dtype."""
+    return q if by is None else (q * by).to(q.dtype)
 
 
 def joined(k: torch.Tensor, k_last: torch.Tensor | None) -> torch.Tensor:
