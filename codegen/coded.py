@@ -178,9 +178,9 @@ def pack(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tens
     inner = row.factor
     assert inner is not None
     rights = given(problem, parts, "right", slice(None), problem.K)
-    own = [rank for _, rank in problem.sections]
+    cuts = [rank for _, rank in problem.sections]
     for role, tensor in rights.items():
-        cut = [pad(t, (0, 0, 0, -len(t) % RANKS)) for t in tensor.split(own)]
+        cut = [pad(t, (0, 0, 0, -len(t) % RANKS)) for t in tensor.split(cuts)]
         rights[role] = torch.cat(cut)
     one = inner.pack(inner, right(problem), rights)
     packed = {f"right_{name}": t for name, t in one.items()}

@@ -70,7 +70,7 @@ class KernelRow:
         product: what is multiplied: "float" (fp16, bf16 or tf32), "int8" or "fp8".
         moves: bytes moved by one call as a sympy expression over M, N, K, group, xb (bytes per
             activation), out (columns of y), tiles (N and K rounded up to whole tiles: Np, Kp, Gp),
-            Tp (rows of a stored table).
+            Tp (rows of a stored table), Rp, Lp, Lg (rows of right, elements of left, its scales).
         tiles, stages, splits: the tuning space: (BM, BN) pairs, pipeline depths, and programs that
             share the columns of a tile.
         fits: predicates over BM, BN and the problem (`wide`: fp32 activations) that keep a tile

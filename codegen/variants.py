@@ -88,9 +88,11 @@ _SOME = {
 }
 # Rows that are another's but for how a weight is decoded, with the changes that are compiled.
 _FEW = dict.fromkeys(("w6a16", "w5a16", "w_signs", "w1_binary", "w4_pairs"), ("plain",))
-
-_FEW |= dict.fromkeys(("w8_factors", "w3_factors", "w2_factors"), ("joined",))
-_FEW["w4_factors"] = ("sides", "joined gate")
+# And of factors that are codes.
+_OF_CODES: dict[str, tuple[str, ...]] = {
+    "w4_factors": ("sides", "joined gate"), "w8_factors": ("joined",), "w3_factors": ("joined",),
+    "w2_factors": ("joined",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def variants(
         for what, change, tokens in _CHANGES:
             fits = change if dtype == "fp16" else {**change, "x_dtype": dtype}
             problem = replace(base, **fits)
-            own = row.name in _SOME.get(what, (row.name,)) and what in _FEW.get(row.name, (what,))
+            few = _OF_CODES.get(row.name) or _FEW.get(row.name, (what,))
+            own = row.name in _SOME.get(what, (row.name,)) and what in few
             if not own:
                 continue
             if row.misfits(problem) or (what, tokens) in told or (base.rank and what == "rank 64"):

@@ -173,7 +173,7 @@ def scheme_text(problem: dict[str, Any]) -> str:
     kind = problem.get("weights", "int")
     if kind in ("dense", "factors"):
         parts.append(kind)
-    else:
+    if kind != "dense" and (kind != "factors" or problem["bits"] < 16):
         whole = group <= 0 or group >= (problem["K"] * n // m if m else problem["K"])
         dense = group * m // n if m else group
         levels = problem.get("levels") or ("table" if kind == "table" else "w")

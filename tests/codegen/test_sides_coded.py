@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from llmc.codegen.rows.coded_factors import W4_FACTORS
 from llmc.codegen.samples import random_parts
 from llmc.codegen.survey import survey
 from llmc.codegen.targets import BANDWIDTH, CPU_FEATURES, cpu_accept, triton_accept
+from llmc.compiler.cli.kernels import scheme_text
 from llmc.compiler.ir import packing
 from llmc.compiler.ir.errors import ModelError
 from llmc.compiler.ir.graph import DictWeights, Program, tensor_type
@@ -115,6 +116,12 @@ def test_parts_that_do_not_fit_are_told() -> None:
             prepack(W4_FACTORS, problem, **{**parts, role: parts[role][:-1]})
     with pytest.raises(ModelError, match="left_zero of shape none"):
         prepack(W4_FACTORS, problem, **parts, left_zero=parts["left_scale"].to(torch.uint8))
+
+
+def test_people_are_told_what_the_factors_are() -> None:
+    coded, plain = Problem(64, 256, rank=16, weights="factors"), {"bits": 16, "group": 0}
+    assert scheme_text(asdict(coded)) == "factors w4 g128 r16"
+    assert scheme_text(asdict(replace(coded, **plain))) == "factors r16"
 
 
 # ** refusals **
