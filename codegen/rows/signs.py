@@ -9,7 +9,7 @@ from ..prepack import expect, scale_tiles
 from ..problem import DTYPES, Parts, Problem, Requirement
 from ..row import Argument, KernelRow
 from .bytes import BESIDE, DENSE, MANY, SHAPE, TILES, spread
-from .common import AROUND, CHOICES, SCALE, SPLITS, UNROUTED, linear_args
+from .common import AROUND, CHOICES, SCALE, SPLITS, linear_args
 
 
 def _planes(row: KernelRow, problem: Problem, parts: Parts) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ W_SIGNS = KernelRow(
     step=256,
     # Three products of tf32 for each plane would fill the registers of any tile.
     choices={
-        **CHOICES, **UNROUTED, "x_dtype": ("fp16", "bf16"), "asym": (False,),
+        **CHOICES, "x_dtype": ("fp16", "bf16"), "asym": (False,),
         "weights": ("signs",),
     },
     requires=(

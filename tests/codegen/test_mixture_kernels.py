@@ -106,6 +106,8 @@ LAYERS = {
     "eight bits, told": Layer("w8a16", 5, E=7, how="told", residual=False, more={"bits": 8}),
     "2:4": Layer("w4a16_24", 3, k=1, H=320, more={"n": 2, "m": 4, "group": 64}),
     "nf4": Layer("w4_lut", 3, k=1, more={"weights": "table", "levels": "nf", "group": 64}),
+    "six bits": Layer("w6a16", 3, more={"bits": 6, "group": 32, "asym": True}),
+    "signs": Layer("w_signs", 3, k=1, more={"weights": "signs", "bits": 2, "group": 64}),
     "dense": Layer("w16", 3, more={**DENSE, "x_dtype": "bf16"}),
     "dense 2:4": Layer("w16_24", 3, how="told", more={**DENSE, "n": 2, "m": 4}),
     "sigmoids of groups": Layer("w4a16", 5, E=8, kind=(
