@@ -108,8 +108,8 @@ class Unit:
     def lone(self) -> bool:
         """Whether it is a dense product, with a bias or without, and nothing else."""
         first = self.cores[0]
-        beside = first.problem.rank or first.problem.sparse or first.problem.bitmap
-        beside = beside or first.problem.out_mixed
+        p = first.problem
+        beside = p.rank or p.sparse or p.bitmap or bool(p.out_mixed)
         return (
             first.problem.weights == "dense" and not (beside or first.problem.m)
             and len(self.cores) == 1 and not self.before and self.root is first.result

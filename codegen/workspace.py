@@ -1,16 +1,17 @@
 """What the programs of one launch leave for each other: partial sums, and counters that every
 launch finds and leaves at zero.
 
-Four things need it. Under ``split`` several programs share the columns of a tile, and the last one
+Five things need it. Under ``split`` several programs share the columns of a tile, and the last one
 to finish adds what all of them left, in the order of their columns. Beside a product of low rank,
 the programs that start first multiply x by right, and the epilogues wait for it; of factors that
 are codes by whole tiles of right, whose runs the last one to finish adds in their order. They wait
 for programs that have started only: a ticket tells who makes, and tickets that make are never more
 than processors, so those before them always find room to run. Before a norm of the result every
 program leaves its part of the rows, and of the sums of their squares; the last one of a block of
-tokens reads all of it. Where x is put on a grid before weights of floats, the programs that start
-first make it, and all wait for them in the same way. These bytes stay in the L2 cache: none of them
-is read from memory.
+tokens reads all of it. Where x is put on a grid before weights of floats, or mixed, the programs
+that start first make it, and all wait for them in the same way. Where a result is mixed back, the
+programs that come last share whole rows, and wait for each other: they are as few, so whoever has
+not come yet finds room. These bytes stay in the L2 cache: none of them is read from memory.
 """
 
 from __future__ import annotations
