@@ -13,8 +13,6 @@ import torch
 from torch import fx
 
 from ..analysis.cacheable import argument, cache_refusals
-from ..analysis.latents import latent_of
-from ..analysis.rotation import Rotation, rotation_of
 from ..analysis.slopes import Slopes, slopes_of
 from ..ir.caches import PLAIN, CacheScheme
 from ..ir.dims import BATCH, PAST, SEQ
@@ -24,9 +22,9 @@ from ..ir.held import Held, HeldSide, Write
 from ..ir.ops.heads import SLOPES
 from ..ir.segments import refresh_segments
 from ..ir.types import TensorType
+from .cached_inputs import BY, before_rotation, latent, slopes
 from .rows import Rows, Step
 
-_BY = "cache"
 _ATTRIBUTES = ("scale", "causal", "window", "softcap", "dilation", "first")
 
 
@@ -56,15 +54,15 @@ def add_cache(program: Program) -> Program:
         attrs: dict[str, Any] = {a: node.kwargs[a] for a in _ATTRIBUTES if a in node.kwargs}
         scheme, rest = out.caches.pop(node.name, None), tuple[fx.Node | None, ...]()
         if scheme is not None and scheme.kind == "latent":
-            k, rest = _latent(out, node, attrs)
+            k, rest = latent(out, node, attrs)
         elif scheme is not None and scheme.turned:
-            k, rest = _before_rotation(node, attrs)
+            k, rest = before_rotation(node, attrs)
         found = slopes_of(node)
         if isinstance(found, Slopes):
-            rest = (*rest, *[None] * (SLOPES - 7 - len(rest)), _slopes(out, node, found))
+            rest = (*rest, *[None] * (SLOPES - 7 - len(rest)), slopes(out, node, found))
         cached = out.emit(
             "llmc.cached_attention", q, k, v, q_pos, argument(node, 5, "k_valid"), None,
-            argument(node, 7, "sinks"), *rest, before=node, made_by=_BY, like=node, state=name,
+            argument(node, 7, "sinks"), *rest, before=node, made_by=BY, like=node, state=name,
             **attrs,
         )  # fmt: skip
         node.replace_all_uses_with(cached)
@@ -78,53 +76,13 @@ def add_cache(program: Program) -> Program:
     return out
 
 
-def _before_rotation(
-    node: fx.Node, attrs: dict[str, Any]
-) -> tuple[fx.Node, tuple[fx.Node, fx.Node]]:
-    """Keys, cosines and sines of a rotation that moves behind the state."""
-    found = rotation_of(node)
-    if not isinstance(found, Rotation):
-        why = found or "they are not rotated"
-        raise ModelError(f"expected keys that can be kept before their rotation: {why}",
-                         where=f"node {node.name}")  # fmt: skip
-    attrs["interleaved"] = found.interleaved
-    return found.keys, (found.cos, found.sin)
-
-
-def _latent(
-    program: Program, node: fx.Node, attrs: dict[str, Any]
-) -> tuple[fx.Node, tuple[fx.Node | None, ...]]:
-    """What keys are made of, [B, 1, S, R], and what makes them: rotation, matrix, bias."""
-    found = latent_of(node)
-    if isinstance(found, str):
-        raise ModelError(f"expected keys that a latent makes: {found}", where=f"node {node.name}")
-    kept = program.emit(
-        "aten.unsqueeze.default", found.value, 1, before=node, made_by=_BY, like=node
-    )
-    if found.turn is None:
-        return kept, (None, None, found.weight, found.bias)
-    attrs["interleaved"] = found.turn.interleaved
-    return kept, (found.turn.cos, found.turn.sin, found.weight, found.bias)
-
-
-def _slopes(program: Program, node: fx.Node, found: Slopes) -> fx.Node:
-    """The slopes [H] of a bias that each key has by its position."""
-    value, axis = found.param, found.axis
-    for at in reversed(range(tensor_type(value).rank)):
-        if at != axis:
-            value = program.emit(
-                "aten.select.int", value, at, 0, before=node, made_by=_BY, like=node
-            )
-    return value
-
-
 def _positions(program: Program) -> fx.Node:
     for node in program.inputs:
         if node.name == "position_ids":
             return node
     with program.graph.inserting_after(program.inputs[-1]):
         node = program.graph.placeholder("position_ids")
-    node.meta["llmc"] = Info(TensorType((BATCH, SEQ), torch.int64), made_by=_BY)
+    node.meta["llmc"] = Info(TensorType((BATCH, SEQ), torch.int64), made_by=BY)
     return node
 
 
