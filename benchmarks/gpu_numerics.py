@@ -30,12 +30,25 @@ STEPS = 12  # tokens of a generation
 LOOSE = 16.0  # times the bound of a sum in fp32, where three products of 11 bits stand for one
 
 
-def cases(count: int, machine: str) -> list[Task]:
-    """Every row in fp16 and in bf16, then ``count`` cases over all rows in turn."""
-    from numerics_cases import ordered, sample
+def draws(count: int, machine: str) -> list[Task]:
+    """Cases of each row, ``count`` over all rows: to find some takes seconds."""
+    here = [r.name for r in ROWS if not machine or not unsupported(r, machine)]
+    each = max(8, -(-count // len(ROWS)))
+    return [Task(f"drawing cases of {name}", draw, (name, each)) for name in here]
 
-    drawn = [c for c in ordered(sample(max(count, 8 * len(ROWS))))
-             if not machine or not unsupported(row_named(c.row), machine)]  # fmt: skip
+
+def draw(name: str, count: int) -> list[Any]:
+    """Cases of one row."""
+    from numerics_cases import sample
+
+    return list(sample(count, row=name))
+
+
+def cases(drawn: list[Any], count: int) -> list[Task]:
+    """Every row in fp16 and in bf16, then ``count`` cases over all rows in turn."""
+    from numerics_cases import ordered
+
+    drawn = ordered(drawn)
     first = {(c.row, c.problem.x_dtype): c for c in reversed(drawn)}
     ahead = [c for (_, dtype), c in first.items() if dtype in HALVES]
     rest = [c for c in drawn[:count] if c not in ahead]
@@ -47,8 +60,8 @@ def case(drawn: Any) -> dict[str, Any]:
     from numerics import answered, judge
 
     found = answered(drawn, gpu_clock.device())
-    told = {"row": drawn.row, "dtype": drawn.problem.x_dtype, "ratio": found.get("ratio", 0.0)}
-    return told | {"label": drawn.label, "wrong": judge(drawn, found)}
+    about = {"row": drawn.row, "dtype": drawn.problem.x_dtype, "ratio": found.get("ratio", 0.0)}
+    return about | {"label": drawn.label, "wrong": judge(drawn, found)}
 
 
 def many(machine: str) -> Iterator[Task]:

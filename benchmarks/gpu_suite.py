@@ -110,18 +110,18 @@ class Suite:
         """Logits of whole steps, generations, attention and many tokens, while cases are drawn;
         then each row in both halves, then the rest."""
         tiny = self.args.tiny
-        draw = Task("drawing cases", gpu_numerics.cases, (self.args.cases, self.target), 120.0)
+        draws = gpu_numerics.draws(self.args.cases, self.target)
         logits = gpu_decode.agreements(TINY if tiny else gpu_decode.Shapes())
         beside = [*gpu_numerics.generations(), *gpu_numerics.attention(2 if tiny else 1000)]
         beside += [] if tiny else list(gpu_numerics.many(self.target))
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
-        given: list[Task] = []
+        drawn: list[Any] = []
 
         def take(tasks: Sequence[Task]) -> None:
             for answer in self.answers("numerics", tasks):
-                if answer.task is draw:
-                    given.extend(answer.result or ())
+                if answer.task in draws:
+                    drawn.extend(answer.result or ())
                 elif answer.task in logits:
                     self.data["decode"].append(answer.row if answer.error else answer.result)
                     continue
@@ -131,8 +131,8 @@ class Suite:
                     bad.append(answer.row)
                 self.data["numerics"] = gpu_numerics.summary(good, bad)
 
-        take([draw, *logits, *beside])
-        take(given)
+        take([*draws, *logits, *beside])
+        take(gpu_numerics.cases(drawn, self.args.cases))
 
     def warm(self) -> None:
         """Compile on all processes, once, what is timed on one; those of whole steps are by now."""

@@ -74,7 +74,7 @@ def test_a_budget_is_kept_and_names_what_it_leaves_out(repo: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     assert told["kernels"] == told["peers"] == told["decode"] == []
-    assert "drawing cases" in told["skipped"]
+    assert "drawing cases of w4a16" in told["skipped"]
     assert "logits w4" in told["skipped"]
     assert "w4a16 70x136" in told["skipped"]
 
