@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numerics_grids import on_grid
 from numerics_rows import mixed, mixed_back, normed
 
 from llmc.codegen import meaning
-from llmc.codegen.grids import parse
 from llmc.codegen.kernels import row as row_named
 from llmc.codegen.normed import FEW
 from llmc.codegen.problem import DTYPES, Problem
 from llmc.codegen.render import makes
 from llmc.codegen.samples import levels_of, loud, random_parts
 from llmc.compiler.ir import packing
-from llmc.compiler.ir.ops.rounding import _dynamic, round_input, scale_of
 from llmc.compiler.ir.ops.semantic import activation
 
 STRIDES = ("plain", "padded", "halves", "one row", "batched")
@@ -186,31 +185,7 @@ def _read(
         least *= ((x * x).mean(-1, keepdim=True) - mean * mean + p.eps).rsqrt()
     if not p.rounds:
         return size, slack * size + least + own
-    grid = parse(p.rounds)
-    if grid is None or grid.per not in ("token", "static"):
-        raise NotImplementedError(f"no bound for the grid {p.rounds!r}")
-    exact = meaning.rounded(p, parts, h)
-    slack = slack * (not made) + 8 * _SUM
-    own = own + 8 * _SUM * size * p.centred
-    off = slack * exact.abs() + own
-    if made:
-        off += 1.01 * u * exact.abs() + 2.0**-25 * (p.x_dtype == "fp16")
-    group = grid.group or p.K
-    for t in range(h.shape[0]):
-        if 0 < grid.limit < h[t].abs().max():
-            continue  # such a token is on no grid
-        top = torch.stack([part.abs().amax() for part in h[t].split(group)])
-        unit = scale_of(top, grid.kind, grid.bits, grid.power)
-        if grid.kind == "pairs":
-            unit = _dynamic(h[t : t + 1], grid.kind, grid.bits, "token", grid.power)
-        unit = parts["in_scale"] if grid.per == "static" else unit
-        step = slack * h[t].abs() + own[t]
-        unit, kind, bits = unit.double().reshape(-1), grid.kind, grid.bits
-        ends = [round_input(h[t] + s * step, unit, kind=kind, bits=bits, per="static", group=group)
-                for s in (-1, 1)]  # fmt: skip
-        tops = top.clamp(1e-30).repeat_interleave(group)[: p.K]
-        off[t] += (ends[1] - ends[0]).abs() + exact[t].abs() * own[t].amax() / tops
-    return exact.abs(), off
+    return on_grid(p, parts, h, slack * (not made), own + 8 * _SUM * size * p.centred, u * made)
 
 
 def _csr_dense(p: Problem, parts: dict[str, torch.Tensor]) -> torch.Tensor:
