@@ -26,6 +26,7 @@ from .kernels import choose
 from .mixture.told import surveyed
 from .problem import DTYPES, Problem
 from .row import KernelRow
+from .rows.made import MADE_INPUT
 from .targets import CPU_FEATURES, TOKENS, cpu_accept, triton_accept
 
 # Calls that only look at a tensor in another way, or ask for its size.
@@ -126,7 +127,7 @@ def launched(
 ) -> tuple[tuple[KernelRow, Problem], ...]:
     """The kernels that a call of a row starts, in order, at its untuned tile."""
     if made.goes_before(row, problem, tokens):
-        return ((made.MADE_INPUT, made.making(problem)), (row, made.without(problem)))
+        return ((MADE_INPUT, made.making(problem)), (row, made.without(problem)))
     if row.call is None:
         return ((row, problem),)
     started: list[Launched] = []
