@@ -110,7 +110,7 @@ def test_a_run_ends_with_its_budget(repo: Path, tmp_path: Path) -> None:
     """Imports count, and so does whatever was begun; the files tell what there was no time for."""
     out, began = tmp_path / "gpu.json", time.monotonic()
     done = suite(repo, "--tiny", "--seconds", "6", "--out", str(out))
-    assert time.monotonic() - began < 6 + 8 + 4
+    assert time.monotonic() - began < 6 + 18 + 4
     told = json.loads(out.read_text())
     assert told["skipped"], done.stderr[-2000:]
 
