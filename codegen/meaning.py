@@ -20,6 +20,7 @@ from ..compiler.ir.ops.semantic import activation, experts, gated, layer_norm, r
 from ..compiler.ir.ops.sparse import csr_linear
 from . import coded
 from .mixture.choice import choose, read_choice
+from .mixture.fit import picked
 from .problem import Parts, Problem
 
 
@@ -128,7 +129,8 @@ def chosen(problem: Problem, parts: Parts, h: torch.Tensor) -> tuple[torch.Tenso
     wide = torch.promote_types(h.dtype, torch.float32) if problem.wide_router else h.dtype
     products, choice = h.to(wide) @ parts["router"].to(wide).T, read_choice(problem.route)
     assert choice is not None
-    return choose(choice, products, problem.chosen, parts.get("correction"))
+    correction = parts.get("correction")
+    return choose(choice, products, picked(problem), correction, problem.always)
 
 
 def normed(problem: Problem, parts: Parts, x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from .by_row import order_rows
 from .centre import centre
 from .ending import units_of
 from .grids import parse
+from .mixture.fit import among, router_rows
 from .problem import DTYPES, PARTS, Parts, Problem
 from .row import RANK_STEP, TILE_ROWS, KernelRow, packed_groups
 
@@ -81,11 +82,11 @@ def prepack(row: KernelRow, problem: Problem, **parts: torch.Tensor | None) -> P
     if problem.rounds:
         tensors |= in_grid(problem, given)
     if problem.route:
-        expect("router", given.get("router"), (problem.experts, problem.K))
+        expect("router", given.get("router"), (router_rows(problem), problem.K))
         router = given["router"].float() if problem.wide_router else given["router"]
         tensors["router"] = router.contiguous()
     if problem.corrected:
-        expect("correction", given.get("correction"), (problem.experts,))
+        expect("correction", given.get("correction"), (among(problem),))
         tensors["correction"] = given["correction"].float().contiguous()
     return Packed(row, problem, tensors, sides)
 

@@ -65,6 +65,8 @@ class Problem:
             each expert that it chose, and gives a row per token and expert; "down" takes such rows,
             and gives per token their weighted sum; "" for no experts. route: how the kernel itself
             chooses, in the words of `mixture.choice`, as "softmax sum"; "" where it is told.
+            always: how many of the experts, the last ones, every token goes to beside those that
+            it chose; ``chosen`` counts them too.
         spans: sections of rows that have ranks of their own, as rows x rank of each: left is 0
             outside their blocks; "" where every row has them all.
     """
@@ -104,6 +106,7 @@ class Problem:
     chosen: int = 0
     routed: str = ""
     route: str = ""
+    always: int = 0
     spans: str = ""
 
     def without(self, *names: str) -> Problem:
@@ -227,7 +230,8 @@ meta int32, positions of n:m; bitmap int32 [N, words]; values dense [N, columns]
 under a bitmap; left [N, R]; right [R, K]; csr_* as in `llmc.add_csr`; columns int64 [c] and
 column_weights [N, c]; gain and smooth [K]; shift [K], what a centred norm adds, where it adds
 something; in_scale, static; bias [N]; out_gain [outputs]; out_turn [N],
-what a result that is mixed back is divided by; router [experts, K]; correction
+what a result that is mixed back is divided by; router [experts, K], of those that are
+chosen from, and a row more where the others are weighed; correction
 [experts], what scores are added to; of factors that are codes, left_* and right_*: those of left
 have the ranks of their row's own section, up to the most of any."""
 
@@ -243,7 +247,7 @@ DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Problem)}
 BEFORE = ("norm", "centred", "eps", "smooth", "mixed")
 BESIDE = ("rank", "spans")
 BEHIND = ("bias", "residual", "act", "pairs", "out_norm", "out_eps", "out_mixed")
-EXPERTS = ("experts", "chosen", "routed", "route")
+EXPERTS = ("experts", "chosen", "routed", "route", "always")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from . import coded, ending, spans
 from .grids import Made, terms
 from .literals import integer_bytes, integer_words
 from .mixing import mixing
+from .mixture import fit
 from .mixture.choice import Choice, read_choice
 from .problem import BEFORE, Problem
 from .row import Argument, KernelRow
@@ -32,6 +33,9 @@ CONSTANTS: dict[str, type] = {
     **{f.name: type(getattr(Problem(1, 1), f.name)) for f in fields(Problem)},
     "behind": dict,
     "choice": Choice,
+    "among": int,
+    "picked": int,
+    "router_rows": int,
     "coded": bool,
     "interpret": bool,
     "made": dict,
@@ -75,6 +79,9 @@ def constants(row: KernelRow, problem: Problem, *, interpret: bool) -> dict[str,
         "behind": behind,
         "group": problem.dense_group,
         "choice": read_choice(problem.route),
+        "among": fit.among(problem),
+        "picked": fit.picked(problem),
+        "router_rows": fit.router_rows(problem),
         "coded": problem.coded,
         **({"weights": "int"} if problem.coded else {}),  # of either factor
         "interpret": interpret,
@@ -132,6 +139,7 @@ def variant_name(row: KernelRow, problem: Problem) -> str:
     flags += ["spans"] if problem.spans else []
     if problem.routed:
         flags += [f"{problem.routed}{problem.chosen}of{problem.experts}"]
+        flags += [f"always{problem.always}"] if problem.always else []
         flags += [re.sub(r"\W", "_", word) for word in problem.route.split()]
     group = f"g{problem.dense_group}" if problem.dense_group else "row"
     zero = "asym" if problem.asym else "sym"

@@ -13,6 +13,7 @@ from ..compiler.ir.ops.rounding import grid_top
 from ..compiler.ir.ops.sparse import csr
 from .coded import by_rows
 from .grids import parse
+from .mixture.fit import among, router_rows
 from .problem import DTYPES, Problem
 
 
@@ -92,10 +93,10 @@ def random_parts(
         parts["in_scale"] = torch.full((groups,), unit, device=g.device)
         parts["in_scale"][1:] *= torch.rand(groups - 1, **how) + 0.5
     if p.route:
-        router = torch.randn(p.experts, p.K, **how)
+        router = torch.randn(router_rows(p), p.K, **how)
         parts["router"] = router if p.wide_router else router.to(dtype)
     if p.corrected:
-        parts["correction"] = torch.rand(p.experts, **how) - 0.5
+        parts["correction"] = torch.rand(among(p), **how) - 0.5
     if p.bias:
         parts["bias"] = torch.randn(p.N, **how).to(dtype)
     return parts

@@ -63,8 +63,14 @@ _CHANGES: tuple[tuple[str, dict[str, Any], int], ...] = (
     (
         "experts of groups",
         {
-            **_EXPERTS, **_GATES, "norm": True, "eps": 1e-6, "experts": 64, "chosen": 8,
-            "route": "sigmoid added groups=8:4:two sum+1e-20 times=2.5",
+            **_EXPERTS,
+            **_GATES,
+            "norm": True,
+            "eps": 1e-6,
+            "experts": 66,
+            "chosen": 10,
+            "always": 2,
+            "route": "sigmoid added groups=8:4:two sum+1e-20 times=2.5 gated",
         },
         1,
     ),

@@ -32,6 +32,8 @@ class Choice:
         sum: whether weights are divided by the sum of those of the token, plus ``eps``, or by
             ``least`` where that is larger.
         times: what weights are multiplied by in the end.
+        gated: whether the experts that all tokens go to are weighed by the sigmoid of one more
+            product, the last; else by 1.
         wide: whether x is multiplied by a router in fp32, whatever x is in.
     """
 
@@ -44,13 +46,14 @@ class Choice:
     eps: float = 0.0
     least: float = 0.0
     times: float = 1.0
+    gated: bool = False
     wide: bool = False
 
     @property
     def plain(self) -> bool:
         """A softmax of which the largest are weights, divided by their sum or not: the largest
         products are chosen, so only those need be exponentials."""
-        return self == Choice("softmax", sum=self.sum, wide=self.wide)
+        return self == Choice("softmax", sum=self.sum, gated=self.gated, wide=self.wide)
 
     def __str__(self) -> str:
         words = [self.score, *(["added"] if self.added else [])]
@@ -58,6 +61,7 @@ class Choice:
         more = f"+{self.eps!r}" if self.eps else f">{self.least!r}" if self.least else ""
         words += [f"sum{more}"] if self.sum else []
         words += [f"times={self.times!r}"] if self.times != 1.0 else []
+        words += ["gated"] if self.gated else []
         words += ["wide"] if self.wide else []
         return " ".join(words)
 
@@ -66,7 +70,7 @@ _WORDS = re.compile(
     r"(?P<score>softmax|sigmoid)(?P<added> added)?"
     r"(?: groups=(?P<groups>\d+):(?P<kept>\d+):(?P<by>max|two))?"
     r"(?P<sum> sum(?:\+(?P<eps>[^ ]+)|>(?P<least>[^ ]+))?)?(?: times=(?P<times>[^ ]+))?"
-    r"(?P<wide> wide)?"
+    r"(?P<gated> gated)?(?P<wide> wide)?"
 )
 
 
@@ -87,7 +91,7 @@ def read_choice(text: str) -> Choice | None:
     made = Choice(
         found["score"], bool(found["added"]), int(found["groups"] or 0), int(found["kept"] or 0),
         found["by"] or "", bool(found["sum"]), eps, least, times,
-        bool(found["wide"]),
+        bool(found["gated"]), bool(found["wide"]),
     )  # fmt: skip
     numbers = all(map(math.isfinite, (eps, least, times))) and min(eps, least) >= 0
     return made if numbers and str(made) == text else None
@@ -117,12 +121,17 @@ def unfit(choice: Choice, experts: int, chosen: int) -> str:
 
 
 def choose(
-    choice: Choice, products: torch.Tensor, count: int, correction: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and weight [T, count] of the products with a router [T, E], in their dtype.
+    choice: Choice, products: torch.Tensor, count: int, correction: torch.Tensor | None = None,
+    always: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Index and weight [T, count + always] of the products with a router [T, E], in their dtype.
 
-    correction: [E], where one is added. Among equal scores `torch.topk` says which are chosen.
+    correction: [E], where one is added. always: how many experts behind those that are chosen from
+    every token goes to. Among equal scores `torch.topk` says which are chosen.
     """
+    gate = products.new_ones(len(products), 1)
+    if choice.gated:
+        products, gate = products[:, :-1], products[:, -1:].sigmoid()
     scores = products.sigmoid() if choice.score == "sigmoid" else products.softmax(-1)
     wanted = scores if correction is None else scores + correction.to(scores.dtype)
     if choice.groups:
@@ -132,7 +141,9 @@ def choose(
     if choice.sum:
         whole = weight.sum(-1, keepdim=True) + choice.eps
         weight = weight / whole.clamp(min=choice.least)
-    return index, weight * choice.times
+    more = torch.arange(always, device=index.device) + products.shape[1]
+    index = torch.cat([index, more.expand(len(index), -1)], -1)
+    return index, torch.cat([weight * choice.times, gate.expand(-1, always)], -1)
 
 
 def _kept(choice: Choice, wanted: torch.Tensor) -> torch.Tensor:

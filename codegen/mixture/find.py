@@ -17,6 +17,7 @@ from ..fuse_nodes import Unfit, argument, constant, is_op, is_sum, only_user, re
 from ..problem import Problem, dtype_name
 from .groups import FLAT
 from .route import Route, read_norm, read_route, sizes_of
+from .shared import Shared, read_shared
 
 EXPERTS = "llmc.experts"
 
@@ -42,8 +43,9 @@ class Mixture:
     Attributes:
         experts: the call. up, down: its weights. route: how it is routed; None: a kernel is told.
         norm: what made its input, and inside, the calls which that takes in; only with a route.
+        shared: the expert that all tokens go to; only with a route.
         back: the reshape behind, where there is one that can be told by its sizes; sizes: of what
-            these are asked. add: the sum behind.
+            these are asked. behind: the last of these calls. add: the sum behind.
     """
 
     experts: fx.Node
@@ -52,7 +54,9 @@ class Mixture:
     route: Route | None = None
     norm: Before | None = None
     inside: frozenset[fx.Node] = frozenset()
+    shared: Shared | None = None
     back: fx.Node | None = None
+    behind: fx.Node | None = None
     add: fx.Node | None = None
     sizes: Mapping[fx.Node, tuple[fx.Node, int]] | None = None
 
@@ -71,7 +75,12 @@ class Mixture:
     @property
     def root(self) -> fx.Node:
         """The call whose value it gives."""
-        return self.add or self.back or self.experts
+        return self.add or self.tip
+
+    @property
+    def tip(self) -> fx.Node:
+        """The call whose value it gives but for the sum behind."""
+        return self.behind or self.experts
 
     @property
     def residual(self) -> fx.Node | None:
@@ -79,7 +88,7 @@ class Mixture:
         if self.add is None:
             return None
         a, b = self.add.args
-        other = b if a is (self.back or self.experts) else a
+        other = b if a is self.tip else a
         assert isinstance(other, fx.Node)
         return other
 
@@ -93,21 +102,38 @@ class Mixture:
         """All calls that it stands for."""
         around = [n for n in (self.back, self.add) if n is not None]
         route = self.route.nodes if self.route is not None else frozenset[fx.Node]()
-        return self.up.nodes | self.down.nodes | route | self.inside | {self.experts, *around}
+        shared = self.shared.nodes if self.shared is not None else frozenset[fx.Node]()
+        weights = self.up.nodes | self.down.nodes | shared
+        return weights | route | self.inside | {self.experts, *around}
 
     @property
     def problems(self) -> tuple[Problem, Problem]:
         """What kernels must serve: gate and up, then down."""
-        up = self.up.problem
+        up, down = self.up.problem, self.down.problem
         if self.route is not None:
             up = replace(up, route=self.route.kind)
+        if self.shared is not None:
+            up, down = self.shared.around(up), self.shared.around(down)
         if self.norm is not None:
             node = self.norm.node
             up = replace(up, norm=True, centred=centred(node), eps=float(str(node.kwargs["eps"])))
-        return up, replace(self.down.problem, residual=self.add is not None)
+        return up, replace(down, residual=self.add is not None)
 
     def fewer(self) -> Iterator[tuple[Mixture, tuple[str, ...]]]:
         """The same with less and less around it; with each the names of what was left out."""
+        for less, names in self._fewer():
+            if self.shared is None or less.shared_whole:
+                yield less, names
+
+    @property
+    def shared_whole(self) -> bool:
+        """Whether all that the expert of all tokens needs is there."""
+        if self.shared is None or self.route is None:
+            return False
+        known = self.inside | {self.h} if self.norm is not None else {self.h}
+        return self.behind is not None and self.shared.reads <= known
+
+    def _fewer(self) -> Iterator[tuple[Mixture, tuple[str, ...]]]:
         summed = [self] if self.add is None else [self, self._without_sum()]
         names = {"residual": self.add, "norm": self.norm, "route": self.route}
 
@@ -139,14 +165,16 @@ class Mixture:
         sizes = sizes_of(self.back, given)
         like, made = tensor_type(given[0]).shape, tensor_type(self.back).shape
         if sizes is None or like[:-1] != made[:-1]:
-            return replace(self, back=None, add=None, sizes=None)
+            return replace(self, back=None, behind=None, add=None, sizes=None)
         return replace(self, sizes=sizes)
 
 
 def read_mixture(
-    experts: fx.Node, features: Collection[str], home: Mapping[str, str]
+    experts: fx.Node, features: Collection[str], home: Mapping[str, str], shared: bool = False
 ) -> tuple[Mixture, list[Refusal]]:
     """A call of experts with all that may be taken in, and why more may not.
+
+    shared: with the expert that all tokens go to, where there is one.
 
     Raises:
         Unfit: its weights are stored in no form that a kernel could read.
@@ -175,26 +203,37 @@ def read_mixture(
                 found = replace(found, norm=before[0], inside=before[1])
         except Unfit as why:
             refused.append(refusal(found.h, why.reason, why.predicate))
-    return _behind(found, features, home), refused
+    found = _reshaped(found, home)
+    if shared and found.route is not None:
+        try:
+            one = read_shared(found.tip, up.problem, down.problem)
+            if one is not None and near(one.nodes):
+                found = replace(found, shared=one, behind=one.sum)
+                found = found if found.back is not None else _reshaped(found, home)
+        except Unfit as why:
+            refused.append(refusal(experts, why.reason, why.predicate))
+    return _summed(found, features, home), refused
 
 
-def _behind(found: Mixture, features: Collection[str], home: Mapping[str, str]) -> Mixture:
-    """The same with the reshape and the sum that alone read its result."""
-    experts, place = found.experts, home.get(found.experts.name)
-    whole = replace(found)
-    after = only_user(experts)
-    if after is not None and any(is_op(after, op) for op in FLAT) and after.args[0] is experts:
-        if home.get(after.name) != place:
-            return found
-        whole = replace(found, back=after)
-        after = only_user(after)
+def _reshaped(found: Mixture, home: Mapping[str, str]) -> Mixture:
+    """The same with the reshape that alone reads its result."""
+    after = only_user(found.tip)
+    if after is None or not any(is_op(after, op) for op in FLAT) or after.args[0] is not found.tip:
+        return found
+    near = home.get(after.name) == home.get(found.experts.name)
+    return replace(found, back=after, behind=after) if near else found
+
+
+def _summed(found: Mixture, features: Collection[str], home: Mapping[str, str]) -> Mixture:
+    """The same with the sum that alone reads its result."""
+    after = only_user(found.tip)
     if after is not None and is_sum(after) and "residual" in features:
-        alike = same_type(info(after).type, info(whole.root).type)
-        other = replace(whole, add=after).residual
+        alike = same_type(info(after).type, info(found.tip).type)
+        other = replace(found, add=after).residual
         fits = alike and other is not None and same_type(info(other).type, info(after).type)
-        if fits and home.get(after.name) == place:
-            whole = replace(whole, add=after)
-    return whole._told_by(whole.x)
+        if fits and home.get(after.name) == home.get(found.experts.name):
+            found = replace(found, add=after)
+    return found._told_by(found.x)
 
 
 # ** weights **

@@ -23,11 +23,27 @@ _ALONE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def among(problem: Problem) -> int:
+    """Experts that tokens choose among."""
+    return problem.experts - problem.always
+
+
+def picked(problem: Problem) -> int:
+    """Experts that a token chooses."""
+    return problem.chosen - problem.always
+
+
+def router_rows(problem: Problem) -> int:
+    """Rows of the router: of experts that are chosen from, and of what weighs the others."""
+    choice = read_choice(problem.route)
+    return among(problem) + (choice is not None and choice.gated)
+
+
 def unfit(problem: Problem) -> list[tuple[str, str]]:
     """Fields of a problem of experts that are not what kernels need, each with what is."""
     p, found = problem, list[tuple[str, str]]()
     if not p.routed:
-        names = [n for n in ("experts", "chosen", "route") if getattr(p, n)]
+        names = [n for n in ("experts", "chosen", "route", "always") if getattr(p, n)]
         return [(n, "none where it is one linear") for n in names]
     if not 1 <= p.experts <= MOST_EXPERTS:
         return [("experts", f"1 to {MOST_EXPERTS}")]
@@ -37,6 +53,8 @@ def unfit(problem: Problem) -> list[tuple[str, str]]:
         found.append(("N", f"fewer than {WORDS} words of codes"))
     if not 1 <= p.chosen <= p.experts:
         found.append(("chosen", f"1 to {p.experts}, the experts"))
+    elif not 0 <= p.always < p.chosen:
+        found.append(("always", f"fewer than the {p.chosen} experts of a token"))
     found += [
         (n, f"{no or 'none'} among experts") for n, no in _ALONE.items() if getattr(p, n) != no
     ]
@@ -46,8 +64,10 @@ def unfit(problem: Problem) -> list[tuple[str, str]]:
         if p.residual:
             found.append(("residual", "False where experts read tokens"))
         choice = read_choice(p.route) or Choice()
-        if expected := choice_unfit(choice, p.experts, p.chosen):
+        if expected := choice_unfit(choice, among(p), picked(p)):
             found.append(("route", expected))
+        if choice.gated and not p.always:
+            found.append(("always", "1 or more where they are weighed"))
         if p.norm and not p.route:
             found.append(("norm", "False where a kernel is told the experts"))
     else:
@@ -60,8 +80,13 @@ def unfit(problem: Problem) -> list[tuple[str, str]]:
 def tiles(problem: Problem, M: int, BM: int) -> int:
     """Tiles of BM pairs, each of one expert, that any choice of ``M`` tokens may need."""
     pairs = M * problem.chosen
-    touched = min(problem.experts, pairs)
+    touched = touched_experts(problem, M)
     return touched + (pairs - touched) // BM
+
+
+def touched_experts(problem: Problem, M: int) -> int:
+    """Experts that ``M`` tokens go to at most."""
+    return min(among(problem), M * picked(problem)) + (problem.always if M else 0)
 
 
 def rows_of(problem: Problem) -> int:
@@ -76,7 +101,7 @@ def tokens_of(problem: Problem, M: int) -> int:
 
 def touched(problem: Problem, M: int) -> Problem:
     """One linear of the rows that a call of ``M`` tokens reads at most."""
-    N = rows_of(problem) * min(problem.experts, M * problem.chosen)
+    N = rows_of(problem) * touched_experts(problem, M)
     return replace(problem.without("residual", "kept", *EXPERTS), N=N)
 
 
@@ -85,8 +110,8 @@ def around(problem: Problem, M: int) -> int:
     width = 4 if problem.x_dtype == "fp32" else 2
     pairs = M * problem.chosen
     if problem.routed == "up":
-        router = problem.experts * problem.K * (4 if problem.wide_router else width)
-        router = router + 4 * problem.experts * problem.corrected if problem.route else 0
+        router = router_rows(problem) * problem.K * (4 if problem.wide_router else width)
+        router = router + 4 * among(problem) * problem.corrected if problem.route else 0
         return width * (M * problem.K + pairs * problem.outputs) + router
     sums = 8 * pairs * problem.outputs  # in fp32, written once and read once
     return width * (pairs * problem.K + M * problem.outputs * (1 + problem.residual)) + sums

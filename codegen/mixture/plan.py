@@ -9,7 +9,7 @@ with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ from ..fuse_unit import Part, join, spell, stored_values
 from ..problem import Problem
 from .find import EXPERTS, Mixture, Side, read_mixture
 from .groups import FLAT
+from .shared import appended, odd, rows_of
+from .split import one
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class FusedMixture:
         found = values_of(self.body, values, wanted)
         both = []
         for problem, parts in ((self.up, self.up_parts), (self.down, self.down_parts)):
-            made = join(problem, parts, found, (problem.N,))
+            chosen = [Part(p.role, p.refs[:1], p.offset) for p in parts]
+            made = join(problem, tuple(chosen), found, (problem.N,))
             if "values" in made and made["values"].dim() == 3:
-                made["values"] = made["values"].reshape(problem.N, -1)
+                made["values"] = made["values"].flatten(0, 1)
+            if problem.always:
+                more = tuple(Part(p.role, p.refs[1:]) for p in parts if p.refs[1:])
+                sections = rows_of(problem, len(more[0].refs))
+                made = appended(problem, made, join(one(problem), more, found, sections))
             both.append(made)
         return both[0], both[1]
 
@@ -85,17 +92,13 @@ def fuse_mixtures(
     made: list[FusedMixture] = []
     refused: list[Refusal] = []
     for experts in list(program.calls(EXPERTS)) if "experts" in features else ():
-        if "residual" in features:
-            _turned(program, experts, home)
         try:
-            found, left = read_mixture(experts, features, home)
+            fits, left = _fitting(program, experts, accept, features, home)
         except Unfit as why:
             refused.append(refusal(experts, why.reason, why.predicate))
             continue
-        fits, more = fit(found, accept)
-        refused += more
+        refused += left
         if fits is not None:
-            refused += left
             place = home.get(fits.root.name)
             one, new = rewrite(program, fits)
             made.append(one)
@@ -104,6 +107,30 @@ def fuse_mixtures(
     if made:
         program.prune()
     return made, refused
+
+
+def _fitting(
+    program: Program, experts: fx.Node, accept: Accept, features: Collection[str],
+    home: dict[str, str],
+) -> tuple[Mixture | None, list[Refusal]]:  # fmt: skip
+    """As much of a layer as kernels serve, and why not more; with the expert that all tokens go to
+    where they do, else without.
+
+    Raises:
+        Unfit: its weights are stored in no form that a kernel could read.
+    """
+    found, left = read_mixture(experts, features, home, shared=True)
+    apart = [r for r in left if r.predicate == "shared"]
+    if found.shared is not None:
+        fits, more = fit(found, accept)
+        if fits is not None:
+            return fits, [*left, *more]
+        apart = [refusal(found.shared.sum, odd(r.reason).reason, "shared") for r in more]
+    if "residual" in features:
+        _turned(program, experts, home)
+    found, left = read_mixture(experts, features, home)
+    fits, more = fit(found, accept)
+    return fits, [*apart, *more, *(left if fits is not None else [])]
 
 
 def _turned(program: Program, experts: fx.Node, home: dict[str, str]) -> None:
@@ -171,13 +198,14 @@ def rewrite(program: Program, mixture: Mixture) -> tuple[FusedMixture, list[fx.N
     up, down = mixture.problems
     route = mixture.route
     products = [mixture.experts] if route is None else [route.linear, mixture.experts]
-    one = FusedMixture(
+    products += [] if mixture.shared is None else mixture.shared.linears
+    fused = FusedMixture(
         made.name, tuple(n.name for n in products), info(mixture.experts).path, _ops(steps),
-        up, down, body, tuple(_up_parts(mixture, names)), tuple(_parts(mixture.down, names)),
+        up, down, body, tuple(_up_parts(mixture, names)), tuple(_down_parts(mixture, names)),
         "" if residual is None else names[residual], tuple(names[n] for n in mixture.told),
-        root is mixture.experts,
+        mixture.back is None and mixture.add is None,
     )  # fmt: skip
-    return one, new
+    return fused, new
 
 
 def _renormed(program: Program, mixture: Mixture) -> list[fx.Node]:
@@ -201,14 +229,28 @@ def _ops(steps: list[Step]) -> tuple[str, ...]:
     return tuple(s.op for s in steps)
 
 
-def _parts(side: Side, names: dict[fx.Node, str]) -> list[Part]:
-    return [Part(role, (names[node],)) for role, node in side.parts.items()]
+def _parts(
+    side: Side, names: dict[fx.Node, str], more: Sequence[Mapping[str, fx.Node]]
+) -> list[Part]:
+    """Of experts, and behind them of the matrices of the one that all tokens go to."""
+    return [
+        Part(role, (names[node], *(names[m[role]] for m in more)))
+        for role, node in side.parts.items()
+    ]
+
+
+def _down_parts(mixture: Mixture, names: dict[fx.Node, str]) -> list[Part]:
+    shared = mixture.shared
+    return _parts(mixture.down, names, () if shared is None else (shared.down,))
 
 
 def _up_parts(mixture: Mixture, names: dict[fx.Node, str]) -> list[Part]:
-    parts = _parts(mixture.up, names)
+    shared = mixture.shared
+    parts = _parts(mixture.up, names, () if shared is None else shared.ups)
     if mixture.route is not None:
         parts += [Part(role, (names[n],)) for role, n in mixture.route.parts.items()]
+    if shared is not None and shared.gate is not None:
+        parts.append(Part("gate", (names[shared.gate],)))
     if mixture.norm is not None:
         offset = float(str(mixture.norm.node.kwargs.get("offset", 0.0)))
         for role, node in mixture.norm.parts.items():

@@ -74,7 +74,8 @@ def choose(
     h = h.float() if problem.wide_router else h
     products, choice = (h @ tensors["router"].to(h.dtype).T).float(), read_choice(problem.route)
     assert choice is not None
-    return choices.choose(choice, products, problem.chosen, tensors.get("correction"))
+    correction = tensors.get("correction")
+    return choices.choose(choice, products, fit.picked(problem), correction, problem.always)
 
 
 # ** workspaces **
@@ -82,7 +83,7 @@ def choose(
 
 def blocks(problem: Problem) -> int:
     """Blocks of 16 rows of the router."""
-    return -(-problem.experts // JOB)
+    return -(-fit.router_rows(problem) // JOB)
 
 
 def runs(problem: Problem) -> int:

@@ -24,10 +24,11 @@ LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # Of a whole decoder: passes and dtype.
 DECODERS = {"zoo": ("w4:group=32", "float16"), "mixtral": ("w4:group=32", "float32"),
-            "qwen3_moe": ("w8:group=row", "float16"), "glm4_moe": ("w4:group=32", "float32"),
+            "qwen3_moe": ("w8:group=row", "float16"), "qwen2_moe": ("w4:group=32", "float16"),
+            "glm4_moe": ("w4:group=32", "float32"),
             "ernie4_5_moe": ("w4:group=32", "float32"),
             "deepseek_v3": ("w4:group=32", "float16")}  # fmt: skip
-FAST = ("qwen3_moe", "glm4_moe")
+FAST = ("qwen2_moe", "glm4_moe")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,9 @@ def test_a_layer_computes_what_its_reference_does(name: str, answers: dict[str, 
 
 @pytest.mark.parametrize("name", FAST)
 def test_a_decoder_computes_what_its_reference_does(name: str, answers: dict[str, Any]) -> None:
-    """A prompt, then token by token through a cache; glm4_moe adds to its scores for the choice,
-    multiplies weights by a factor and has a shared expert."""
+    """A prompt, then token by token through a cache. glm4_moe adds to its scores for the choice,
+    multiplies weights by a factor and has an expert for all tokens; qwen2_moe weighs one that is
+    twice as wide as the others by a sigmoid."""
     check(answers[name])
 
 
@@ -134,6 +136,10 @@ def _program(name: str) -> Any:
             "n_group": 4, "topk_group": 2, "q_lora_rank": 32, "kv_lora_rank": 32,
             "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
             "num_key_value_heads": 4,
+        },
+        "qwen2_moe": {
+            "num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 128,
         },
         "ernie4_5_moe": {
             "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64,

@@ -34,6 +34,16 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {**COMMON, **TOKENS, "num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **COMMON, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 512,
+    },
+    "granitemoeshared": {
+        **COMMON, "num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 256,
+    },
+    "hunyuan_v1_moe": {
+        **COMMON, "head_dim": 64, "num_experts": 8, "moe_topk": 2, "num_shared_expert": 1,
+    },
     "glm4_moe": {**COMMON, **CHOSEN, "head_dim": 64, "n_group": 1, "topk_group": 1},
     "dots1": {
         **COMMON, **CHOSEN, "head_dim": 64, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
@@ -125,6 +135,31 @@ def test_other_routers_are_part_of_the_first_launch(name: str, route: str) -> No
     assert [r for r in page["not_fused"] if r["predicate"] == "route"] == []
     calls = {c.split("_")[0] for b in page["blocks"].values() for c in b["calls"]}
     assert not calls & {"linear", "topk", "gather", "sigmoid", "softmax", "div", "scatter"}
+
+
+@pytest.mark.parametrize(
+    ("name", "always", "gated"),
+    [
+        ("qwen2_moe", 4, True),
+        ("granitemoeshared", 2, False),
+        ("ernie4_5_moe", 1, False),
+        pytest.param("hunyuan_v1_moe", 1, False, marks=pytest.mark.slow),
+        pytest.param("dots1", 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_an_expert_of_all_tokens_starts_no_kernels(name: str, always: int, gated: bool) -> None:
+    """It is more experts of the same two launches, so a block starts six; its weight, where it has
+    one, is one more product with the router."""
+    page = surveyed(name)
+    assert page["launches_per_block"] == 6
+    assert page["not_fused"] == []
+    layers = [r for r in page["fused"] if r["problem"]["routed"]]
+    assert {r["launches"] for r in layers} == {2}
+    for r in layers:
+        up, down = r["problem"], r["down"]
+        found = (up["always"], down["always"], up["experts"], up["chosen"])
+        assert found == (always, always, 8 + always, 2 + always)
+        assert up["route"].endswith(" gated") == gated
 
 
 @pytest.mark.parametrize(
