@@ -73,11 +73,11 @@ def read_shared(y: fx.Node, up: Problem, down: Problem) -> Shared | None:
     other = add.args[1] if add.args[0] is y else add.args[0]
     nodes: set[fx.Node] = {add}
     last, gate = _weighed(other, nodes)
-    if not is_op(last, LINEAR) or not is_op(last.args[0], GATED):  # type: ignore[union-attr]
+    if not isinstance(last, fx.Node) or not is_op(last, LINEAR):
         return None
-    assert isinstance(last, fx.Node)
     joined = last.args[0]
-    assert isinstance(joined, fx.Node)
+    if not isinstance(joined, fx.Node) or not is_op(joined, GATED):
+        return None
     linears = [last, *_halves(joined, nodes)]
     nodes |= {joined, *linears}
     if joined.kwargs.get("act") != up.act:
