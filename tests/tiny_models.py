@@ -73,6 +73,7 @@ MORE: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
     },
     "hunyuan_v1_dense": {**GROUPED, "head_dim": 8},
+    "arcee": {**GROUPED, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0},
     "olmoe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
     "roberta": {**BASE, "pad_token_id": 0},
     "glm4": {**GROUPED, "head_dim": 8, "attention_bias": True, "pad_token_id": 0},

@@ -102,7 +102,7 @@ SIDES = f"{AROUND} + 4*Gp*Np"
 # Programs that may share a tile's columns, for templates that loop from LO to HI.
 SPLITS = (1, 2, 4, 8)
 # What plain Triton and its interpreter can compute.
-ACTS = ("", "silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")
+ACTS = ("", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 # What the shared includes of the templates serve.
 CHOICES: dict[str, tuple[object, ...]] = {
     "x_dtype": FLOATS,

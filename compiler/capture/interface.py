@@ -238,6 +238,7 @@ def _activation(module: Any) -> str:
     for name, act in (
         ("SiLUActivation", "silu"), ("GELUActivation", "gelu"), ("GELUTanh", "gelu_tanh"),
         ("NewGELUActivation", "gelu_tanh"), ("PytorchGELUTanh", "gelu_tanh"),
+        ("ReLUSquaredActivation", "relu2"),
     ):  # fmt: skip
         if hasattr(activations, name):
             known[getattr(activations, name)] = act

@@ -158,6 +158,9 @@ def new_gelu(x: torch.Tensor, c: float = 0.044715) -> torch.Tensor:
         (lambda m, x: F.silu(x), "silu"),
         (lambda m, x: x * torch.sigmoid(x), "silu"),
         (lambda m, x: F.relu(x), "relu"),
+        (lambda m, x: F.relu(x).square(), "relu2"),
+        (lambda m, x: torch.pow(F.relu(x), 2), "relu2"),
+        (lambda m, x: F.relu(x) * F.relu(x), "relu2"),
         (lambda m, x: F.gelu(x), "gelu"),
         (lambda m, x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
         (lambda m, x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))), "gelu"),
@@ -183,6 +186,27 @@ def test_activation(function: Any, act: str) -> None:
 def test_near_activation_stays(function: Any) -> None:
     _, ops = captured(function, 8)
     assert ops["llmc.activation"] == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.relu(x).pow(3),
+        lambda m, x: F.relu(x).pow(0.5),
+        lambda m, x: F.relu(x) * F.relu(-x),
+    ],
+)
+def test_other_powers_of_a_relu_stay(function: Any) -> None:
+    program, _ = captured(function, 8)
+    assert "relu2" not in [n.kwargs.get("act") for n in program.calls()]
+
+
+def test_square_of_a_relu_that_others_read_stays() -> None:
+    program, ops = captured(lambda m, x: (r := F.relu(x)).square() + r, 8)
+    assert ops["llmc.activation"] == 1
+    assert "relu2" not in [n.kwargs.get("act") for n in program.calls()]
+    assert "activation.relu2" in reasons(program)
+    assert "read outside the cluster too" in reasons(program)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ SIDES: list[dict[str, Any]] = [
     {"bias": True, "residual": True, "norm": True, "eps": 1e-5},
     {"rank": 4, "bias": True, "smooth": True},
     {"sparse": True, "act": "gelu_tanh"},
+    {"bias": True, "act": "relu2"},
     {"outliers": 3, "rounds": "int8 token", "bits": 8, "group": 0},
     {"pairs": "gate", "act": "silu", "bias": True},
     {"rank": 4, "rounds": "int8 token", "bits": 8, "group": 0, "sparse": True},

@@ -35,6 +35,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "glm4": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 512},
     "hunyuan_v1_dense": {**GROUPED, "head_dim": 64, "pad_token_id": 0},
+    "arcee": {**GROUPED, "head_dim": 64, "bos_token_id": 0, "eos_token_id": 0},
+    "nemotron": {**GROUPED, "bos_token_id": 0, "eos_token_id": 0},
 }  # fmt: skip
 # What a norm of queries and keys goes over.
 NORMS = {
@@ -56,9 +58,9 @@ def surveyed(name: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    [*("qwen3", "olmo2", "gemma2"), *(pytest.param(n, marks=pytest.mark.slow)
+    [*("qwen3", "olmo2", "gemma2", "arcee"), *(pytest.param(n, marks=pytest.mark.slow)
                                       for n in ("opt", "gptj", "gemma3_text", "glm4",
-                                                "hunyuan_v1_dense", "bloom"))],
+                                                "hunyuan_v1_dense", "bloom", "nemotron"))],
 )  # fmt: skip
 def test_a_block_starts_six_kernels(name: str) -> None:
     """Norms, scales and rotations of queries and keys are in the two launches of attention; norms

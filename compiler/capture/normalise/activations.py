@@ -61,9 +61,17 @@ def _half_times(inner: object) -> Either:
     )
 
 
+_RELU = call("relu.default", _X)
+_RELU2 = (
+    call("pow.Tensor_Scalar", _RELU, Number(value=2.0)),
+    call("square.default", _RELU),
+    call(_MUL, _RELU, _RELU),
+)
+
 ACTIVATIONS = (
     _named("silu", call("silu.default", _X), call(_MUL, _X, call("sigmoid.default", _X))),
-    _named("relu", call("relu.default", _X)),
+    _named("relu2", *_RELU2),
+    _named("relu", _RELU),
     Lift("activation.gelu", (call("gelu.default", _X),), _gelu),
     _named("gelu", _half_times(_ERF)),
     _named("gelu_tanh", _half_times(_TANH)),
