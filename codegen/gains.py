@@ -54,7 +54,7 @@ def in_range(
 def scaled(problem: Problem) -> list[str]:
     """The parts that the normed input is multiplied with, one of each product."""
     weight = {"int": "scale", "paired": "scale", "dense": "values", "factors": "left",
-              "signs": "factors"}.get(problem.weights, "table")
+              "signs": "factors"}.get(problem.weights, "table")  # fmt: skip
     weight = "left_scale" if problem.coded else weight
     if problem.weights == "table" and problem.scale_dtype:
         weight = "scale"

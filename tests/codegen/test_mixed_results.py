@@ -36,7 +36,7 @@ CASES = [
     _case(17, "80 80", "out_turn", **GATE, bias=True, residual=True),  # calls behind it
     _case(2, "192", tile=SPLIT, K=1040, bias=True, **NORM),
     _case(2, "320", "gain", mixed=True, **NORM, residual=True),  # 5 runs of 64, and x mixed too
-    _case(1, "8192", "", "w2a16", weights="int", levels="", K=32, tile=(8, 128)),  # two runs of 4096
+    _case(1, "8192", "", "w2a16", weights="int", levels="", K=32, tile=(8, 128)),  # 2 of 4096
     _case(2, "48", "scale", "w8a16", bits=8, weights="int", levels="", x_dtype="fp32", **NORM),
     _case(2, "112", "left", "w4a16", bits=4, weights="int", levels="", rank=4, sparse=True),
 ]  # fmt: skip

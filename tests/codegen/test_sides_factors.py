@@ -60,11 +60,11 @@ def test_bytes_are_both_factors_once() -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [({"rank": 0}, "rank"), ({"rank": 16385}, "rank"), ({"scale_dtype": "fp16"}, "scale_dtype"),
-     ({"n": 2, "m": 4}, "m"), ({"bits": 8}, "bits"), ({"rounds": "int8 token"}, "rounds"),
+     ({"n": 2, "m": 4}, "m"), ({"bits": 8}, "bits"), ({"rounds": "int8 tensor"}, "rounds"),
      ({"asym": True}, "asym")],
 )  # fmt: skip
 def test_what_is_just_missed_is_refused_by_field(change: dict[str, Any], field: str) -> None:
-    """Factors that are codes, scaled, sparse, or read rounded inputs are another row's."""
+    """Factors that are codes, scaled, sparse, or read a grid of all tokens are another row's."""
     problem = Problem(64, 128, **{**PLAIN, "rank": 16, **change})
     assert field in [m.field for m in FACTORS.misfits(problem)]
 
