@@ -55,7 +55,8 @@ def _row(name: str, inner: KernelRow, bits: int) -> KernelRow:
         },
         requires=inner.requires,
         moves=f"{bits}*(Lp + Rp*Kp)/8 + {MOVES}",
-        tiles=((8, 32), (8, 64), (16, 32), (16, 64), (32, 64)),
+        # Beside a rank, only 4-bit codes are decoded in more than 1024 sums.
+        tiles=((8, 32), (8, 64), (16, 32), (16, 64), *[(32, 64)] * (bits == 4)),
         stages=(3, 4, 6),
         fits=(*inner.fits, "Eq(wide, 0) | (BM * BN <= 512)"),
         pack=pack,

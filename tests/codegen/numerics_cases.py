@@ -22,7 +22,10 @@ import sympy
 import torch
 from numerics import STRIDES, Case, answered, judge
 
+from llmc.codegen.coded import ROLES
+from llmc.codegen.grids import Made
 from llmc.codegen.kernels import ROWS
+from llmc.codegen.mixing import mixing
 from llmc.codegen.problem import DEFAULTS, FEATURES, PARTS, Problem, Requirement
 from llmc.codegen.row import KernelRow, TileConfig, _expression
 from llmc.compiler.ir.levels import WIDTHS
@@ -39,6 +42,12 @@ NUMBERS: dict[str, tuple[int, ...]] = {
     "rank": (0, 1, 4, 16, 40),
     "outliers": (0, 1, 3, 8),
 }
+# Grids that x may be put on by a row that takes any; each row meets three of them.
+GRIDS = (
+    "int8 token", "int8 token limit=2.0", "int8 static", "int8 token group=32", "int4 token power",
+    "int4 static group=64", "e4m3 token", "e4m3 token power", "e5m2 static", "e2m1 token group=16",
+    "pairs4 token", "pairs8 static group=16",
+)  # fmt: skip
 STEPS = 16  # of 32 columns that a case may take
 _INTEGRAL = ("N", "K", "bits", "group", "n", "m")
 # Experts are given their tokens in tensors of the call: they have tests of their own.
@@ -51,6 +60,9 @@ def allowed(row: KernelRow, name: str) -> list[Any]:
     """Values of a field that the row may serve, by its choices and its predicates of one field."""
     if name in _APART:
         return [DEFAULTS[name]]
+    if isinstance(row.choices.get(name), Made):
+        # Nothing more often, as what is put on a grid is neither mixed nor read beside columns.
+        return [*[""] * 6, *random.Random(row.name).sample(GRIDS, 3)]
     if name in row.choices:
         known = NUMBERS.get(name, ()) if hasattr(row.choices[name], "most") else row.choices[name]
         return [v for v in known if v in row.choices[name]]
@@ -75,7 +87,9 @@ def sane(p: Problem) -> bool:
         table == bool(p.levels or p.table) and not (p.levels and p.table),
         not p.levels or p.bits in WIDTHS.get(p.levels, ()),
         p.weights not in ("int", "table") or p.bits <= 8,
-        p.weights not in ("dense", "factors") or (p.bits >= 16 and not p.asym),
+        p.weights != "dense" or p.bits >= 16,
+        p.weights not in ("dense", "factors") or p.bits < 16 or not p.asym,
+        not p.coded or (p.bits <= 8 and bool(p.scale_dtype)),
         not table or not p.asym,
         p.weights not in ("int", "signs") or bool(p.scale_dtype),
         p.weights != "signs" or p.bits <= 5,
@@ -102,10 +116,12 @@ def drawn(row: KernelRow, rng: random.Random, wanted: dict[str, Any]) -> Problem
         # Fields that follow from others, unless a case asks for them.
         if not values["m"]:
             values["n"] = wanted.get("n", 0)
-        if values["weights"] in ("dense", "factors"):
+        if values["weights"] in ("dense", "factors") and row.factor is None:
             values |= {n: wanted.get(n, v) for n, v in (("bits", 16), ("group", 0))}
         if values["rank"] > 2 and "spans" in row.choices:
             values["spans"] = wanted.get("spans", sections(values))
+        if "32" in row.choices.get("out_mixed", ()) and not values["spans"]:
+            values["out_mixed"] = wanted.get("out_mixed", mixed_back(values))
         problem = Problem(**values)
         if (
             sane(problem)
@@ -129,6 +145,14 @@ def sections(values: dict[str, Any]) -> str:
     return " ".join(f"{n}x{r}" for n, r in zip(rows, ranks, strict=True))
 
 
+def mixed_back(values: dict[str, Any]) -> str:
+    """Widths of one or two sections, for most problems whose rows can be mixed so."""
+    rng, N = random.Random(repr(values)), values["N"]
+    sections = [[N], *([n, N - n] for n in (16, 48, 64) if n < N)]
+    some = ["", *(" ".join(map(str, widths)) for widths in sections if all(map(mixing, widths)))]
+    return rng.choice(some)
+
+
 def _holds(need: Requirement, p: Problem) -> bool:
     """A predicate as a plain function: a hundred times faster, and most draws fall here."""
     names, test = _predicate(need.test)
@@ -150,17 +174,20 @@ def cases_of(row: KernelRow, count: int, seed: int) -> Iterator[Case]:
     tokens, strides = list(TOKENS), list(STRIDES)
     tiles = list(row.tiles)
     spoils: dict[str, int] = {}
+    # Beside these, a tile holds fewer sums.
+    bare = {n: DEFAULTS[n] for n in ("norm", "rank", "sparse") if DEFAULTS[n] in allowed(row, n)}
     for at in range(count):
         problem = _covering(row, rng, missing)
-        for _ in range(300):
+        for trial in range(300):
             # A tile that no case had yet; the widest fit few problems, so the last are drawn anew.
             grid = [c for c in row.configs(problem) if not tiles or (c.BM, c.BN) in tiles]
-            if not grid and problem.spans:  # sections fit fewer tiles
-                problem = replace(problem, spans="")
+            if not grid and (problem.spans or problem.out_mixed):  # sections fit fewer tiles
+                problem = replace(problem, spans="", out_mixed="")
                 grid = [c for c in row.configs(problem) if (c.BM, c.BN) in tiles]
             if grid or at < count - 6:
                 break
-            problem = drawn(row, rng, {"N": 193 + at % 2}) or problem
+            more = bare if trial > 9 else {}
+            problem = drawn(row, rng, {"N": 193 + at % 2, **more}) or problem
         config = rng.choice(grid or row.configs(problem))
         tiles = [t for t in tiles if t != (config.BM, config.BN)]
         M = tokens.pop(rng.randrange(len(tokens))) if tokens else rng.choice(TOKENS)
@@ -189,6 +216,8 @@ def _cheap(row: KernelRow, p: Problem, config: TileConfig, M: int) -> tuple[Prob
     columns = -(-p.K // row.step) * row.step // 32
     if columns * -(-p.N // config.BN) > STEPS:
         less = replace(p, N=config.BN - (2 if p.pairs else 1), spans="")
+        if p.out_mixed:
+            less = replace(p, N=config.BN, out_mixed=str(config.BN))
         if not row.misfits(less) and config in row.configs(less):
             p = less
     while M > 1 and columns * -(-p.N // config.BN) * -(-M // config.BM) > STEPS:
@@ -212,18 +241,21 @@ def _covering(row: KernelRow, rng: random.Random, missing: dict[str, list[Any]])
 
 def parts_named(p: Problem) -> list[str]:
     """The canonical parts that a problem has, in the order of `PARTS`."""
+    coded = dict.fromkeys((f"{side}_{role}" for side in ("left", "right") for role in ROLES), True)
     has = {
         "codes": p.weights in ("int", "table", "paired"), "zero": p.asym,
         "scale": bool(p.scale_dtype) and p.weights != "signs",
         **dict.fromkeys(("signs", "factors"), p.weights == "signs"),
         "table": bool(p.table), "meta": p.m > 0, "bitmap": p.bitmap, "values": p.weights == "dense",
         "left": p.rank > 0, "right": p.rank > 0, "columns": p.outliers > 0, "gain": p.norm,
-        "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": "static" in p.rounds,
-        "bias": p.bias, "shift": p.centred, "out_gain": p.out_norm,
-        "router": bool(p.route),
+        "column_weights": p.outliers > 0, "smooth": p.smooth, "in_scale": p.static,
+        "bias": p.bias, "shift": p.centred, "out_gain": p.out_norm, "out_turn": bool(p.out_mixed),
         **dict.fromkeys(("csr_values", "csr_index", "csr_starts"), p.sparse),
     }  # fmt: skip
-    # Parts of experts, of what is mixed back and of factors of codes have tests of their own.
+    if p.coded:
+        bare = {"left_zero": p.asym, "right_zero": p.asym}
+        has |= {"left": False, "right": False, "scale": False, "zero": False} | coded | bare
+    # Parts of experts have tests of their own.
     return [name for name in PARTS if has.get(name)]
 
 

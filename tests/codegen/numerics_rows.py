@@ -29,7 +29,7 @@ def mixed_back(
 ) -> torch.Tensor:
     """The error of what is mixed back, given that of the product; between: roundings of both where
     calls of their own follow it."""
-    plain = replace(p, out_mixed="", bias=False, act="", pairs="")
+    plain = replace(p, out_mixed="", bias=False, act="", pairs="", out_norm=False)
     y = meaning.linear(plain, parts, x).abs()
     err = err + 1.01 * between * (y + err)
     slack = (max(p.out_sections) + 32) * SUM + 2.0**-15

@@ -20,6 +20,8 @@ CHUNKS = 4
 SHARDS = 16
 # Words that a case may not spoil, as they would be no compressed rows any more.
 INDICES = ("csr_index", "csr_starts")
+# What a weight is made of, by kind.
+WEIGHTS = ("codes", "values", "signs", "left", "left_codes")
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
 
 
@@ -68,7 +70,7 @@ def test_every_part_is_spoiled(drawn: list[Case]) -> None:
     """Each kind of tensor is changed in some case, and of every row the weight is."""
     named = {part for c in drawn for part in parts_named(c.problem)}
     assert {c.spoil for c in drawn} >= named - set(INDICES)
-    spoilt = {c.row for c in drawn if c.spoil in ("codes", "values", "left")}
+    spoilt = {c.row for c in drawn if c.spoil in WEIGHTS}
     assert spoilt == {r.name for r in ROWS}
 
 
