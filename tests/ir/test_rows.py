@@ -276,3 +276,14 @@ def test_flops_are_a_number_of_at_least_zero(row: OpRow, args: Any, kwargs: Any)
         return
     out = row.infer(*type_of(args), **type_of(kwargs))
     assert int(row.flops(out, *type_of(args), **type_of(kwargs))) >= 0
+
+
+def test_square_of_a_relu_is_one_activation() -> None:
+    """Zero below zero, x² above it; infinity and NaN stay what they are."""
+    x = torch.tensor([-3.0, -0.0, 0.5, 3.0, math.inf, math.nan], dtype=torch.float64)
+    want = torch.tensor([0.0, 0.0, 0.25, 9.0, math.inf, math.nan], dtype=torch.float64)
+    found = ROWS["llmc.activation"].reference(x, act="relu2")
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+    up = torch.arange(6, dtype=torch.float64) - 2
+    found = ROWS["llmc.gated"].reference(x, up, act="relu2")
+    torch.testing.assert_close(found, want * up, rtol=0, atol=0, equal_nan=True)
