@@ -23,11 +23,15 @@ LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "told": ("float16", "tanh", {"dense": True}),
 }
 # Of a whole decoder: passes and dtype.
-DECODERS = {"zoo": ("w4:group=32", "float16"), "mixtral": ("w4:group=32", "float32"),
+DECODERS = {"granitemoeshared": ("w4:group=32", "float32"),
+            "hunyuan_v1_moe": ("w4:group=32", "float32"), "zoo": ("w4:group=32", "float16"), "mixtral": ("w4:group=32", "float32"),
             "qwen3_moe": ("w8:group=row", "float16"), "qwen2_moe": ("w4:group=32", "float16"),
             "glm4_moe": ("w4:group=32", "float32"),
             "ernie4_5_moe": ("w4:group=32", "float32"),
             "deepseek_v3": ("w4:group=32", "float16")}  # fmt: skip
+# Experts that all tokens go to, where there are some.
+ALWAYS = {"qwen2_moe": 2, "glm4_moe": 1, "ernie4_5_moe": 1, "deepseek_v3": 1,
+          "granitemoeshared": 2, "hunyuan_v1_moe": 1}  # fmt: skip
 FAST = ("qwen2_moe", "glm4_moe")
 
 
@@ -61,19 +65,20 @@ def test_a_decoder_computes_what_its_reference_does(name: str, answers: dict[str
     """A prompt, then token by token through a cache. glm4_moe adds to its scores for the choice,
     multiplies weights by a factor and has an expert for all tokens; qwen2_moe weighs one that is
     twice as wide as the others by a sigmoid."""
-    check(answers[name])
+    check(name, answers[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(DECODERS) - set(FAST)))
 def test_other_decoders_compute_what_their_references_do(name: str, cache: Path) -> None:
-    check(interpreted(__file__, cache, name)[name])
+    check(name, interpreted(__file__, cache, name)[name])
 
 
-def check(found: dict[str, Any]) -> None:
+def check(name: str, found: dict[str, Any]) -> None:
     assert found["mixtures"] == 2
     assert all(len(names) == 2 for names in found["kernels"])
     assert found["route"] == [True, True]
+    assert found["always"] == [ALWAYS.get(name, 0)] * 2
     assert found["error"] < 2 * found["noise"] + 2e-6 < 0.02
     assert found["left"] == [], "canonical codes that nothing reads"
     assert found["after"] == found["held"]
@@ -130,6 +135,8 @@ def _program(name: str) -> Any:
     }  # fmt: skip
     more = {
         "mixtral": {"num_local_experts": 4},
+        "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 128},
+        "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "num_shared_expert": 1},
         "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
         "glm4_moe": glm | {"n_group": 1, "topk_group": 1},
         "deepseek_v3": glm | {
@@ -181,6 +188,7 @@ def _decoder(name: str) -> dict[str, Any]:
     return {
         "error": error, "noise": noise, "mixtures": len(made.mixtures),
         "kernels": [m.kernels for m in made.mixtures],
+        "always": [m.fused.up.always for m in made.mixtures],
         "route": [bool(m.fused.up.route) for m in made.mixtures],
         "after": made.program.weight_bytes(),
         "held": sum(p.bytes for p in made.program.params.values()),
