@@ -23,12 +23,17 @@ LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "told": ("float16", "tanh", {"dense": True}),
 }
 # Of a whole decoder: passes and dtype.
-DECODERS = {"granitemoeshared": ("w4:group=32", "float32"),
-            "hunyuan_v1_moe": ("w4:group=32", "float32"), "zoo": ("w4:group=32", "float16"), "mixtral": ("w4:group=32", "float32"),
-            "qwen3_moe": ("w8:group=row", "float16"), "qwen2_moe": ("w4:group=32", "float16"),
-            "glm4_moe": ("w4:group=32", "float32"),
-            "ernie4_5_moe": ("w4:group=32", "float32"),
-            "deepseek_v3": ("w4:group=32", "float16")}  # fmt: skip
+DECODERS = {
+    "zoo": ("w4:group=32", "float16"),
+    "mixtral": ("w4:group=32", "float32"),
+    "qwen2_moe": ("w4:group=32", "float16"),
+    "qwen3_moe": ("w8:group=row", "float16"),
+    "glm4_moe": ("w4:group=32", "float32"),
+    "ernie4_5_moe": ("w4:group=32", "float32"),
+    "granitemoeshared": ("w4:group=32", "float32"),
+    "hunyuan_v1_moe": ("w4:group=32", "float32"),
+    "deepseek_v3": ("w4:group=32", "float16"),
+}
 # Experts that all tokens go to, where there are some.
 ALWAYS = {"qwen2_moe": 2, "glm4_moe": 1, "ernie4_5_moe": 1, "deepseek_v3": 1,
           "granitemoeshared": 2, "hunyuan_v1_moe": 1}  # fmt: skip
