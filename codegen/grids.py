@@ -79,6 +79,12 @@ class Made(tuple[str, ...]):
         return grid.per == "static" or (grid.per == "token" and grid.group in groups)
 
 
+def unfit(problem: Any) -> list[tuple[str, str]]:
+    """Fields of a problem with a grid which are not what any kernel needs, each with what is."""
+    odd = "pairs" in problem.rounds and problem.K % 2
+    return [("K", "even where x is rounded in pairs")] if odd else []
+
+
 def terms(words: str) -> dict[str, Any]:
     """The grid that ``words`` name in the terms of a template; mantissa 0 for integers.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import sympy
 import torch
 
-from . import coded, mixing
+from . import coded, grids, mixing
 from .mixture import fit
 from .problem import DEFAULTS, FEATURES, Misfit, Parts, Problem, Requirement
 
@@ -190,7 +190,7 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
         found.append(Misfit(row.name, "norm", False, "True where its mean is taken away"))
     if problem.sections and problem.spans and (expected := _spans_expected(row, problem)):
         found.append(Misfit(row.name, "spans", problem.spans, expected))
-    for field, expected in (*fit.unfit(problem), *mixing.unfit(problem)):
+    for field, expected in (*fit.unfit(problem), *mixing.unfit(problem), *grids.unfit(problem)):
         found.append(Misfit(row.name, field, getattr(problem, field), expected))
     for need in row.requires:
         if not bool(_evaluate(need.test, values)):

@@ -94,6 +94,7 @@ def test_any_grid_of_tokens_own_is_served_and_others_are_refused_by_field(name: 
     for words in ("int9 token", "int8 tensor", "int8 token group=48", "int8 token group=2048",
                   "pairs8 token group=64", "pairs5 token", "int8", "int8 token odd"):  # fmt: skip
         assert [m.field for m in row(name).misfits(replace(base, rounds=words))] == ["rounds"]
+    assert "K" in [m.field for m in row(name).misfits(replace(base, K=255, rounds="pairs4 token"))]
     apart = replace(base, rounds="int8 token", outliers=3)
     assert "outliers" in [m.field for m in row(name).misfits(apart)]
     experts = {"N": 512, "experts": 8, "chosen": 2, "routed": "down", "rounds": "int8 token"}
