@@ -2,7 +2,8 @@
 
     python examples/own_kernel.py
 
-Binary weights, as the pass `binary` makes them, have no kernel of llmc's; this file gives them one.
+Binary weights, as the pass `binary` makes them, are multiplied by signs in llmc's own kernel; this
+file puts a simpler one in its place, which decodes them. A row of your own is asked first.
 The template extends the shipped one for decoded weights, so that norm, bias, activation, gate, low
 rank, sparse entries, residual and split columns come with it. Without a GPU it runs under Triton's
 interpreter and is compiled ahead of time for sm_90.

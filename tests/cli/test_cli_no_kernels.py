@@ -120,11 +120,11 @@ def test_a_gpu_that_is_too_old(llmc: Call, artefact: Path) -> None:
 def test_a_weight_that_no_row_serves(llmc: Call, tiny: Path, tmp_path: Path) -> None:
     """Its op's own definition runs, and the plan says why."""
     made = tmp_path / "out"
-    done = llmc("compile", tiny, "-p", "w5:group=32,solver=rtn", "-o", made)
+    done = llmc("compile", tiny, "-p", "olive:bits=8", "-o", made)
     assert done.code == 0, done.err
     told = llmc("kernels", made, "--json").json
     assert [r["kernel"] for r in told["fused"]] == ["w16"], "the head, which is no codes"
-    assert any("w4a16: bits=5, expected 4" in r["reason"] for r in told["not_fused"])
+    assert any("w4_pairs: bits=8, expected 4" in r["reason"] for r in told["not_fused"])
 
 
 @pytest.mark.usefixtures("old_gpu")

@@ -182,10 +182,11 @@ def _orders() -> dict[str, Any]:
 
 
 def _block(dtype: torch.dtype) -> Program:
-    """h + norm(down(up(h))), with a gain of the 1 + g form."""
+    """h + norm(down(relu(up(h)))), with a gain of the 1 + g form."""
     m = Maker(dtype)
     h = m.input("h", 64)
-    down = m.linear(m.linear(h, "up", Weight(96, 64)), "down", Weight(64, 96), bias=True)
+    up = m.call("llmc.activation", m.linear(h, "up", Weight(96, 64)), act="relu")
+    down = m.linear(up, "down", Weight(64, 96), bias=True)
     norm = m.call("llmc.rms_norm", down, m.param("gain", (64,)), eps=1e-6, offset=1.0)
     return m.output(m.call("aten.add.Tensor", h, norm))
 

@@ -52,7 +52,7 @@ def test_sides_are_what_they_mean(at: int) -> None:
         ({"pairs": "rope"}, "pairs"),
         ({"pairs": "gate"}, "act"),
         ({"pairs": "gate", "act": "silu", "N": 65}, "N"),
-        ({"rounds": "int8 token"}, "rounds"),
+        ({"rounds": "int8 tensor"}, "rounds"),
     ],
 )
 def test_sides_just_missed_are_refused_by_field(change: dict[str, Any], field: str) -> None:

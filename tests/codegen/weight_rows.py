@@ -373,7 +373,7 @@ MISSES += [
     ("w16", D16, {"m": 4, "n": 2}, "m"),
     ("w16", D16, {"bitmap": True}, "bitmap"),
     ("w16", D16, {"weights": "int"}, "weights"),
-    ("w16", D16, {"rounds": "int8 token"}, "rounds"),
+    ("w16", D16, {"rounds": "int8 tensor"}, "rounds"),
 ]
 # Nothing is decoded: what issues is copies, products, and the norm of x.
 FACTS += [
