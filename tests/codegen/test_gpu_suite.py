@@ -39,7 +39,9 @@ def ran(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_row_is_within_its_bound(ran: dict[str, Any]) -> None:
     """In both halves where it serves both, and attention beside the linears."""
     found = ran["numerics"]
-    assert set(found["rows"]) == {r.name for r in ROWS} | {"attention_kv", "generation"}
+    beside = {name for name in found["rows"] if name.startswith("attention_")}
+    assert beside
+    assert set(found["rows"]) - beside == {r.name for r in ROWS} | {"generation"}
     assert all({"fp16", "bf16"} & set(found["rows"][r.name]) for r in ROWS)
     assert {"fp16", "bf16"} <= set(found["rows"]["w4a16"])
     assert found["wrong"] == []
