@@ -23,7 +23,8 @@ def on_grid(
     """
     grid = parse(p.rounds)
     if grid is None or grid.per not in ("token", "static"):
-        raise NotImplementedError(f"no bound for the grid {p.rounds!r}")
+        # A grid of another kind would need a bound of its own: no case is judged by a wrong one.
+        raise ValueError(f"expected a grid of a token or a stored scale, found {p.rounds!r}")
     exact = meaning.rounded(p, parts, h)
     slack += 8 * SUM
     off = slack * exact.abs() + own
