@@ -6,6 +6,7 @@ user's cache under all of these and never read under others.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import inspect
@@ -189,6 +190,9 @@ def main() -> int:
     from .kernels import INNER, ROWS
     from .variants import variants
 
+    parser = argparse.ArgumentParser(prog="python -m llmc.codegen.facts", description=main.__doc__)
+    parser.add_argument("path", type=Path, help="the JSON file to write, as spec/kernels.json")
+    path: Path = parser.parse_args().path
     wanted = variants((*ROWS, *INNER))
     found = gather(wanted)
     broken = [
@@ -197,7 +201,7 @@ def main() -> int:
         if not isinstance(facts, str)
         for why in faults(v, facts)
     ]
-    Path(sys.argv[1]).write_text(json.dumps(page(wanted, found), indent=1) + "\n")
+    path.write_text(json.dumps(page(wanted, found), indent=1) + "\n")
     for line in broken:
         print(line, file=sys.stderr)
     return 4 if broken else 0

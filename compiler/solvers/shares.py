@@ -51,8 +51,10 @@ def share_out(counts: Sequence[Tensor], share: float, spread: float) -> list[int
     sizes = torch.stack([c.sum() for c in counts])
     goal = round(share * int(sizes.sum()))
     low, high = max(0.0, share - spread), min(max(MOST, share), share + spread)
-    lows = torch.tensor([math.floor(low * n) for n in sizes.tolist()])
-    highs = torch.tensor([math.ceil(high * n) for n in sizes.tolist()])
+    # (0.1 + 0.05) * 20 is a hair above 3, which must not become 4.
+    hair = 1e-12
+    lows = torch.tensor([math.floor(low * n * (1 + hair)) for n in sizes.tolist()])
+    highs = torch.tensor([math.ceil(high * n * (1 - hair)) for n in sizes.tolist()])
     # Column b: every layer gives up its bins below b, as far as the band lets it.
     below = torch.nn.functional.pad(torch.stack(list(counts)).cumsum(1), (1, 0))
     below = below.clamp(lows[:, None], highs[:, None])

@@ -38,11 +38,13 @@ def captured(function: Any, *shape: int, **kwargs: Any) -> tuple[Program, Counte
     """The program of a function of one fp32 input, checked against it at other sizes."""
     module = Of(function, **kwargs).eval()
     axes = {"x": ("B", "S", *(None for _ in shape))[: 2 + len(shape)]}
-    program = capture_module(module, {"x": torch.randn(2, 6, *shape)}, axes)
-    x = torch.randn(3, 11, *shape)
+    g = torch.Generator().manual_seed(1)
+    program = capture_module(module, {"x": torch.randn(2, 6, *shape, generator=g)}, axes)
+    x = torch.randn(3, 11, *shape, generator=g)
     with torch.no_grad():
         want = module(x)
-        torch.testing.assert_close(run(program, {"x": x}), want, rtol=1e-6, atol=1e-6)
+        # 1 + erf(x) cancels where x < 0, and machines round erf apart: a few ulps of 1, times |x|.
+        torch.testing.assert_close(run(program, {"x": x}), want, rtol=1e-6, atol=4e-6)
     return program, Counter(row_of(n).name for n in program.calls())
 
 

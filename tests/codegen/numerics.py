@@ -261,7 +261,7 @@ def spoiled(case: Case, parts: dict[str, torch.Tensor], x: torch.Tensor) -> dict
             value = torch.tensor([c for c in range(p.K) if c not in set(value.tolist())])
             value = value[: p.outliers]
         case "csr_index" | "csr_starts":
-            raise NotImplementedError(case.spoil)
+            raise ValueError(f"expected a part that holds values, found indices: {case.spoil}")
         case _:
             value += 1
     return {**out, case.spoil: value}
