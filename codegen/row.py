@@ -10,10 +10,9 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
-import sympy
 import torch
 
-from . import coded, grids, mixing
+from . import coded, formula, grids, mixing
 from .mixture import fit
 from .problem import DEFAULTS, FEATURES, Misfit, Parts, Problem, Requirement
 
@@ -130,7 +129,7 @@ class KernelRow:
             "Tp": Np if problem.table == "row" else TILE_ROWS,
             **(coded.sizes(problem, self.step) if problem.coded else {}),
         }
-        return int(_evaluate(self.moves, values))
+        return formula.value(self.moves, values)
 
     def configs(self, problem: Problem) -> tuple[TileConfig, ...]:
         """The tuning grid for `problem`; BN divides the padded rows, as codes have no row guard."""
@@ -193,7 +192,7 @@ def _misfits(row: KernelRow, problem: Problem) -> tuple[Misfit, ...]:
     for field, expected in (*fit.unfit(problem), *mixing.unfit(problem), *grids.unfit(problem)):
         found.append(Misfit(row.name, field, getattr(problem, field), expected))
     for need in row.requires:
-        if not bool(_evaluate(need.test, values)):
+        if not formula.holds(need.test, values):
             found.append(Misfit(row.name, need.field, values[need.field], need.expected))
     return tuple(found)
 
@@ -234,7 +233,7 @@ def _configs(row: KernelRow, problem: Problem) -> tuple[TileConfig, ...]:
         for BM, BN in row.tiles
         if padded % BN == 0
         and _holds_sections(problem, BM, BN)
-        and all(bool(_evaluate(test, {**known, "BM": BM, "BN": BN})) for test in row.fits)
+        and all(formula.holds(test, {**known, "BM": BM, "BN": BN}) for test in row.fits)
     ]
     tiles = mixing.roomy(problem, tiles)
     # A matrix instruction takes 16 rows of weights per warp: four warps would do 32 rows twice.
@@ -276,20 +275,3 @@ def _integers(problem: Problem) -> dict[str, int]:
     flags = {"limited": int(problem.limited), "made": int(problem.made)}
     flags["turned"] = int(bool(problem.out_mixed))
     return {**values, "group": problem.dense_group, **flags}
-
-
-@functools.cache
-def _symbols() -> dict[str, sympy.Symbol]:
-    # Every name is a symbol of ours: N and group mean something else inside sympy.
-    names = [f.name for f in fields(Problem)] + ["M", "xb", "out", "Rp", "Lp", "Lg"]
-    names += ["Np", "Kp", "Gp", "Tp", "BM", "BN", "wide", "limited", "made", "turned"]
-    return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
-
-
-@functools.cache
-def _expression(text: str) -> sympy.Basic:
-    return sympy.sympify(text, locals=_symbols())
-
-
-def _evaluate(text: str, values: Mapping[str, int]) -> sympy.Basic:
-    return _expression(text).subs({_symbols()[k]: v for k, v in values.items()})

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import sympy
-
+from .. import formula
 from ..problem import Misfit, Requirement
 from .problem import AttentionProblem
 
@@ -71,7 +70,7 @@ class AttentionRow:
             "xb": 4 if problem.x_dtype == "fp32" else 2, "vgroup": problem.value_group,
             "per_token": int(problem.keys == "token"),
         }  # fmt: skip
-        return int(_evaluate(self.moves, given))
+        return formula.value(self.moves, given)
 
     def floor_us(self, problem: AttentionProblem, batch: int, tokens: int, speed: float) -> float:
         """Microseconds that these bytes take at ``speed`` bytes per second."""
@@ -89,7 +88,7 @@ class AttentionRow:
         BM = min(most, max(16, 1 << (rows - 1).bit_length()))
         given = {**problem.integers(), "BM": BM}
         BT = next(
-            (t for t in self.steps if all(_evaluate(f, {**given, "BT": t}) for f in self.fits)),
+            (t for t in self.steps if all(formula.holds(f, {**given, "BT": t}) for f in self.fits)),
             self.steps[-1],
         )
         programs = batch * problem.kv_heads * -(-rows // BM)
@@ -108,27 +107,6 @@ def _misfits(row: AttentionRow, problem: AttentionProblem) -> tuple[Misfit, ...]
             found.append(Misfit(row.name, field, value, text))
     values = problem.integers()
     for need in row.requires:
-        if not bool(_evaluate(need.test, values)):
+        if not formula.holds(need.test, values):
             found.append(Misfit(row.name, need.field, values[need.field], need.expected))
     return tuple(found)
-
-
-@functools.cache
-def _symbols() -> dict[str, sympy.Symbol]:
-    names = [f.name for f in fields(AttentionProblem)]
-    names += ["B", "T", "S", "xb", "vgroup", "per_token", "BM", "BT", "wide"]
-    return {n: sympy.Symbol(n, integer=True, nonnegative=True) for n in names}
-
-
-@functools.cache
-def _expression(text: str) -> sympy.Basic:
-    return sympy.sympify(text, locals=_symbols())
-
-
-@functools.lru_cache(4096)
-def _value(text: str, given: tuple[tuple[str, int], ...]) -> sympy.Basic:
-    return _expression(text).subs({_symbols()[k]: v for k, v in given})
-
-
-def _evaluate(text: str, given: Mapping[str, int]) -> sympy.Basic:
-    return _value(text, tuple(given.items()))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interpreter import QUICKLY
 from numerics_grids import on_grid
 from numerics_rows import mixed, mixed_back, normed
 
@@ -336,7 +337,7 @@ def run_cases(cases: Sequence[Case], cache: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(cache)}
     told = json.dumps([asdict(c) for c in cases])
     run = subprocess.run(
-        [sys.executable, __file__], input=told, env=environment, capture_output=True,
+        [sys.executable, QUICKLY, __file__], input=told, env=environment, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
     if run.returncode:

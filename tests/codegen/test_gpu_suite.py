@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import QUICKLY
 
 from llmc.codegen.kernels import ROWS
 
@@ -21,7 +22,8 @@ def suite(repo: Path, *arguments: str, interpret: bool = True) -> Any:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if interpret:
         env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "benchmarks/gpu_suite.py", *arguments]
+    under = [QUICKLY] if interpret else []
+    command = [sys.executable, *under, "benchmarks/gpu_suite.py", *arguments]
     return subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=600)
 
 
