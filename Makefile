@@ -16,9 +16,9 @@ BIN = $(if $(findstring /,$(PY)),$(dir $(PY)),)
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-# Each worker keeps to one thread, so that the workers share the cores; and to whole files while there
-# are any, so that what a file's tests share is made once.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+# Each worker keeps to one thread, so that the workers share the cores, and to whole files, so that
+# what a file's tests share is made once.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 LLMC = $(PY) -m llmc.compiler.cli
 TEXT := examples/pylm/text/heldout.txt
 

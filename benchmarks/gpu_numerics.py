@@ -145,14 +145,15 @@ def _there(held: Any, where: str) -> Any:
     )  # fmt: skip
 
 
-def generations() -> list[Task]:
-    """Whole generations by recorded steps; none where what compresses a model is not installed."""
+def generations(steps: int = STEPS) -> list[Task]:
+    """Whole generations of so many tokens by recorded steps; none where what compresses a model is
+    not installed."""
     here = importlib.util.find_spec("pydantic") is not None
-    return [Task(f"generation over {kind}", generated, (kind,), 120.0)
+    return [Task(f"generation over {kind}", generated, (kind, steps), 120.0)
             for kind in ("kv", "int8") if here]  # fmt: skip
 
 
-def generated(kind: str) -> dict[str, Any]:
+def generated(kind: str, steps: int) -> dict[str, Any]:
     """Tokens of a small 4-bit decoder as `llmc run` makes them: those of single launches, and the
     prompt's logits as the reference has them. On a GPU the steps must have been recorded."""
     from llmc.compiler.ir.caches import CacheScheme
@@ -170,9 +171,9 @@ def generated(kind: str) -> dict[str, Any]:
         done.caches = {node: CacheScheme(kind, 8, keys="token")}
     prompt, notes = [3, 1, 4, 1, 5], list[str]()
     runner, plain = (runner_for(done, t, cached=True) for t in ("triton", "reference"))
-    made = generate(runner, [prompt], max_new_tokens=STEPS, on_note=notes.append)[0]
+    made = generate(runner, [prompt], max_new_tokens=steps, on_note=notes.append)[0]
     cache, said, ids = runner.start(1), list[int](), torch.tensor([prompt])
-    for at in range(STEPS):
+    for at in range(steps):
         logits = runner.forward(ids, cache=cache)[:, -1].float().cpu()
         if at == 0:
             want = plain.forward(ids, cache=plain.start(1))[:, -1].float()

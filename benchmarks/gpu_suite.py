@@ -112,8 +112,11 @@ class Suite:
         tiny = self.args.tiny
         draws = gpu_numerics.draws(self.args.cases, self.target)
         logits = gpu_decode.agreements(TINY if tiny else gpu_decode.Shapes())
-        beside = [*gpu_numerics.generations(), *gpu_numerics.attention(2 if tiny else 1000)]
-        beside += [] if tiny else list(gpu_numerics.many(self.target))
+        if tiny:
+            beside = [*gpu_numerics.generations(3), *gpu_numerics.attention(2)]
+        else:
+            beside = [*gpu_numerics.generations(), *gpu_numerics.attention(1000),
+                      *gpu_numerics.many(self.target)]  # fmt: skip
         good: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
         drawn: list[Any] = []

@@ -19,8 +19,8 @@ def interpreted(script: str, cache: Path, *arguments: str) -> Any:
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(cache)}
     run = subprocess.run(
-        [sys.executable, QUICKLY, script, *arguments], env=environment, capture_output=True, text=True,
-        check=False,
+        [sys.executable, QUICKLY, script, *arguments], env=environment, capture_output=True,
+        text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
