@@ -17,7 +17,7 @@ from ..fuse_nodes import Unfit, argument, constant, is_op, is_sum, only_user, re
 from ..problem import Problem, dtype_name
 from .groups import FLAT
 from .route import Route, read_norm, read_route, sizes_of
-from .shared import Shared, read_shared
+from .shared import Shared, odd, read_shared
 
 EXPERTS = "llmc.experts"
 
@@ -204,9 +204,11 @@ def read_mixture(
         except Unfit as why:
             refused.append(refusal(found.h, why.reason, why.predicate))
     found = _reshaped(found, home)
-    if shared and found.route is not None:
+    if shared:
         try:
             one = read_shared(found.tip, up.problem, down.problem)
+            if one is not None and found.route is None:
+                raise odd("the router of the others stays in the graph")
             if one is not None and near(one.nodes):
                 found = replace(found, shared=one, behind=one.sum)
                 found = found if found.back is not None else _reshaped(found, home)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ...compiler.ir import packing
@@ -95,22 +97,16 @@ W_SIGNS = KernelRow(
     pack=_planes,
 )  # fmt: skip
 
-W1_BINARY = KernelRow(
+W1_BINARY = replace(
+    W_SIGNS,
     name="w1_binary",
-    op="llmc.fused",
-    template="signs.py.j2",
     summary="weights of -1 and 1 times a scale per group or per row, or none",
     args=linear_args(CODES, SCALE),
-    step=256,
     choices={
         **CHOICES, "scale_dtype": ("fp16", "bf16", ""), "asym": (False,), "weights": ("table",),
         "levels": ("binary",),
     },
     requires=(Requirement("bits", "Eq(bits, 1)", "1"), DENSE, GROUP, *SHAPE),
     moves=f"Np*Kp/8 + {AROUND} + 4*Gp*Np",
-    tiles=TILES,
-    stages=(3, 4, 6),
-    splits=SPLITS,
-    fits=FITS,
     pack=_binary,
 )  # fmt: skip

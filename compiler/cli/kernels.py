@@ -182,7 +182,9 @@ def scheme_text(problem: dict[str, Any]) -> str:
     parts += ["sparse"] if problem.get("sparse") else []
     parts += [f"outliers {problem['outliers']}"] if problem.get("outliers") else []
     if problem.get("experts"):
-        parts.append(f"{problem['chosen']} of {problem['experts']} experts")
+        each = problem.get("always", 0)
+        parts.append(f"{problem['chosen'] - each} of {problem['experts'] - each} experts")
+        parts += [f"+ {each} for all tokens"] if each else []
     return " ".join(parts + (["asym"] if problem["asym"] else []))
 
 

@@ -37,6 +37,11 @@ WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
          "unique_consecutive", "unique_dim", "bincount", "item")  # fmt: skip
 
 
+def dispatched(_: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """A call of torch's that a tensor or the mode meets."""
+    return run(func, args, kwargs or {})
+
+
 class PaperTensor(torch.Tensor):
     """A tensor of the paper device, over one of the CPU."""
 
@@ -92,15 +97,7 @@ class PaperTensor(torch.Tensor):
     def numpy(self, **_: Any) -> Any:
         raise Refused("can't convert cuda:0 device type tensor to numpy")
 
-    @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return run(func, args, kwargs or {})
+    __torch_dispatch__ = classmethod(dispatched)
 
 
 class Generator(torch.Generator):
@@ -167,14 +164,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class Mode(TorchDispatchMode):
     """Makes tensors of the device."""
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return run(func, args, kwargs or {})
+    __torch_dispatch__ = dispatched
 
 
 def there(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

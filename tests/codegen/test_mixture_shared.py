@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from llmc.codegen.kernels import choose as choose_row
 from llmc.codegen.kernels import row
 from llmc.codegen.mixture.choice import Choice, choose, read_choice
 from llmc.codegen.problem import Problem
+from llmc.compiler.cli.kernels import scheme_text
 from llmc.compiler.ir.graph import Program
 from llmc.compiler.ir.interpret import run
 
@@ -138,6 +139,8 @@ def test_where_the_graph_chooses_it_stays_apart() -> None:
     plan = fused(program)
     assert [m.up.always for m in plan.mixtures] == [0]
     assert "route" in {r.predicate for r in plan.refused}
+    (why,) = [r for r in plan.refused if r.predicate == "shared"]
+    assert "the router of the others stays in the graph" in why.reason
 
 
 def test_experts_of_all_tokens_stand_behind_those_chosen() -> None:
@@ -160,6 +163,11 @@ UP = Problem(
     6 * 128, 256, routed="up", experts=6, chosen=4, always=2, route="softmax sum gated",
     pairs="gate", act="silu",
 )  # fmt: skip
+
+
+def test_a_listing_tells_those_chosen_from_those_of_all_tokens() -> None:
+    assert scheme_text(asdict(UP)) == "w4 row 2 of 4 experts + 2 for all tokens"
+    assert scheme_text(asdict(replace(UP, always=0))).endswith("4 of 6 experts")
 
 
 @pytest.mark.parametrize(
