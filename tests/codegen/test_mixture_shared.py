@@ -166,7 +166,7 @@ UP = Problem(
 
 
 def test_a_listing_tells_those_chosen_from_those_of_all_tokens() -> None:
-    assert scheme_text(asdict(UP)) == "w4 row 2 of 4 experts + 2 for all tokens"
+    assert scheme_text(asdict(UP)) == "w4 g128 2 of 4 experts + 2 for all tokens"
     assert scheme_text(asdict(replace(UP, always=0))).endswith("4 of 6 experts")
 
 
