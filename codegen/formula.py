@@ -27,12 +27,19 @@ def names(text: str) -> tuple[str, ...]:
 
 def value(text: str, given: Mapping[str, int]) -> int:
     """The value rounded down, exact however large it is."""
-    return int(expression(text).subs({s: given[str(s)] for s in expression(text).free_symbols}))
+    return int(_of(text, given))
 
 
 def holds(text: str, given: Mapping[str, int]) -> bool:
-    """Whether a predicate over whole numbers is true."""
-    return bool(_compiled(text)(*(given[n] for n in names(text))))
+    """Whether a predicate over whole numbers is true; nothing is a multiple of 0."""
+    try:
+        return bool(_compiled(text)(*(given[n] for n in names(text))))
+    except ZeroDivisionError:
+        return bool(_of(text, given))
+
+
+def _of(text: str, given: Mapping[str, int]) -> sympy.Basic:
+    return expression(text).subs({s: given[str(s)] for s in expression(text).free_symbols})
 
 
 @functools.cache
