@@ -27,7 +27,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def value(text: str, given: Mapping[str, int]) -> int:
     """The value rounded down, exact however large it is."""
-    return int(_of(text, given))
+    return int(expression(text).subs({s: given[str(s)] for s in expression(text).free_symbols}))
 
 
 def holds(text: str, given: Mapping[str, int]) -> bool:
@@ -35,11 +35,7 @@ def holds(text: str, given: Mapping[str, int]) -> bool:
     try:
         return bool(_compiled(text)(*(given[n] for n in names(text))))
     except ZeroDivisionError:
-        return bool(_of(text, given))
-
-
-def _of(text: str, given: Mapping[str, int]) -> sympy.Basic:
-    return expression(text).subs({s: given[str(s)] for s in expression(text).free_symbols})
+        return False
 
 
 @functools.cache
