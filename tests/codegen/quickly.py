@@ -1,10 +1,10 @@
-"""Run a script under Triton's interpreter in half of its time.
+"""Run a script under Triton's interpreter in two thirds of its time.
 
     TRITON_INTERPRET=1 python tests/codegen/quickly.py SCRIPT [ARGUMENT ...]
 
 The interpreter replaces the language's functions by its own around each kernel, and once more at
 each call of a function inside one, where they are replaced already. And for each sum of integers
-it works out whether it overflows, and tells nobody. Each is a quarter of its time.
+it works out whether it overflows, and tells nobody.
 """
 
 from __future__ import annotations
